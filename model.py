@@ -1,0 +1,299 @@
+"""The model of "Visual Instruction Tuning" (Liu et al., 2023, arXiv:2304.08485), section 4.1, figure 1.
+
+    image --CLIP, frozen--> Z_v --projector--> H_v --\
+                                                      LLM --> the answer, word by word
+    text  ---------- the LLM's embedding ----> H_q --/
+
+CLIP cuts the image into patches and gives one vector for each (Z_v). The projector, one linear layer,
+turns each of them into something that the language model takes for the embedding of a word (H_v). From
+there on the picture is read like text: the LLM never learns that it has been given an image.
+
+Both stages and the sanity check build the model with `build()` and load what was trained with `load()`.
+There is nothing to run in this file.
+
+Dimensions used in the comments below (real parts / toy parts in brackets where they matter):
+    B   samples in the batch           T   positions of the longest sequence in the batch
+    I   images in the batch            N   patches of one image: (image_size / patch_size)² (256)
+    D_v width of CLIP (1024)           D   width of the LLM (2048)
+    V   words the LLM knows (32,000)   K   positions of the batch that carry a label
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel
+
+from data import IGNORE_INDEX, ChatTemplate, ImageProcessor
+from plumbing import UserError, find_pretrained, replacing, write_json
+
+# Attention and MLP: every linear layer of a Llama block. The embedding and the head stay as they are.
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Llava(nn.Module):
+    """CLIP + projector + LLM. Everything is frozen here; a stage unfreezes what it trains.
+
+    Args:
+        vision_tower: a CLIPVisionModel.
+        llm: any decoder-only language model of transformers.
+        image_token_id: the id that marks, in `input_ids`, a position to be filled with an image feature.
+        projector: "linear" (LLaVA, the paper) or "mlp" (LLaVA-1.5: two layers with a GELU between).
+        vision_layer: which of CLIP's hidden states to read, counted from the end; -2 in LLaVA.
+    """
+
+    def __init__(self, vision_tower, llm, image_token_id, projector="linear", vision_layer=-2):
+        super().__init__()
+        vision_config = vision_tower.config
+        self.image_token_id = image_token_id
+        self.num_image_tokens = num_image_tokens(vision_config)  # N
+
+        # LLaVA reads the layer *before* the last: CLIP's last block gathers what the class token needs for
+        # matching whole captions, and the patches lose local detail to it (paper, section 5.2: 0.96 points
+        # on ScienceQA). hidden_states has one entry more than there are blocks (the embeddings come first),
+        # so hidden_states[-2] is what leaves block n-1. Whatever comes after is computed for nobody: cut.
+        blocks_kept = vision_config.num_hidden_layers + 1 + vision_layer
+        if not 0 <= blocks_kept <= vision_config.num_hidden_layers:
+            raise UserError(f"--vision-layer {vision_layer}: CLIP's hidden states here are -1 (the last) to "
+                            f"{-1 - vision_config.num_hidden_layers} (its embeddings)")
+        del vision_tower.encoder.layers[blocks_kept:]
+        self.vision_tower = vision_tower
+
+        d_v, d = vision_config.hidden_size, llm.config.hidden_size
+        if projector == "linear":
+            self.projector = nn.Linear(d_v, d)  # H_v = W · Z_v + b, equation 1 of the paper
+        else:
+            self.projector = nn.Sequential(nn.Linear(d_v, d), nn.GELU(), nn.Linear(d, d))
+        self.llm = llm
+
+        # Frozen means two things, and people forget the second: no gradient, and (see train()) eval mode.
+        self.requires_grad_(False)
+
+    # -- what is trained -----------------------------------------------------------------------------------
+
+    def add_lora(self, config):
+        """Puts a LoRA adapter on the LLM, and only there. From here on self.llm is a peft.PeftModel.
+
+        For every weight matrix W of LORA_TARGETS, the layer now computes (Hu et al., arXiv:2106.09685)
+
+            h = W·x + (alpha / r) · B·A·x        A: (r, in), B: (out, r)
+
+        W stays frozen. B starts at zero, so before the first step the model is exactly what stage 1 left;
+        A starts random, because with both at zero neither would ever get a gradient.
+
+        The wrapping goes around the LLM alone: given the whole model, the bare names q_proj and v_proj would
+        match CLIP's attention as well, and peft would quietly train the encoder.
+        """
+        self.llm = get_peft_model(self.llm, config)
+
+    def trainable(self):
+        """{name: parameter} of everything that a gradient reaches."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def train(self, mode=True):
+        """Train mode for what is trained, never for what is frozen.
+
+        `requires_grad_(False)` alone leaves dropout and the like switched on in frozen parts as soon as
+        somebody calls model.train(): the frozen "teacher" then gives different features on every pass.
+        In CLIP and the LLM only the adapter's own modules (its dropout) follow `mode`.
+        """
+        super().train(False)
+        self.training = mode
+        self.projector.train(mode)
+        for name, module in self.llm.named_modules():
+            if ".lora_" in name:
+                module.train(mode)
+        return self
+
+    # -- forward -------------------------------------------------------------------------------------------
+
+    def encode_images(self, pixel_values):
+        """Image features in the LLM's space.
+
+        Args:
+            pixel_values: (I, 3, image_size, image_size), as ImageProcessor makes them. I may be 0.
+        Returns:
+            image_features: (I, N, D). Source: encode_images() in the reference's llava_arch.py.
+        """
+        if len(pixel_values) == 0:  # a batch of text alone
+            z_v = torch.empty(0, self.num_image_tokens, self.vision_tower.config.hidden_size,
+                              device=pixel_values.device)
+        else:
+            with torch.no_grad():  # nothing in CLIP is trained: keep none of its activations
+                hidden = self.vision_tower(pixel_values.to(self.vision_tower.dtype)).last_hidden_state
+            z_v = hidden[:, 1:]  # (I, 1 + N, D_v) -> (I, N, D_v): the class token has no place in the image
+        # The projector is trained, so it stays in fp32 and must be given fp32 (autocast lowers it again).
+        return self.projector(z_v.to(torch.float32))  # H_v = W · Z_v + b          (I, N, D)
+
+    def embed(self, input_ids, pixel_values):
+        """inputs_embeds (B, T, D): the words' embeddings, with image features in the image's positions.
+
+        Raises ValueError if the ids leave room for another number of features than the images have.
+        Source: prepare_inputs_labels_for_multimodal() in the reference's llava_arch.py, which splices
+        sequences together one by one; here data.py has already written N image ids where the image stands,
+        so that shapes, labels and mask are settled before the model sees them.
+        """
+        is_image = input_ids == self.image_token_id  # (B, T)
+        # The image id may lie outside the LLM's vocabulary; any word will do, since it is overwritten.
+        inputs_embeds = self.llm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # (B, T, D)
+        image_features = self.encode_images(pixel_values).to(inputs_embeds.dtype)  # (I, N, D)
+        if is_image.sum() != image_features.shape[0] * image_features.shape[1]:
+            raise ValueError(f"{is_image.sum()} image positions in input_ids, but "
+                             f"{image_features.shape[0]} images with {image_features.shape[1]} features each")
+        # Row by row, left to right, the True positions are filled from image_features in the same order.
+        # A batch without images passes through here too, with nothing to fill in: the projector is then
+        # still part of the graph and gets a zero gradient, which several processes in step rely on.
+        return inputs_embeds.masked_scatter(is_image[:, :, None], image_features)
+
+    def forward(self, input_ids, attention_mask, labels, pixel_values):
+        """The loss of every supervised token, one by one, for the caller to sum and to divide.
+
+        A mean taken here would weigh every micro-batch alike, however few words it supervises; only the
+        training loop knows how many there are in the whole effective batch.
+
+        Args:
+            input_ids, attention_mask, labels: (B, T), padded on the right. pixel_values: (I, 3, H, W).
+        Returns:
+            losses: (K,) fp32, -log p(x_t | x_<t, image) in nats, in reading order, row after row
+            (equation 3 of the paper: the sum over the answer's tokens).
+        """
+        inputs_embeds = self.embed(input_ids, pixel_values)
+        # The decoder without its head: we want logits for K positions, not for B·T.
+        hidden = self.llm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=attention_mask,
+                                        use_cache=False).last_hidden_state  # (B, T, D)
+        # Here, and only here, is the shift: position t is asked for the token at t + 1.
+        targets = labels[:, 1:]  # (B, T-1)
+        supervised = targets != IGNORE_INDEX
+        # With V = 32,000, logits for the 256 image positions that nobody reads would fill most of the memory.
+        logits = self.llm.get_output_embeddings()(hidden[:, :-1][supervised])  # (K, D) -> (K, V)
+        return F.cross_entropy(logits.float(), targets[supervised], reduction="none")
+
+    @torch.no_grad()
+    def generate(self, input_ids, attention_mask, pixel_values, end_token_ids, max_new_tokens=128,
+                 streamer=None):
+        """Greedy answers to a batch of prompts.
+
+        Args:
+            input_ids, attention_mask: (B, T), padded on the *left*: the next word is appended on the right,
+                and must follow the prompt, not padding.
+            end_token_ids: a list; a row ends at the first of these. It was trained after every answer: a
+                model that has never been shown an end goes on for ever.
+            streamer: a transformers TextStreamer, for B = 1.
+        Returns:
+            (B, <= max_new_tokens) new ids only. Given inputs_embeds instead of ids, transformers' generate()
+            has no prompt ids to return: cutting off the prompt once more would eat the answer.
+        """
+        inputs_embeds = self.embed(input_ids, pixel_values)
+        return self.llm.generate(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, max_new_tokens=max_new_tokens,
+            eos_token_id=end_token_ids, pad_token_id=end_token_ids[0], streamer=streamer,
+            do_sample=False, temperature=None, top_p=None, top_k=None)  # no leftovers of a sampling config
+
+
+def num_image_tokens(vision_config):
+    return (vision_config.image_size // vision_config.patch_size) ** 2
+
+
+# -- building, saving, loading -----------------------------------------------------------------------------
+
+
+def build(vision_tower, llm, projector, vision_layer, dtype):
+    """The pretrained parts, joined by an untrained projector.
+
+    Args:
+        vision_tower, llm: folders, or names on the hub whose files are on this machine already.
+        dtype: of the frozen weights; fp16 or bf16 on a GPU. Always said explicitly: left alone, transformers
+            loads whatever the checkpoint happens to hold.
+    Returns:
+        (model, template, image_processor): see ChatTemplate and ImageProcessor in data.py.
+    Raises:
+        UserError if a part is not on this machine, or is not what it should be.
+    """
+    vision_folder, llm_folder = find_pretrained(vision_tower), find_pretrained(llm)
+    # CLIP's repository holds its text half too. Saying that this half is expected keeps the load silent, so
+    # that any other unexpected key is still reported.
+    CLIPVisionModel._keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"projection\.", "logit_scale",
+                                                          "position_ids"]
+    clip = _from_pretrained(CLIPVisionModel, vision_folder, dtype,
+                            config=vision_config_of(vision_folder))
+    language_model = _from_pretrained(AutoModelForCausalLM, llm_folder, dtype)
+    template = ChatTemplate(llm_folder)
+    model = Llava(clip, language_model, template.image_token_id, projector, vision_layer)
+    return model.eval(), template, ImageProcessor(vision_folder)
+
+
+def vision_config_of(folder):
+    """Configuration of the vision half of a CLIP."""
+    config = AutoConfig.from_pretrained(folder)
+    if not hasattr(config, "vision_config") and config.model_type != "clip_vision_model":
+        raise UserError(f"{folder} is a '{config.model_type}' model; --vision-tower wants a CLIP model")
+    return getattr(config, "vision_config", config)
+
+
+def _from_pretrained(model_class, folder, dtype, **kwargs):
+    """from_pretrained() that refuses a checkpoint with holes: transformers fills them with random numbers."""
+    try:
+        model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: a model of another kind
+        raise UserError(f"cannot load the weights in {folder}: {str(error).splitlines()[0]}") from error
+    if info["missing_keys"]:
+        raise UserError(f"the weights in {folder} lack {len(info['missing_keys'])} tensors, for example "
+                        f"{sorted(info['missing_keys'])[0]}: fetch them again")
+    return model
+
+
+def save(model, folder, run):
+    """Writes what was trained: projector.safetensors, adapter/ (if there is one, as plain peft writes it),
+    and, last, run.json: `run`, which says what they were trained for and on."""
+    folder = Path(folder)
+    with replacing(folder / "projector.safetensors") as temporary:
+        save_file(model.projector.state_dict(), temporary)
+    if hasattr(model.llm, "peft_config"):
+        with replacing(folder / "adapter") as temporary:
+            model.llm.save_pretrained(temporary)
+    write_json(folder / "run.json", run)
+
+
+def load_projector(model, path):
+    """Loads a projector; a missing, unexpected or misshapen tensor is an error, never a warning: a projector
+    left at random gives fluent answers that have nothing to do with the image."""
+    try:
+        model.projector.load_state_dict(load_file(path), strict=True)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit this projector: {' '.join(str(error).split())}") from error
+
+
+def load_adapter(model, folder):
+    """Loads a LoRA adapter saved by save(), just as strictly (peft itself only warns about missing keys)."""
+    try:
+        config = LoraConfig.from_pretrained(folder)
+        tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"cannot read the adapter in {folder}: {error}") from error
+    config.inference_mode = True  # frozen, until a stage says otherwise
+    model.add_lora(config)
+    expected = get_peft_model_state_dict(model.llm)
+    wrong = {name for name in expected.keys() | tensors.keys()
+             if name not in expected or name not in tensors or expected[name].shape != tensors[name].shape}
+    if wrong:
+        raise UserError(f"the adapter in {folder} does not fit the LLM: {len(wrong)} tensors are missing, "
+                        f"unexpected or of another shape, for example {sorted(wrong)[0]}")
+    set_peft_model_state_dict(model.llm, tensors)
+
+
+def load(folder, run, device, dtype):
+    """What a stage saved in `folder`, ready to answer: (model, template, image_processor).
+
+    run: its run.json, which says what the parts are; nothing is guessed from names of folders.
+    """
+    model, template, image_processor = build(run["vision_tower"], run["llm"], run["projector"],
+                                             run["vision_layer"], dtype)
+    template.refuse_other(run, folder)
+    load_projector(model, folder / "projector.safetensors")
+    if run["stage"] == 2:
+        load_adapter(model, folder / "adapter")
+    return model.to(device).eval(), template, image_processor
