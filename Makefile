@@ -1,0 +1,27 @@
+# Wraps plain commands; the README shows them for systems without make.
+PYTHON ?= python3
+VENV = .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.installed
+	$(RUN) stage1_align.py
+	$(RUN) stage2_instruct.py
+	$(RUN) sanity_check.py --sample 0
+	$(RUN) sanity_check.py --eval
+
+test: $(VENV)/.installed-dev
+	$(RUN) -m pytest -q
+
+$(VENV)/.installed: requirements.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -r requirements.txt -c constraints.txt
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	$(RUN) -m pip install -q -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs toy/data
