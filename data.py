@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
@@ -54,8 +55,11 @@ class ChatTemplate:
         # because model.embed() puts an image feature in its place.
         self.tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        special_tokens = {*self.tokenizer.all_special_tokens, IMAGE_TOKEN}
-        self._special = re.compile("|".join(map(re.escape, special_tokens)))
+        special = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        self._special_ids = special.keys() - {self.image_token_id}
+        self._special = re.compile("|".join(map(re.escape, special.values())))
+        if self.tokenizer.pad_token_id is None:  # any would do: padding is masked by length, not by its id
+            self.tokenizer.pad_token = self.tokenizer.eos_token
 
         # Names the template in run.json: a model answers only in the form that it was trained in.
         self.fingerprint = hashlib.sha256(self.tokenizer.chat_template.encode()).hexdigest()[:16]
@@ -63,12 +67,13 @@ class ChatTemplate:
         # What the mask relies on, checked with the real template before anything is trained with it.
         probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}] * 2
         ids, labels = self.encode(probe, num_image_tokens=0)
-        answers = [self.encode_prompt(probe[:i], 0) for i in (1, 3)]
-        if any(ids[:len(prompt)] != prompt for prompt in answers):
+        prompts = [self.encode_prompt(probe[:i], num_image_tokens=0) for i in (1, 3)]
+        if any(ids[:len(prompt)] != prompt for prompt in prompts):
             raise UserError(f"the chat template in {llm_folder} renders a prompt differently once an answer "
                             "follows it: the model would be asked in words it was not trained on")
-        self.end_token_id = [label for label in labels if label != IGNORE_INDEX][-1]
-        if self.end_token_id not in self.tokenizer.all_special_ids:
+        supervised = [label for label in labels if label != IGNORE_INDEX]
+        self.end_token_id = supervised[-1] if supervised else None
+        if self.end_token_id not in self._special_ids or supervised.count(self.end_token_id) != 2:
             raise UserError(f"the chat template in {llm_folder} puts no end token after an answer: the model "
                             "would never learn to stop")
 
@@ -108,19 +113,24 @@ class ChatTemplate:
         Source: preprocess_v1() in the reference's train.py, which finds the answers by tokenising pieces and
         counting; where the count is off, it throws the sample away behind a warning. Offsets cannot be off.
         """
-        ids, offsets = self.tokenize(self.render(messages), num_image_tokens)
+        text = self.render(messages)
+        ids, offsets = self.tokenize(text, num_image_tokens)
         labels = [IGNORE_INDEX] * len(ids)
         t = 0
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            # The answer starts where the prompt for it ends, and ends with the end token; the newline that
-            # the template sets after it belongs to nobody.
+            # An answer starts where the prompt for it ends. What the template may set there (Mistral: a
+            # space; Qwen3, before the last answer: empty thoughts) the model has to say itself: supervised.
             start = len(self.render(messages[:i], prompt=True))
-            end = len(self.render(messages[:i + 1]).rstrip())
-            while t < len(ids) and offsets[t][0] < end:
+            find = text.rindex if i + 1 == len(messages) else text.index
+            end = find(message["content"], start) + len(message["content"])
+            # It ends with the first special token after its words. The newline behind that is nobody's.
+            ended = False
+            while t < len(ids) and not ended:
                 if offsets[t][0] >= start:
                     labels[t] = ids[t]
+                    ended = offsets[t][0] >= end and ids[t] in self._special_ids
                 t += 1
         return ids, labels
 
@@ -181,34 +191,48 @@ class ChatTemplate:
 
 
 class ImageProcessor:
-    """CLIP's preprocessing, from its preprocessor_config.json: resize the short side, crop the centre, scale.
+    """The encoder's preprocessing, from its preprocessor_config.json: resize, crop the centre, scale.
 
     Written out because it is short and because pixels must be the same on every machine: transformers picks
     another implementation where torchvision is installed. A test compares it with transformers' own.
+
+    Args:
+        image_fit: "crop": as the file says; CLIP resizes the short side and crops the centre (whatever stands
+            at the edge of a wide photo is lost), SigLIP squeezes the image into a square. "pad": first made
+            square by bars in CLIP's mean colour, as LLaVA-1.5 does (expand2square() in its mm_utils.py).
     """
 
-    def __init__(self, vision_folder):
+    def __init__(self, vision_folder, image_fit="crop"):
         path = Path(vision_folder) / "preprocessor_config.json"
         try:
             config = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path}: {error}") from error
-        size, crop = config["size"], config["crop_size"]  # an int in old files, a dict in newer ones
-        self.shortest_edge = size["shortest_edge"] if isinstance(size, dict) else size
-        self.crop_size = crop["height"] if isinstance(crop, dict) else crop
+        self.image_fit = image_fit
+        size, crop = config["size"], config.get("crop_size")  # an int in old files, a dict in newer ones
+        self.shortest_edge = size.get("shortest_edge") if isinstance(size, dict) else size
+        final = size if self.shortest_edge is None or not config.get("do_center_crop", True) else crop
+        self.size = (final["width"], final["height"]) if isinstance(final, dict) else (final, final)
         self.resample = config["resample"]
         self.mean = np.array(config["image_mean"], dtype=np.float32)
         self.std = np.array(config["image_std"], dtype=np.float32)
 
     def __call__(self, image):
-        """PIL image in RGB → pixel_values (3, crop_size, crop_size), fp32, about -2 … 2."""
-        width, height = image.size
-        short, long = min(width, height), max(width, height)
-        long = int(self.shortest_edge * long / short)
-        size = (self.shortest_edge, long) if width <= height else (long, self.shortest_edge)
-        left, top = (size[0] - self.crop_size) // 2, (size[1] - self.crop_size) // 2
-        centre = (left, top, left + self.crop_size, top + self.crop_size)
-        image = image.resize(size, self.resample).crop(centre)
+        """PIL image in RGB → pixel_values (3, height, width), fp32, about -2 … 2."""
+        if self.image_fit == "pad":
+            side = max(image.size)
+            square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in self.mean))
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            image = square
+        if self.shortest_edge is None:
+            image = image.resize(self.size, self.resample)
+        else:
+            width, height = image.size
+            long = int(self.shortest_edge * max(width, height) / min(width, height))
+            scaled = (self.shortest_edge, long) if width <= height else (long, self.shortest_edge)
+            left, top = (scaled[0] - self.size[0]) // 2, (scaled[1] - self.size[1]) // 2
+            centre = (left, top, left + self.size[0], top + self.size[1])
+            image = image.resize(scaled, self.resample).crop(centre)
         pixels = np.asarray(image, dtype=np.float32) / 255  # (H, W, 3) in 0 … 1
         pixels = (pixels - self.mean) / self.std
         return torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # (3, H, W)
@@ -229,6 +253,8 @@ class ChatDataset(Dataset):
         self.records, self.images, self.indices = records, images, indices
         self.template, self.image_processor = template, image_processor
         self.num_image_tokens, self.max_length = num_image_tokens, max_length
+        self.lengths = None  # about how many tokens each sample has: set by the check of the data
+        self.features = None  # what the encoder makes of each image, where that was kept: a FeatureCache
 
     def __len__(self):
         return len(self.indices)
@@ -244,6 +270,11 @@ class ChatDataset(Dataset):
     def pixel_values(self, record):
         image = self.image(record)
         return None if image is None else self.image_processor(image)
+
+    def visual(self, i):
+        """What the model gets of the i-th image: its pixels, or the features that were kept of it."""
+        features = None if self.features is None else self.features[i]
+        return self.pixel_values(self.record(i)) if features is None else features
 
     def messages(self, record):
         return self.template.messages(record, has_image=self.images.name_for(record) is not None)
@@ -279,10 +310,11 @@ class ChatDataset(Dataset):
         of the data has sorted out before: see loading.py.)"""
         bad = []
         for index in range(i, i + 20):
-            record = self.record(index % len(self))
+            index %= len(self)
+            record = self.record(index)
             try:
                 ids, labels = self.tokens(record)
-                return {"input_ids": ids, "labels": labels, "pixel_values": self.pixel_values(record),
+                return {"input_ids": ids, "labels": labels, "pixel_values": self.visual(index),
                         "name": str(record.get("id")), "bad": bad}
             except BadRecord as error:
                 bad.append(str(error))

@@ -18,6 +18,7 @@ Dimensions used in the comments below (real parts / toy parts in brackets where 
     V   words the LLM knows (32,000)   K   positions of the batch that carry a label
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,12 +27,15 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
 
 from data import IGNORE_INDEX, ChatTemplate, ImageProcessor
 from plumbing import UserError, find_pretrained, replacing, write_json
 
-# Attention and MLP: every linear layer of a Llama block. The embedding and the head stay as they are.
+VISION_MODELS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
+# Attention and MLP: every linear layer of a block in Llama, Qwen, Mistral and Gemma. The embedding and the
+# head stay as they are.
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -39,7 +43,7 @@ class Llava(nn.Module):
     """CLIP + projector + LLM. Everything is frozen here; a stage unfreezes what it trains.
 
     Args:
-        vision_tower: a CLIPVisionModel.
+        vision_tower: a CLIPVisionModel or a SiglipVisionModel.
         llm: any decoder-only language model of transformers.
         image_token_id: the id that marks, in `input_ids`, a position to be filled with an image feature.
         projector: "linear" (LLaVA, the paper) or "mlp" (LLaVA-1.5: two layers with a GELU between).
@@ -61,9 +65,11 @@ class Llava(nn.Module):
             raise UserError(f"--vision-layer {vision_layer}: CLIP's hidden states here are -1 (the last) to "
                             f"{-1 - vision_config.num_hidden_layers} (its embeddings)")
         del vision_tower.encoder.layers[blocks_kept:]
+        if isinstance(vision_tower, SiglipVisionModel):  # SigLIP norms and pools what leaves its last block
+            vision_tower.post_layernorm, vision_tower.head, vision_tower.use_head = nn.Identity(), None, False
         self.vision_tower = vision_tower
 
-        d_v, d = vision_config.hidden_size, llm.config.hidden_size
+        d_v, d = vision_config.hidden_size, llm.get_input_embeddings().embedding_dim
         if projector == "linear":
             self.projector = nn.Linear(d_v, d)  # H_v = W · Z_v + b, equation 1 of the paper
         else:
@@ -109,13 +115,43 @@ class Llava(nn.Module):
                 module.train(mode)
         return self
 
+    # -- memory and speed: neither changes what is computed ------------------------------------------------
+
+    def checkpoint_activations(self):
+        """Less memory for more time: of each block of the LLM only the input is kept for the backward pass,
+        and the block is computed again when the gradient reaches it (Chen et al., arXiv:1604.06174).
+
+        transformers has a switch for it that works in train mode only; here the blocks are frozen, and in
+        eval mode. use_reentrant=False is the variant that asks for no gradient in the block's input.
+        """
+        for layer in self.llm.get_decoder().layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+    def compile_blocks(self):
+        """torch.compile, block by block: all blocks of the LLM have one code, so it is compiled once for all.
+        Whole, the model would break into pieces at the boolean indexing of forward(), whose result has a
+        size that depends on the data. dynamic: batches are of many lengths."""
+        for layer in self.llm.get_decoder().layers:
+            layer.compile(dynamic=True, fullgraph=True)
+        for layer in self.vision_tower.encoder.layers:
+            layer.compile(dynamic=True, fullgraph=True)
+
     # -- forward -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()  # nothing in CLIP is trained: keep none of its activations
+    def clip_features(self, pixel_values):
+        """Z_v, (I, N, D_v), of pixel_values (I, 3, image_size, image_size)."""
+        hidden = self.vision_tower(pixel_values.to(self.vision_tower.dtype)).last_hidden_state
+        # (I, 1 + N, D_v) -> (I, N, D_v): CLIP's class token comes first, and has no place in the image.
+        # SigLIP has none: whoever drops "the first" there loses the top left corner.
+        return hidden[:, -self.num_image_tokens:]
 
     def encode_images(self, pixel_values):
         """Image features in the LLM's space.
 
         Args:
-            pixel_values: (I, 3, image_size, image_size), as ImageProcessor makes them. I may be 0.
+            pixel_values: (I, 3, image_size, image_size), as ImageProcessor makes them; I may be 0. Or what
+                clip_features() made of them, (I, N, D_v), if that was kept (--cache-features).
         Returns:
             image_features: (I, N, D). Source: encode_images() in the reference's llava_arch.py.
         """
@@ -123,9 +159,7 @@ class Llava(nn.Module):
             z_v = torch.empty(0, self.num_image_tokens, self.vision_tower.config.hidden_size,
                               device=pixel_values.device)
         else:
-            with torch.no_grad():  # nothing in CLIP is trained: keep none of its activations
-                hidden = self.vision_tower(pixel_values.to(self.vision_tower.dtype)).last_hidden_state
-            z_v = hidden[:, 1:]  # (I, 1 + N, D_v) -> (I, N, D_v): the class token has no place in the image
+            z_v = pixel_values if pixel_values.dim() == 3 else self.clip_features(pixel_values)
         # The projector is trained, so it stays in fp32 and must be given fp32 (autocast lowers it again).
         return self.projector(z_v.to(torch.float32))  # H_v = W · Z_v + b          (I, N, D)
 
@@ -149,30 +183,39 @@ class Llava(nn.Module):
         # still part of the graph and gets a zero gradient, which several processes in step rely on.
         return inputs_embeds.masked_scatter(is_image[:, :, None], image_features)
 
-    def forward(self, input_ids, attention_mask, labels, pixel_values):
+    def forward(self, input_ids, labels, pixel_values, attention_mask=None):
         """The loss of every supervised token, one by one, for the caller to sum and to divide.
 
         A mean taken here would weigh every micro-batch alike, however few words it supervises; only the
         training loop knows how many there are in the whole effective batch.
 
         Args:
-            input_ids, attention_mask, labels: (B, T), padded on the right. pixel_values: (I, 3, H, W).
+            input_ids, labels: (B, T), padded on the right. pixel_values: see encode_images().
+            attention_mask: (B, T), not needed; collate() makes it for generate().
         Returns:
             losses: (K,) fp32, -log p(x_t | x_<t, image) in nats, in reading order, row after row
             (equation 3 of the paper: the sum over the answer's tokens).
         """
         inputs_embeds = self.embed(input_ids, pixel_values)
-        # The decoder without its head: we want logits for K positions, not for B·T.
-        hidden = self.llm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=attention_mask,
+        # The decoder without its head: we want logits for K positions, not for B·T. And without a mask: the
+        # padding is on the right, and in a causal model no word looks to the right, so none sees any of it.
+        # (What the padding itself computes, nobody reads.) Told of no mask, attention takes its fast causal
+        # kernel, which skips the upper half of the T×T scores and keeps none of them. In generate() below,
+        # where padding is on the left, the mask is a must.
+        hidden = self.llm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=None,
                                         use_cache=False).last_hidden_state  # (B, T, D)
         # Here, and only here, is the shift: position t is asked for the token at t + 1.
         targets = labels[:, 1:]  # (B, T-1)
         supervised = targets != IGNORE_INDEX
         # With V = 32,000, logits for the 256 image positions that nobody reads would fill most of the memory.
         logits = self.llm.get_output_embeddings()(hidden[:, :-1][supervised])  # (K, D) -> (K, V)
+        cap = getattr(self.llm.config.get_text_config(), "final_logit_softcapping", None)
+        if cap:  # Gemma 2 has this after its head
+            logits = cap * torch.tanh(logits / cap)
         return F.cross_entropy(logits.float(), targets[supervised], reduction="none")
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # compiled blocks are made for training: here T grows by one
     def generate(self, input_ids, attention_mask, pixel_values, end_token_ids, max_new_tokens=128,
                  streamer=None):
         """Greedy answers to a batch of prompts.
@@ -201,37 +244,45 @@ def num_image_tokens(vision_config):
 # -- building, saving, loading -----------------------------------------------------------------------------
 
 
-def build(vision_tower, llm, projector, vision_layer, dtype):
+def build(vision_tower, llm, projector, vision_layer, dtype, image_fit="crop"):
     """The pretrained parts, joined by an untrained projector.
 
     Args:
         vision_tower, llm: folders, or names on the hub whose files are on this machine already.
         dtype: of the frozen weights; fp16 or bf16 on a GPU. Always said explicitly: left alone, transformers
             loads whatever the checkpoint happens to hold.
+        image_fit: see ImageProcessor.
     Returns:
         (model, template, image_processor): see ChatTemplate and ImageProcessor in data.py.
     Raises:
         UserError if a part is not on this machine, or is not what it should be.
     """
     vision_folder, llm_folder = find_pretrained(vision_tower), find_pretrained(llm)
+    vision_config = vision_config_of(vision_folder)
+    vision_class = VISION_MODELS[vision_config.model_type]
     # CLIP's repository holds its text half too. Saying that this half is expected keeps the load silent, so
     # that any other unexpected key is still reported.
-    CLIPVisionModel._keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"projection\.", "logit_scale",
-                                                          "position_ids"]
-    clip = _from_pretrained(CLIPVisionModel, vision_folder, dtype,
-                            config=vision_config_of(vision_folder))
+    vision_class._keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"projection\.", "logit_scale",
+                                                       "logit_bias", "position_ids"]
+    clip = _from_pretrained(vision_class, vision_folder, dtype, config=vision_config)
+    image_processor = ImageProcessor(vision_folder, image_fit)
+    if image_processor.size != (vision_config.image_size,) * 2:
+        raise UserError(f"{vision_folder}: its preprocessor_config.json makes images of "
+                        f"{image_processor.size}, and the encoder wants {vision_config.image_size} × "
+                        f"{vision_config.image_size}")
     language_model = _from_pretrained(AutoModelForCausalLM, llm_folder, dtype)
     template = ChatTemplate(llm_folder)
     model = Llava(clip, language_model, template.image_token_id, projector, vision_layer)
-    return model.eval(), template, ImageProcessor(vision_folder)
+    return model.eval(), template, image_processor
 
 
 def vision_config_of(folder):
-    """Configuration of the vision half of a CLIP."""
+    """Configuration of the vision half of a CLIP or SigLIP."""
     config = AutoConfig.from_pretrained(folder)
-    if not hasattr(config, "vision_config") and config.model_type != "clip_vision_model":
-        raise UserError(f"{folder} is a '{config.model_type}' model; --vision-tower wants a CLIP model")
-    return getattr(config, "vision_config", config)
+    config = getattr(config, "vision_config", config)
+    if config.model_type not in VISION_MODELS:
+        raise UserError(f"{folder} is a '{config.model_type}' model; --vision-tower wants CLIP or SigLIP")
+    return config
 
 
 def _from_pretrained(model_class, folder, dtype, **kwargs):
@@ -291,9 +342,12 @@ def load(folder, run, device, dtype):
     run: its run.json, which says what the parts are; nothing is guessed from names of folders.
     """
     model, template, image_processor = build(run["vision_tower"], run["llm"], run["projector"],
-                                             run["vision_layer"], dtype)
+                                             run["vision_layer"], dtype, run["image_fit"])
     template.refuse_other(run, folder)
     load_projector(model, folder / "projector.safetensors")
     if run["stage"] == 2:
         load_adapter(model, folder / "adapter")
+        # W + (alpha / r)·B·A is a matrix like any other: added up once (in fp32, by peft, and only then
+        # rounded to W's type), the adapter costs nothing in the answers.
+        model.llm = model.llm.merge_and_unload(safe_merge=True)
     return model.to(device).eval(), template, image_processor

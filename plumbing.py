@@ -82,11 +82,13 @@ def _number(kind, least):
 COUNT, POSITIVE, REAL = _number(int, 0), _number(int, 1), _number(float, 0.0)
 
 FLAGS = {  # name: (type or choices, help)
-    "vision_tower": (str, "CLIP: a folder, or a name on the hub whose files are on this machine"),
+    "vision_tower": (str, "CLIP or SigLIP: a folder, or a name on the hub whose files are on this machine"),
     "vision_layer": (int, "which of CLIP's hidden states to read, counted from the end"),
+    "image_fit": (("crop", "pad"), "crop: as the encoder's own preprocessing; pad: to a square, LLaVA-1.5's"),
     "llm": (str, "the chat language model: a folder, or a name on the hub"),
     "projector": (("linear", "mlp"), "linear: the paper's; mlp: LLaVA-1.5's two layers"),
     "data": (str, "JSON file of records"),
+    "cache_features": (str, "folder for the encoder's features: images seen more than once are encoded once"),
     "images": (str, "folder or .zip that the records' images are in"),
     "heldout_data": (str, "JSON file to measure on; without one, --held-out records of --data are kept back"),
     "heldout_images": (str, "folder or .zip of the images of --heldout-data"),
@@ -120,6 +122,8 @@ SWITCHES = {
     "resume": "go on with the unfinished run in the folder, from its newest checkpoint",
     "restart": "throw the run in the folder away, and start anew",
     "check_data": "check the data, and do no more",
+    "activation_checkpointing": "keep less for the backward pass, and compute it again: slower, less memory",
+    "compile": "torch.compile the blocks of encoder and LLM: a slow start, then faster steps",
 }
 
 
@@ -427,7 +431,7 @@ def write_json(path, value):
 
 
 # What a projector or an adapter is made for, and useless without.
-PARTS = ("vision_tower", "vision_layer", "llm", "projector")
+PARTS = ("vision_tower", "vision_layer", "image_fit", "llm", "projector")
 
 
 def read_run(folder, script, settings):

@@ -30,8 +30,8 @@ from plumbing import PARTS, SWITCHES, UserError, make_folder, refuse_other_parts
 
 # Settings that may differ between a run and its continuation: they change nothing that is computed. Nor does
 # the way in which an effective batch is cut into micro-batches.
-MAY_CHANGE = {"run", "device", "workers", "eval_every", "log_every", "save_every", "batch_size", "grad_accum",
-              "allow_bad", *SWITCHES}
+MAY_CHANGE = {"run", "device", "cache_features", "workers", "eval_every", "log_every", "save_every",
+              "batch_size", "grad_accum", "allow_bad", *SWITCHES}
 
 
 class Run:
@@ -117,7 +117,7 @@ class Run:
     def open_log(self, total_steps, num_samples):
         self.total_steps, self.num_samples = total_steps, num_samples
         self.log = Log(self.folder / "metrics.jsonl" if self.processes.rank == 0 else os.devnull, self.step,
-                       self.samples, total_steps, quiet=self.processes.rank > 0)
+                       total_steps, quiet=self.processes.rank > 0)
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
@@ -205,8 +205,10 @@ class Run:
         self.step += 1
         self.samples += window.size
         self._count_bad(window)
+        self.log.count(window)
         if self.step % self.settings.log_every == 0 or self.step == self.total_steps:
-            self.log.step(self.step, self.samples, **{name: float(value) for name, value in metrics.items()})
+            self.log.step(self.step, self.samples, padding=window.padding,
+                          **{name: float(value) for name, value in metrics.items()})
         self.log.bar.update()
 
     def save_if_due(self):
@@ -281,20 +283,28 @@ def _read_json(path):
 class Log:
     """The progress bar (loss, learning rate, samples/s, time left), and metrics.jsonl: one object a line."""
 
-    def __init__(self, path, step, samples, total_steps, quiet):
+    def __init__(self, path, step, total_steps, quiet):
         self.file = open(path, "a", encoding="utf-8")
         # Into a file or a pipe the bar would print thousands of lines: a few will do.
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=quiet,
                         mininterval=0.2 if sys.stderr.isatty() else 15)
-        self.started = self.last_time = time.time()
-        self.last_samples = samples
+        self.started = time.time()
+        self._begin_interval()
+
+    def _begin_interval(self):
+        """What is measured from one line to the next, looks at the held-out records aside."""
+        self.began, self.samples, self.waited = time.time(), 0, 0.0
+
+    def count(self, window):
+        self.samples += window.size
+        self.waited += window.waited
 
     def step(self, step, samples, **values):
         """A line about the training; `samples` is how many were seen so far."""
-        now = time.time()
-        rate = (samples - self.last_samples) / (now - self.last_time)
-        self.last_time, self.last_samples = now, samples
-        self._write(step=step, samples=samples, **values, samples_per_s=rate)
+        seconds = time.time() - self.began
+        rate = self.samples / seconds
+        self._write(step=step, samples=samples, **values, samples_per_s=rate, waiting=self.waited / seconds)
+        self._begin_interval()
         self.bar.set_postfix_str(f"loss {values['loss']:.3f}, lr {values['lr']:.1e}, {rate:.1f} samples/s",
                                  refresh=False)
 
@@ -303,7 +313,7 @@ class Log:
         self._write(step=step, **{f"heldout_{name}": value for name, value in measured.items()},
                     generated=generated)
         tqdm.write(f"step {step}: {plumbing.outcome(measured)}\n    says:  {generated}\n    truth: {truth}")
-        self.last_time = time.time()  # looking is not training: leave it out of samples/s
+        self._begin_interval()
 
     def flush(self):
         self.file.flush()

@@ -17,7 +17,7 @@ import torch
 import plumbing
 from data import IGNORE_INDEX
 from evaluate import answer, grounding, held_out_batches
-from loading import Windows, check_data, keep_usable, open_datasets
+from loading import FeatureCache, Windows, check_data, keep_usable, open_datasets
 from model import build
 from runs import Run
 
@@ -27,10 +27,12 @@ PRESETS = {
     "toy": dict(
         run="runs/toy",
         # parts
-        vision_tower="toy/clip-vit", llm="toy/llama-chat", projector="linear", vision_layer=-2,
+        vision_tower="toy/clip-vit", vision_layer=-2, image_fit="crop", llm="toy/llama-chat",
+        projector="linear",
         # data
         data="toy/data/chat.json", images="toy/data/images.zip",
         heldout_data="toy/data/heldout_chat.json", heldout_images="toy/data/heldout.zip", held_out=240,
+        cache_features=None,
         limit=0, max_length=256, allow_bad=0.01, workers=0,
         # optimisation
         lr=1e-2, batch_size=32, grad_accum=1, epochs=2, max_steps=None, warmup=0.03, clip=1.0,
@@ -39,10 +41,10 @@ PRESETS = {
     ),
     "tinyllama": dict(
         run="runs/tinyllama",
-        vision_tower="openai/clip-vit-large-patch14", llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-        projector="linear", vision_layer=-2,
+        vision_tower="openai/clip-vit-large-patch14", vision_layer=-2, image_fit="crop",
+        llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0", projector="linear",
         data="data/LLaVA-CC3M-Pretrain-595K/chat.json", images="data/LLaVA-CC3M-Pretrain-595K/images.zip",
-        heldout_data=None, heldout_images=None, held_out=256,
+        heldout_data=None, heldout_images=None, held_out=256, cache_features=None,
         limit=0, max_length=2048, allow_bad=0.01, workers=2,
         # The reference: lr 2e-3, global batch 128, one epoch, cosine, 3% warm-up, no weight decay.
         lr=2e-3, batch_size=16, grad_accum=8, epochs=1, max_steps=None, warmup=0.03, clip=1.0,
@@ -67,10 +69,14 @@ def main():
 
     # Frozen weights in `dtype`: half the memory on a GPU, and they need no more, for no step changes them.
     model, template, image_processor = build(args.vision_tower, args.llm, args.projector, args.vision_layer,
-                                             dtype)
+                                             dtype, args.image_fit)
     model.to(device)
     # What is trained stays in fp32: lr · gradient is often smaller than half precision can add to a weight.
     model.projector.requires_grad_(True)
+    if args.activation_checkpointing:
+        model.checkpoint_activations()
+    if args.compile:
+        model.compile_blocks()
     plumbing.print_parameters(model)
 
     # -- 3. data -------------------------------------------------------------------------------------------
@@ -78,6 +84,8 @@ def main():
     dataset, held_out = open_datasets(args, template, image_processor, model.num_image_tokens)
     keep_usable(dataset, args.allow_bad)
     keep_usable(held_out, args.allow_bad)
+    if args.cache_features:
+        dataset.features = FeatureCache(args.cache_features, dataset, model, args, processes)
     plumbing.print_sample(dataset[0], template)
     pad_token_id = template.tokenizer.pad_token_id
     held_batches = held_out_batches(held_out, pad_token_id, args.batch_size)
@@ -85,7 +93,7 @@ def main():
     # -- 4. optimizer --------------------------------------------------------------------------------------
 
     trained = list(model.trainable().values())
-    optimizer = torch.optim.AdamW([{"params": trained, "peak_lr": args.lr}], weight_decay=0.0)
+    optimizer = torch.optim.AdamW([{"params": trained, "peak_lr": args.lr}], weight_decay=0.0, fused=True)
     # fp16 reaches down to 6e-8: most gradients would round to zero. The scaler multiplies the loss, and with
     # it every gradient, by a large number, and divides it out again before the step. bf16 has fp32's range
     # and fp32 needs no help: there the scaler is switched off, and the calls below do nothing.

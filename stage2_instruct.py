@@ -30,7 +30,8 @@ PRESETS = {
     "toy": dict(
         run="runs/toy",
         # parts
-        vision_tower="toy/clip-vit", llm="toy/llama-chat", projector="linear", vision_layer=-2,
+        vision_tower="toy/clip-vit", vision_layer=-2, image_fit="crop", llm="toy/llama-chat",
+        projector="linear",
         # data
         data="toy/data/instruct.json", images="toy/data/images",
         heldout_data="toy/data/heldout_instruct.json", heldout_images="toy/data/heldout.zip", held_out=240,
@@ -43,8 +44,8 @@ PRESETS = {
     ),
     "tinyllama": dict(
         run="runs/tinyllama",
-        vision_tower="openai/clip-vit-large-patch14", llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-        projector="linear", vision_layer=-2,
+        vision_tower="openai/clip-vit-large-patch14", vision_layer=-2, image_fit="crop",
+        llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0", projector="linear",
         data="data/LLaVA-Instruct-150K/llava_instruct_150k.json", images="data/coco/train2017.zip",
         heldout_data=None, heldout_images=None, held_out=256,
         limit=0, max_length=2048, allow_bad=0.01, workers=2,
@@ -76,7 +77,7 @@ def main():
 
     # Frozen weights in `dtype`: half the memory on a GPU, and they need no more, for no step changes them.
     model, template, image_processor = build(args.vision_tower, args.llm, args.projector, args.vision_layer,
-                                             dtype)
+                                             dtype, args.image_fit)
     template.refuse_other(stage1_run, stage1)
     load_projector(model, stage1 / "projector.safetensors")
     model.add_lora(LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
@@ -84,6 +85,10 @@ def main():
     model.to(device)
     # What is trained stays in fp32: lr · gradient is often smaller than half precision can add to a weight.
     model.projector.requires_grad_(True)
+    if args.activation_checkpointing:
+        model.checkpoint_activations()
+    if args.compile:
+        model.compile_blocks()
     plumbing.print_parameters(model)
 
     # -- 3. data -------------------------------------------------------------------------------------------
@@ -100,7 +105,7 @@ def main():
     trained = list(model.trainable().values())
     adapter = [parameter for name, parameter in model.trainable().items() if "lora_" in name]
     optimizer = torch.optim.AdamW([{"params": model.projector.parameters(), "peak_lr": args.projector_lr},
-                                   {"params": adapter, "peak_lr": args.lr}], weight_decay=0.0)
+                                   {"params": adapter, "peak_lr": args.lr}], weight_decay=0.0, fused=True)
     # fp16 reaches down to 6e-8: most gradients would round to zero. The scaler multiplies the loss, and with
     # it every gradient, by a large number, and divides it out again before the step. bf16 has fp32's range
     # and fp32 needs no help: there the scaler is switched off, and the calls below do nothing.

@@ -39,7 +39,7 @@ def _child(script, arguments, output, environment, plain_sgd):
     os.environ.update(environment)
     torch.set_num_threads(1)
     if plain_sgd:  # with lr 1, what a step subtracts from a weight is its gradient
-        torch.optim.AdamW = lambda groups, weight_decay: torch.optim.SGD(groups, lr=1.0)
+        torch.optim.AdamW = lambda groups, **_: torch.optim.SGD(groups, lr=1.0)
     sys.argv = [f"{script}.py", *arguments]
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -87,4 +87,5 @@ def metrics(folder):
     for line in lines:
         line.pop("seconds")
         line.pop("samples_per_s", None)
+        line.pop("waiting", None)
     return lines

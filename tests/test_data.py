@@ -608,8 +608,9 @@ def test_a_forked_worker_does_not_move_the_handle_of_its_parent(tmp_path):
 class Numbers:
     """A dataset whose i-th sample is recognised by its id and its name."""
 
-    def __init__(self, length):
+    def __init__(self, length, lengths=None):
         self.length = length
+        self.lengths = np.zeros(length) if lengths is None else np.array(lengths)
 
     def __len__(self):
         return self.length
@@ -618,12 +619,12 @@ class Numbers:
         return {"input_ids": [i], "labels": [i], "pixel_values": None, "name": str(i), "bad": []}
 
 
-def windows_of(length, world=1, rank=0, samples_done=0, steps_done=0, **changes):
+def windows_of(length, world=1, rank=0, samples_done=0, steps_done=0, lengths=None, **changes):
     """The windows as lists of micro-batches of sample numbers."""
     values = dict(batch_size=2, grad_accum=3, epochs=2, max_steps=None, seed=0, workers=0)
     processes = Namespace(world=world, rank=rank, device=torch.device("cpu"))
     windows = Windows(
-        Numbers(length), Namespace(**{**values, **changes}), 2, processes, samples_done, steps_done
+        Numbers(length, lengths), Namespace(**{**values, **changes}), 2, processes, samples_done, steps_done
     )
     taken = [[batch["input_ids"].flatten().tolist() for batch in window.batches] for window in windows]
     assert windows.total_steps == steps_done + len(taken)
@@ -661,6 +662,15 @@ def test_processes_share_a_window_without_overlap():
     assert [sorted(flat([window])) for window in alone] == [
         sorted(flat([one, other])) for one, other in zip(*shares, strict=True)
     ]
+
+
+def test_micro_batches_hold_samples_of_like_length_and_windows_the_samples_that_they_held_anyway():
+    lengths = np.random.default_rng(3).integers(1, 700, 20)
+    windows, unsorted = windows_of(20, lengths=lengths), windows_of(20)
+    assert [sorted(flat([window])) for window in windows] == [sorted(flat([window])) for window in unsorted]
+    for window in windows:
+        assert np.all(np.diff(lengths[flat([window])]) <= 0)  # the longest first
+    assert windows[0] != unsorted[0]
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_steps": 7}])

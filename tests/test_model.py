@@ -278,6 +278,7 @@ def saved(tiny, parts, tmp_path):
             "stage": stage,
             "vision_tower": str(parts.clip),
             "vision_layer": -2,
+            "image_fit": "crop",
             "llm": str(parts.llm),
             "projector": projector,
             "template": template.fingerprint,
@@ -293,8 +294,11 @@ def test_a_loaded_model_is_the_saved_one(saved, batch, projector, stage):
     model, folder, run = saved(projector, stage)
     torch.manual_seed(99)  # another projector and another A than those that were saved
     loaded, _, _ = load(folder, run, torch.device("cpu"), torch.float32)
+    tolerance = 0 if stage == 1 else 1e-4  # the adapter is added to the weights, in another order of sums
     with torch.no_grad():
-        torch.testing.assert_close(logits_of(loaded, batch), logits_of(model, batch), atol=0, rtol=0)
+        torch.testing.assert_close(
+            logits_of(loaded, batch), logits_of(model, batch), atol=tolerance, rtol=tolerance
+        )
 
 
 def test_the_adapter_loads_with_plain_peft(saved, parts, template):
