@@ -66,7 +66,10 @@ class ChatTemplate:
 
         # What the mask relies on, checked with the real template before anything is trained with it.
         probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}] * 2
-        ids, labels = self.encode(probe, num_image_tokens=0)
+        try:
+            ids, labels = self.encode(probe, num_image_tokens=0)
+        except ValueError as error:
+            raise UserError(f"the chat template in {llm_folder} cannot be used: {error}") from error
         prompts = [self.encode_prompt(probe[:i], num_image_tokens=0) for i in (1, 3)]
         if any(ids[:len(prompt)] != prompt for prompt in prompts):
             raise UserError(f"the chat template in {llm_folder} renders a prompt differently once an answer "
@@ -109,6 +112,7 @@ class ChatTemplate:
         """A whole conversation → (ids, labels), two lists of one length.
 
         labels[t] == ids[t] on every answer and on the end token after it, in every turn; -100 elsewhere.
+        Raises ValueError if the template changes an answer's words, so that they cannot be found.
         The end token is an answer's last word: a model that is never shown it does not learn to stop.
         Source: preprocess_v1() in the reference's train.py, which finds the answers by tokenising pieces and
         counting; where the count is off, it throws the sample away behind a warning. Offsets cannot be off.
@@ -123,8 +127,10 @@ class ChatTemplate:
             # An answer starts where the prompt for it ends. What the template may set there (Mistral: a
             # space; Qwen3, before the last answer: empty thoughts) the model has to say itself: supervised.
             start = len(self.render(messages[:i], prompt=True))
-            find = text.rindex if i + 1 == len(messages) else text.index
-            end = find(message["content"], start) + len(message["content"])
+            find = text.rfind if i + 1 == len(messages) else text.find
+            if (begin := find(message["content"], start)) < 0:
+                raise ValueError(f"the template rewrites the answer '{message['content'][:60]}'")
+            end = begin + len(message["content"])
             # It ends with the first special token after its words. The newline behind that is nobody's.
             ended = False
             while t < len(ids) and not ended:
@@ -282,7 +288,10 @@ class ChatDataset(Dataset):
     def tokens(self, record):
         """(input_ids, labels) of a record, cut to max_length. Raises BadRecord if nothing is left to
         learn."""
-        ids, labels = self.template.encode(self.messages(record), self.num_image_tokens)
+        try:
+            ids, labels = self.template.encode(self.messages(record), self.num_image_tokens)
+        except ValueError as error:
+            raise BadRecord(record, "an answer that the chat template rewrites", str(error)) from error
         if len(ids) > self.max_length:
             has_image = self.template.image_token_id in ids
             ids, labels = drop_last_turns(ids, labels, self.max_length)

@@ -69,8 +69,8 @@ def check(dataset):
             # A token is at least a byte long, so most records are seen to fit without being tokenised.
             size = sum(len(m["content"].encode()) + overhead for m in messages)
             if size > room:
-                whole = template.encode(messages, dataset.num_image_tokens)[0]
-                cut += len(dataset.tokens(record)[0]) < len(whole)
+                kept = dataset.tokens(record)[0]
+                cut += len(kept) < len(template.encode(messages, dataset.num_image_tokens)[0])
             usable.append(i)
             lengths.append((name is not None) * dataset.num_image_tokens + size // 4)  # English: 4 a token
         except BadRecord as error:
