@@ -1,6 +1,7 @@
 """The README's table: what the toy world's two stages reach on three seeds, and what chance looks like.
 
     python bench/toy_table.py              about 20 minutes on 2 cores; --seeds 0 for one seed
+    python bench/toy_table.py --precision fp16 --seeds 0 --no-controls     slow on a CPU: half an hour
 
 Trains both stages for each seed and evaluates after each. Then the controls, which must fail: a projector
 that was never trained, and one trained on captions whose images were shuffled. The runs go to runs/table/.
@@ -41,8 +42,8 @@ def run(script, *arguments):
         sys.exit(f"{script} {' '.join(map(str, arguments))}: {done.stderr[-2000:]}")
 
 
-def row(name, folder, stage):
-    run("sanity_check.py", "--run", folder, "--stage", stage, "--eval")
+def row(name, folder, stage, precision="fp32"):
+    run("sanity_check.py", "--run", folder, "--stage", stage, "--eval", "--precision", precision)
     result = json.loads((folder / "eval.json").read_text())
     os.replace(folder / "eval.json", folder / f"eval{stage}.json")
     cells = [f"{result[column]:.3f}" if column in result else "–" for column in COLUMNS]
@@ -57,17 +58,18 @@ def main():
     )
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--no-controls", action="store_true")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     args = parser.parse_args()
     table = ROOT / "runs" / "table"
     print(
         "| after | " + " | ".join([*COLUMNS, "worst kind"]) + " |\n|" + "--|" * (len(COLUMNS) + 2), flush=True
     )
     for seed in args.seeds:
-        folder = table / f"seed{seed}"
-        run("stage1_align.py", "--run", folder, "--seed", seed, "--restart")
-        row(f"stage 1, seed {seed}", folder, 1)
-        run("stage2_instruct.py", "--run", folder, "--seed", seed, "--restart")
-        row(f"stage 2, seed {seed}", folder, 2)
+        name = f"seed {seed}" + (f", {args.precision}" if args.precision != "fp32" else "")
+        folder = table / name.replace(", ", "-").replace(" ", "")
+        for stage, script in ((1, "stage1_align.py"), (2, "stage2_instruct.py")):
+            run(script, "--run", folder, "--seed", seed, "--precision", args.precision, "--restart")
+            row(f"stage {stage}, {name}", folder, stage, args.precision)
     if args.no_controls:
         return
 
