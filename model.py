@@ -131,10 +131,8 @@ class Llava(nn.Module):
         """torch.compile, block by block: all blocks of the LLM have one code, so it is compiled once for all.
         Whole, the model would break into pieces at the boolean indexing of forward(), whose result has a
         size that depends on the data. dynamic: batches are of many lengths."""
-        for layer in self.llm.get_decoder().layers:
-            layer.compile(dynamic=True, fullgraph=True)
-        for layer in self.vision_tower.encoder.layers:
-            layer.compile(dynamic=True, fullgraph=True)
+        for layer in [*self.vision_tower.encoder.layers, *self.llm.get_decoder().layers]:
+            layer.forward = torch.compile(layer.forward, dynamic=True, fullgraph=True)
 
     # -- forward -------------------------------------------------------------------------------------------
 

@@ -85,10 +85,10 @@ def main():
     model.to(device)
     # What is trained stays in fp32: lr · gradient is often smaller than half precision can add to a weight.
     model.projector.requires_grad_(True)
-    if args.activation_checkpointing:
-        model.checkpoint_activations()
     if args.compile:
         model.compile_blocks()
+    if args.activation_checkpointing:  # around the compiled blocks, not inside
+        model.checkpoint_activations()
     plumbing.print_parameters(model)
 
     # -- 3. data -------------------------------------------------------------------------------------------

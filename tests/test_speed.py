@@ -92,10 +92,13 @@ def test_logits_at_labels_alone_change_no_gradient(step):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_blocks_change_no_gradient_and_have_no_graph_break(step):
+def test_compiled_blocks_change_no_gradient_and_have_no_graph_break_also_when_checkpointed(step):
+    def both(model, batch):
+        model.compile_blocks()  # with fullgraph=True, which makes a graph break an error
+        model.checkpoint_activations()
+
     torch._dynamo.reset()
-    # fullgraph=True, in compile_blocks(), makes a graph break an error.
-    assert_same(step(lambda model, batch: model.compile_blocks()), step())
+    assert_same(step(both), step())
 
 
 # -- features kept on disk ---------------------------------------------------------------------------------
