@@ -123,6 +123,7 @@ SWITCHES = {
     "restart": "throw the run in the folder away, and start anew",
     "check_data": "check the data, and do no more",
     "activation_checkpointing": "keep less for the backward pass, and compute it again: slower, less memory",
+    "tensorboard": "write metrics for TensorBoard too, into <run>/stage<N>/tensorboard/",
     "compile": "torch.compile the blocks of encoder and LLM: a slow start, then faster steps",
 }
 

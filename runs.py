@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import plumbing
 from model import save
+from pictures import draw_curves
 from plumbing import PARTS, SWITCHES, UserError, make_folder, refuse_other_parts, replacing
 
 # Settings that may differ between a run and its continuation: they change nothing that is computed. Nor does
@@ -45,6 +46,8 @@ class Run:
     def __init__(self, settings, stage, processes):
         """Refuses, before any work is done, a folder that the run could not be written to or would spoil."""
         self.settings, self.stage, self.processes = settings, stage, processes
+        if settings.tensorboard:
+            summary_writer()  # not installed: better said now
         self.folder = make_folder(Path(settings.run) / f"stage{stage}")
         self.step = self.samples = 0
         self.before = None  # what grounding() measured before the first step
@@ -118,6 +121,10 @@ class Run:
         self.total_steps, self.num_samples = total_steps, num_samples
         self.log = Log(self.folder / "metrics.jsonl" if self.processes.rank == 0 else os.devnull, self.step,
                        total_steps, quiet=self.processes.rank > 0)
+        if self.settings.tensorboard and self.processes.rank == 0:
+            # What an earlier start has written of steps that will now be taken again is hidden.
+            from_here = self.step and self.step + 1
+            self.log.board = summary_writer()(self.folder / "tensorboard", purge_step=from_here)
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
@@ -250,6 +257,7 @@ class Run:
                 "steps": self.step, "held_out": held_out, "bad_images": len(self.bad), "settings": values,
                 "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})
             discard_checkpoints(self.folder)
+            print(draw_curves(self.settings.run))
         if self.bad:
             print(f"{len(self.bad)} images could not be decoded; the records after them took their place: "
                   f"see {self.folder / 'bad_images.txt'}")
@@ -280,6 +288,16 @@ def _read_json(path):
         raise UserError(f"cannot read {path}: {error}") from error
 
 
+def summary_writer():
+    """TensorBoard's writer; only --tensorboard needs it."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard"
+                        ) from error
+    return SummaryWriter
+
+
 class Log:
     """The progress bar (loss, learning rate, samples/s, time left), and metrics.jsonl: one object a line."""
 
@@ -288,6 +306,7 @@ class Log:
         # Into a file or a pipe the bar would print thousands of lines: a few will do.
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=quiet,
                         mininterval=0.2 if sys.stderr.isatty() else 15)
+        self.board = None  # TensorBoard's writer, if asked for
         self.started = time.time()
         self._begin_interval()
 
@@ -322,7 +341,13 @@ class Log:
     def _write(self, **values):
         self.file.write(json.dumps({**values, "seconds": round(time.time() - self.started, 2)}) + "\n")
         self.file.flush()
+        if self.board:
+            for name, value in values.items():
+                if name not in ("step", "generated"):
+                    self.board.add_scalar(name, value, values["step"])
 
     def close(self):
         self.bar.close()
         self.file.close()
+        if self.board:
+            self.board.close()
