@@ -20,13 +20,9 @@ There is nothing to run in this file; `python sanity_check.py --show-mask 0` pri
 """
 
 import hashlib
-import json
 import re
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
@@ -63,7 +59,6 @@ class ChatTemplate:
 
         # Names the template in run.json: a model answers only in the form that it was trained in.
         self.fingerprint = hashlib.sha256(self.tokenizer.chat_template.encode()).hexdigest()[:16]
-
         # What the mask relies on, checked with the real template before anything is trained with it.
         probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}] * 2
         try:
@@ -79,12 +74,6 @@ class ChatTemplate:
         if self.end_token_id not in self._special_ids or supervised.count(self.end_token_id) != 2:
             raise UserError(f"the chat template in {llm_folder} puts no end token after an answer: the model "
                             "would never learn to stop")
-
-    def refuse_other(self, run, folder):
-        """Raises UserError if what is in `folder`, with `run` for its run.json, was trained with another."""
-        if run["template"] != self.fingerprint:
-            raise UserError(f"{folder} was trained with another chat template than the one that "
-                            f"{self.tokenizer.name_or_path} has now: put that back, or train anew")
 
     def render(self, messages, prompt=False):
         """messages → text. With prompt=True it ends where the assistant is to begin."""
@@ -193,57 +182,6 @@ class ChatTemplate:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-# -- pixels ------------------------------------------------------------------------------------------------
-
-
-class ImageProcessor:
-    """The encoder's preprocessing, from its preprocessor_config.json: resize, crop the centre, scale.
-
-    Written out because it is short and because pixels must be the same on every machine: transformers picks
-    another implementation where torchvision is installed. A test compares it with transformers' own.
-
-    Args:
-        image_fit: "crop": as the file says; CLIP resizes the short side and crops the centre (whatever stands
-            at the edge of a wide photo is lost), SigLIP squeezes the image into a square. "pad": first made
-            square by bars in CLIP's mean colour, as LLaVA-1.5 does (expand2square() in its mm_utils.py).
-    """
-
-    def __init__(self, vision_folder, image_fit="crop"):
-        path = Path(vision_folder) / "preprocessor_config.json"
-        try:
-            config = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {error}") from error
-        self.image_fit = image_fit
-        size, crop = config["size"], config.get("crop_size")  # an int in old files, a dict in newer ones
-        self.shortest_edge = size.get("shortest_edge") if isinstance(size, dict) else size
-        final = size if self.shortest_edge is None or not config.get("do_center_crop", True) else crop
-        self.size = (final["width"], final["height"]) if isinstance(final, dict) else (final, final)
-        self.resample = config["resample"]
-        self.mean = np.array(config["image_mean"], dtype=np.float32)
-        self.std = np.array(config["image_std"], dtype=np.float32)
-
-    def __call__(self, image):
-        """PIL image in RGB → pixel_values (3, height, width), fp32, about -2 … 2."""
-        if self.image_fit == "pad":
-            side = max(image.size)
-            square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in self.mean))
-            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-            image = square
-        if self.shortest_edge is None:
-            image = image.resize(self.size, self.resample)
-        else:
-            width, height = image.size
-            long = int(self.shortest_edge * max(width, height) / min(width, height))
-            scaled = (self.shortest_edge, long) if width <= height else (long, self.shortest_edge)
-            left, top = (scaled[0] - self.size[0]) // 2, (scaled[1] - self.size[1]) // 2
-            centre = (left, top, left + self.size[0], top + self.size[1])
-            image = image.resize(scaled, self.resample).crop(centre)
-        pixels = np.asarray(image, dtype=np.float32) / 255  # (H, W, 3) in 0 … 1
-        pixels = (pixels - self.mean) / self.std
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # (3, H, W)
-
-
 # -- records, samples, batches -----------------------------------------------------------------------------
 
 
@@ -286,8 +224,7 @@ class ChatDataset(Dataset):
         return self.template.messages(record, has_image=self.images.name_for(record) is not None)
 
     def tokens(self, record):
-        """(input_ids, labels) of a record, cut to max_length. Raises BadRecord if nothing is left to
-        learn."""
+        """(input_ids, labels) of a record, cut to max_length. BadRecord if nothing is left to learn."""
         try:
             ids, labels = self.template.encode(self.messages(record), self.num_image_tokens)
         except ValueError as error:
@@ -357,8 +294,7 @@ def collate(samples, pad_token_id, padding_side="right"):
     images = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
     batch = {
         "input_ids": torch.tensor([pad(sample["input_ids"], pad_token_id) for sample in samples]),
-        # By length, not by `input_ids != pad`: where pad is the end token, that would hide the ends of
-        # answers.
+        # By length: `input_ids != pad` would hide the ends of answers where pad is the end token.
         "attention_mask": torch.tensor([pad([True] * len(s["input_ids"]), False) for s in samples]),
         "pixel_values": torch.stack(images) if images else torch.empty(0, 3, 0, 0),
     }

@@ -31,10 +31,12 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, 
                           LlavaForConditionalGeneration, LlavaImageProcessorPil, LlavaProcessor)
 
 import plumbing
-from data import IMAGE_TOKEN, ChatTemplate, ImageProcessor, collate
+from data import IMAGE_TOKEN, ChatTemplate, collate
 from loading import keep_usable, open_datasets
-from model import VISION_MODELS, Llava, load
+from model import Llava
+from pixels import ImageProcessor
 from plumbing import UserError, find_pretrained
+from weights import VISION_MODELS, load
 
 TOLERANCE = 1e-4  # between logits; two orders of summing in fp32 differ by about 1e-5
 NEW_TOKENS = 32

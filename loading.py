@@ -16,10 +16,12 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import ChatDataset, ChatTemplate, ImageProcessor, collate
-from model import num_image_tokens, vision_config_of
+from data import ChatDataset, ChatTemplate, collate
+from model import num_image_tokens
+from pixels import ImageProcessor
 from plumbing import UserError, find_file, find_pretrained, make_folder, write_json
 from storage import BadRecord, ImageStore, PositionedFile, Records
+from weights import vision_config_of
 
 
 def open_datasets(settings, template, image_processor, num_image_tokens):

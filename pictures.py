@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from data import IMAGE_TOKEN
+from pixels import load_image
 from plumbing import UserError, replacing
-from storage import load_image
 
 WIDTH, GAP = 1080, 24  # of a whole sheet, and between its cells
 SIZE, LINE = 28, 36  # of letters, and from one line of text to the next

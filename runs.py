@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import plumbing
-from model import save
 from pictures import draw_curves
 from plumbing import PARTS, SWITCHES, UserError, make_folder, refuse_other_parts, replacing
+from weights import refuse_other_template, save
 
 # Settings that may differ between a run and its continuation: they change nothing that is computed. Nor does
 # the way in which an effective batch is cut into micro-batches.
@@ -158,7 +158,7 @@ class Run:
     def _restore(self):
         state = _read_json(self.checkpoint / "state.json")
         tensors = load_file(self.checkpoint / "tensors.safetensors")
-        self.template.refuse_other(state, self.folder)
+        refuse_other_template(self.template, state, self.folder)
         trained = self.model.trainable()
         if missing := trained.keys() - tensors.keys():
             raise UserError(f"{self.checkpoint} lacks {sorted(missing)[0]}: it is of another model")

@@ -24,11 +24,11 @@ import plumbing
 from data import IGNORE_INDEX, IMAGE_TOKEN, collate
 from evaluate import answer_all, f1, grounding, held_out_batches, questions, record_losses
 from loading import keep_usable, open_datasets
-from model import load
 from pictures import (attention_sheet, attention_to_image, contact_sheet, draw_curves, read_picture,
                       shown_image, spread)
 from plumbing import UserError
 from toy_world import objects_in
+from weights import load
 
 EVAL_BATCH = 64
 

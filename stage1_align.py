@@ -18,8 +18,8 @@ import plumbing
 from data import IGNORE_INDEX
 from evaluate import answer, grounding, held_out_batches
 from loading import FeatureCache, Windows, check_data, keep_usable, open_datasets
-from model import build
 from runs import Run
+from weights import build
 
 # -- 1. settings: every one of them is a flag --------------------------------------------------------------
 

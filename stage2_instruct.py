@@ -21,8 +21,9 @@ import plumbing
 from data import IGNORE_INDEX
 from evaluate import answer, grounding, held_out_batches
 from loading import Windows, check_data, keep_usable, open_datasets
-from model import LORA_TARGETS, build, load_projector
+from model import LORA_TARGETS
 from runs import Run
+from weights import build, load_projector, refuse_other_template
 
 # -- 1. settings: every one of them is a flag --------------------------------------------------------------
 
@@ -78,7 +79,7 @@ def main():
     # Frozen weights in `dtype`: half the memory on a GPU, and they need no more, for no step changes them.
     model, template, image_processor = build(args.vision_tower, args.llm, args.projector, args.vision_layer,
                                              dtype, args.image_fit)
-    template.refuse_other(stage1_run, stage1)
+    refuse_other_template(template, stage1_run, stage1)
     load_projector(model, stage1 / "projector.safetensors")
     model.add_lora(LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
                               target_modules=LORA_TARGETS, task_type="CAUSAL_LM"))

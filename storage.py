@@ -11,14 +11,14 @@ import json
 import os
 import re
 import struct
-import warnings
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from pixels import load_image
 from plumbing import UserError
 
 
@@ -214,23 +214,3 @@ def leaves_root(name):
     """Whether a record's image name points out of the folder that it should lie in."""
     path = PurePosixPath(name.replace("\\", "/"))
     return not name or "\0" in name or path.is_absolute() or ".." in path.parts or ":" in path.parts[0]
-
-
-def load_image(file):
-    """A path or an open file → PIL image in RGB, upright; of an animation, the first frame.
-
-    Raises OSError for what is no image, half of one, or 100 times as long as wide, and Pillow's
-    decompression-bomb errors for a small file that claims to be gigantic.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow only warns of small bombs
-        with Image.open(file) as image:
-            image = ImageOps.exif_transpose(image)  # cameras store a turned picture and a note how to hold it
-    if max(image.size) > 100 * min(image.size):  # resized to 224 on the short side, it would fill the memory
-        raise OSError(f"{image.width} × {image.height} is a strip, and no picture")
-    if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would cut off everything above 255
-        pixels = np.asarray(image).clip(0, 65535) // 257
-        image = Image.fromarray(pixels.astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")  # as the reference does; an alpha channel is dropped

@@ -3,6 +3,7 @@
     python bench/bench.py                                  the mid geometry: half an hour on 2 CPU cores
     python bench/bench.py --quick --json bench.json        the same, fewer and smaller steps
     python bench/bench.py --geometry full --device cuda    on a GPU, in bf16 if it has it
+    python bench/bench.py --geometry full --only stage1 stage2    on a CPU: one step of one sample, 20 GiB
     python bench/bench.py --only stage2                    one section of: stage1 stage2 generate memory
                                                            loader scaling
 
@@ -310,11 +311,15 @@ def parse():
         dtype = pick_precision("auto", device)[0]
         args.precision = next(name for name, value in DTYPES.items() if value == dtype)
     args.dtype = DTYPES[args.precision]
-    args.pairs = args.pairs or (2 if args.quick else 5)
     # Micro-batch and window (samples of an optimizer step) of each stage. The stages' real window is 128.
-    on_gpu = device.type == "cuda"
-    args.batch_size = {1: 16 if on_gpu else 4, 2: 4}
-    args.window = {1: 128, 2: 128} if on_gpu else {1: 4, 2: 12} if args.quick else {1: 16, 2: 32}
+    args.batch_size, args.window = {1: 4, 2: 4}, {1: 16, 2: 32}
+    if device.type == "cuda":
+        args.batch_size, args.window = {1: 16, 2: 4}, {1: 128, 2: 128}
+    elif args.geometry == "full":
+        args.batch_size, args.window, args.pairs = {1: 1, 2: 1}, {1: 1, 2: 1}, args.pairs or 1
+    elif args.quick:
+        args.window = {1: 4, 2: 12}
+    args.pairs = args.pairs or (2 if args.quick else 5)
     if not args.quick and not args.plot:
         args.plot = ROOT / "docs" / "scaling.png"
     return args

@@ -17,10 +17,12 @@ import numpy as np
 from PIL import Image
 
 from data_scale import write_chat_json
+from hours import TFLOPS, UTILISATION, flops_per_sample
 from sides import ROOT, Ours, build_ours
 
-from data import ChatDataset, ChatTemplate, ImageProcessor
+from data import ChatDataset, ChatTemplate
 from loading import Windows, keep_usable
+from pixels import ImageProcessor
 from plumbing import Processes
 from storage import ImageStore, Records
 
@@ -122,6 +124,9 @@ def loader(args, shape, result):
             need = result[stage]["samples_per_s"]["ours" if stage == "stage1" else "alone"]
             workers = need / figures[name]["per_second_and_worker"]
             print(f"  {stage} takes {need:.3g} samples/s here ({args.geometry}): {workers:.2f} workers' work")
-    if args.geometry != "full":
-        print("  what the full geometry takes is not known without a GPU: run --geometry full on one")
+    for stage in (1, 2):
+        need = UTILISATION * 1e12 * TFLOPS["A100"] / flops_per_sample(stage)
+        print(
+            f"  stage {stage} at full geometry would take {need:.0f} samples/s on an A100 (computed: hours.py)"
+        )
     return figures

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sides import DTYPES, LORA_R, Ours, build_ours, geometry, micro_batches, sample_of_turns
+from sides import LORA_R, Ours, build_ours, geometry, micro_batches, sample_of_turns
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 CUDA_CONTEXT = 1.0  # GiB: CUDA's own, its libraries' workspaces, and what lies between the blocks

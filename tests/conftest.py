@@ -186,7 +186,7 @@ def template(parts):
 
 @pytest.fixture(scope="session")
 def image_processor(parts):
-    from data import ImageProcessor
+    from pixels import ImageProcessor
 
     return ImageProcessor(parts.clip)
 
@@ -195,7 +195,7 @@ def image_processor(parts):
 def tiny(parts):
     """build() on the tiny parts: tiny(projector="mlp", vision_layer=-1) → (model, template,
     image_processor)."""
-    from model import build
+    from weights import build
 
     def make(projector="linear", vision_layer=-2, seed=0):
         torch.manual_seed(seed)

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import COLOURS, N, SHARED, draw
-from data import IGNORE_INDEX, IMAGE_TOKEN, ChatDataset, ChatTemplate, ImageProcessor, collate
+from data import IGNORE_INDEX, IMAGE_TOKEN, ChatDataset, ChatTemplate, collate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loading import Windows
 from PIL import Image
+from pixels import ImageProcessor
 from plumbing import UserError
 from storage import ImageStore, PositionedFile, Records
 from torch.utils.data import DataLoader
@@ -683,7 +684,7 @@ def test_a_resumed_run_sees_the_rest_of_the_same_row(limits):
 
 def test_pictures_can_be_read_from_memory():
     """load_image() gets a zip's members as open files."""
-    from storage import load_image
+    from pixels import load_image
 
     file = io.BytesIO()
     draw("red").save(file, "PNG")

@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import N, draw, make_llm
 from data import collate
-from model import load
 from peft import PeftModel
 from plumbing import UserError
 from transformers import (
@@ -18,6 +17,7 @@ from transformers import (
     AutoProcessor,
     pipeline,
 )
+from weights import load
 
 CPU = torch.device("cpu")
 QUESTION = "What object is shown?"

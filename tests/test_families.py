@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, CORPUS, SMALL, draw, make_tokenizer
-from data import IGNORE_INDEX, IMAGE_TOKEN, ChatTemplate, ImageProcessor, collate
-from model import build
+from data import IGNORE_INDEX, IMAGE_TOKEN, ChatTemplate, collate
+from pixels import ImageProcessor
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from weights import build
 
 CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '
 ' + message['content'] + '<|im_end|>
@@ -273,7 +274,7 @@ def test_the_fit_of_the_training_is_used_in_the_answer_and_refused_in_a_stage_th
     with pytest.raises(SystemExit, match="image_fit pad"):
         script("stage2_instruct", *flags(2, run=tmp_path), "--max-steps", 0)
 
-    from model import load
+    from weights import load
     from plumbing import read_run
 
     run = read_run(tmp_path / "stage1", "stage1_align.py", None)

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from data import IGNORE_INDEX
+from pixels import load_image
 from plumbing import UserError
-from storage import BadRecord, ImageStore, Records, load_image
+from storage import BadRecord, ImageStore, Records
 
 RECORD = {"id": "a"}
 RED = (250, 20, 20)

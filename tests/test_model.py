@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import N, draw
 from data import IGNORE_INDEX, collate
-from model import LORA_TARGETS, build, load, save
+from model import LORA_TARGETS
 from peft import LoraConfig, PeftModel
 from plumbing import UserError
 from safetensors.torch import load_file, save_file
@@ -20,6 +20,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
+from weights import build, load, save
 
 LORA = dict(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
 

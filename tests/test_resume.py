@@ -10,7 +10,7 @@ import pytest
 from processes import SMALL, finish, metrics, start
 from safetensors.torch import load_file
 
-# 48 steps, the last of each epoch on what is left over; the kills come in the first half, while there is time.
+# 48 steps, the last of each epoch on what is left over; the kills come in the first half, in good time.
 RUN = ["--limit", "90", "--epochs", "4", *SMALL]
 
 
