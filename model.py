@@ -70,6 +70,12 @@ class Llava(nn.Module):
         else:
             self.projector = nn.Sequential(nn.Linear(d_v, d), nn.GELU(), nn.Linear(d, d))
         self.llm = llm
+        self._read = None, None  # see _where_read()
+        *blocks, last = llm.get_decoder().layers
+        for block in blocks:
+            block.mlp.forward = partial(self._where_read, block.mlp.forward, 0)
+        for module in (last.self_attn.q_proj, last.self_attn.o_proj, last.mlp):
+            module.forward = partial(self._where_read, module.forward, 1)
 
         # Frozen means two things, and people forget the second: no gradient, and (see train()) eval mode.
         self.requires_grad_(False)
@@ -119,15 +125,47 @@ class Llava(nn.Module):
         transformers has a switch for it that works in train mode only; here the blocks are frozen, and in
         eval mode. use_reentrant=False is the variant that asks for no gradient in the block's input.
         """
+        def block(forward, read, *args, **kwargs):
+            before, self._read = self._read, read  # the second time, Llava.forward() is over
+            try:
+                return forward(*args, **kwargs)
+            finally:  # the second time is broken off as soon as all that was missing is there
+                self._read = before
+
+        def checkpointed(forward, *args, **kwargs):
+            return checkpoint(block, forward, self._read, *args, use_reentrant=False, **kwargs)
+
         for layer in self.llm.get_decoder().layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = partial(checkpointed, layer.forward)
 
     def compile_blocks(self):
         """torch.compile, block by block: all blocks of the LLM have one code, so it is compiled once for all.
         Whole, the model would break into pieces at the boolean indexing of forward(), whose result has a
-        size that depends on the data. dynamic: batches are of many lengths."""
+        size that depends on the data. dynamic: batches are of many lengths.
+
+        _where_read() is undone, for it makes blocks differ: compiled blocks compute all positions. To be
+        called before checkpoint_activations()."""
         for layer in [*self.vision_tower.encoder.layers, *self.llm.get_decoder().layers]:
+            for module in layer.modules():
+                vars(module).pop("forward", None)
             layer.forward = torch.compile(layer.forward, dynamic=True, fullgraph=True)
+
+    def _where_read(self, forward, which, hidden):
+        """An MLP, `forward`, but only at positions where somebody reads what it says; zeros elsewhere.
+
+        Unlike attention, an MLP looks at each position by itself, so it can be spared those that are padding:
+        a quarter of a batch of conversations as they come. In the last block, all positions without a label
+        are for nobody, since no further block's attention looks there, and with them its queries and what
+        attention makes of them; its keys and values are needed everywhere. MLPs are most of a block's work.
+
+            hidden (B, T, D) -> (B·T, D) -> those that are read, (R, D) -> forward -> (R, D') -> (B, T, D')
+        """
+        read = self._read[which]
+        if read is None:  # outside of Llava.forward(): all of them
+            return forward(hidden)
+        out = forward(hidden.flatten(0, 1).index_select(0, read))  # (R, D')
+        everywhere = out.new_zeros(hidden.shape[0] * hidden.shape[1], out.shape[-1])  # (B·T, D')
+        return everywhere.index_copy(0, read, out).unflatten(0, hidden.shape[:2])
 
     # -- forward -------------------------------------------------------------------------------------------
 
@@ -176,7 +214,7 @@ class Llava(nn.Module):
         # still part of the graph and gets a zero gradient, which several processes in step rely on.
         return inputs_embeds.masked_scatter(is_image[:, :, None], image_features)
 
-    def forward(self, input_ids, labels, pixel_values, attention_mask=None):
+    def forward(self, input_ids, labels, pixel_values, attention_mask):
         """The loss of every supervised token, one by one, for the caller to sum and to divide.
 
         A mean taken here would weigh every micro-batch alike, however few words it supervises; only the
@@ -184,28 +222,32 @@ class Llava(nn.Module):
 
         Args:
             input_ids, labels: (B, T), padded on the right. pixel_values: see encode_images().
-            attention_mask: (B, T), not needed; collate() makes it for generate().
+            attention_mask: (B, T), True on what is not padding.
         Returns:
             losses: (K,) fp32, -log p(x_t | x_<t, image) in nats, in reading order, row after row
             (equation 3 of the paper: the sum over the answer's tokens).
         """
+        # Here, and only here, is the shift: position t is asked for the token at t + 1.
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # (B, T) -> (B·T,)
+        labelled = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # (K,)
+        real = attention_mask.flatten().nonzero().squeeze(1)
+
         inputs_embeds = self.embed(input_ids, pixel_values)
         # The decoder without its head: we want logits for K positions, not for B·T. And without a mask: the
         # padding is on the right, and in a causal model no word looks to the right, so none sees any of it.
         # (What the padding itself computes, nobody reads.) Told of no mask, attention takes its fast causal
         # kernel, which skips the upper half of the T×T scores and keeps none of them. In generate() below,
         # where padding is on the left, the mask is a must.
+        self._read = real, labelled
         hidden = self.llm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=None,
                                         use_cache=False).last_hidden_state  # (B, T, D)
-        # Here, and only here, is the shift: position t is asked for the token at t + 1.
-        targets = labels[:, 1:]  # (B, T-1)
-        supervised = targets != IGNORE_INDEX
+        self._read = None, None
         # With V = 32,000, logits for the 256 image positions that nobody reads would fill most of the memory.
-        logits = self.llm.get_output_embeddings()(hidden[:, :-1][supervised])  # (K, D) -> (K, V)
+        logits = self.llm.get_output_embeddings()(hidden.flatten(0, 1)[labelled])  # (K, D) -> (K, V)
         cap = getattr(self.llm.config.get_text_config(), "final_logit_softcapping", None)
         if cap:  # Gemma 2 has this after its head
             logits = cap * torch.tanh(logits / cap)
-        return F.cross_entropy(logits.float(), targets[supervised], reduction="none")
+        return F.cross_entropy(logits.float(), targets[labelled], reduction="none")
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # compiled blocks are made for training: here T grows by one

@@ -17,8 +17,7 @@ def unavoidable_flops(shape, sequences, stage, cached=False):
     Counted: matrix products. Left out, as is usual: norms, activations, softmax, the optimizer (well below
     1%), and everything that a step may do but need not: padding, CLIP's last block, the gradients of frozen
     weights, logits where there is no label, attention to what comes later, anything computed twice.
-    Two savings are not taken off, though possible: the last block's MLP where there is no label, and the
-    gradient at the first block's input where there is text.
+    Of the last block, only keys and values are needed everywhere, the rest at positions with a label.
 
     Args:
         sequences: [(positions, those of them that carry a label)], each with one image.
@@ -45,9 +44,12 @@ def unavoidable_flops(shape, sequences, stage, cached=False):
         if stage == 2:  # A and B: forward, gradient of the input, gradient of the weight
             block += 3 * (2 * positions * sum(r * (i + o) for i, o in linear))
         # Half of the T×T scores, for attention is causal: two products forward; four backward.
-        block += (2 + 4) * (2 * d * positions * (positions + 1) // 2)
+        attention = (2 + 4) * (2 * d * positions * (positions + 1) // 2)
+        everywhere = 2 * d * kv / sum(i * o for i, o in linear)  # the last block's share for keys and values
+        last = block * (everywhere + (1 - everywhere) * labelled / positions)
+        last += attention * labelled / positions
         head = 2 * (2 * labelled * d * text.vocab_size)  # forward and the gradient of its input
-        total += clip + projector + text.num_hidden_layers * block + head
+        total += clip + projector + (text.num_hidden_layers - 1) * (block + attention) + last + head
     return total
 
 

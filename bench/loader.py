@@ -126,7 +126,5 @@ def loader(args, shape, result):
             print(f"  {stage} takes {need:.3g} samples/s here ({args.geometry}): {workers:.2f} workers' work")
     for stage in (1, 2):
         need = UTILISATION * 1e12 * TFLOPS["A100"] / flops_per_sample(stage)
-        print(
-            f"  stage {stage} at full geometry would take {need:.0f} samples/s on an A100 (computed: hours.py)"
-        )
+        print(f"  stage {stage} at full geometry would take {need:.0f} samples/s on an A100 (see hours.py)")
     return figures

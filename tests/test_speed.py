@@ -91,6 +91,42 @@ def test_logits_at_labels_alone_change_no_gradient(step):
     assert_same(step(), step(everywhere))
 
 
+def test_mlps_are_spared_positions_that_nobody_reads_and_no_gradient_changes(step):
+    rows, batches = [], []
+
+    def counted(model, batch):
+        batches.append(batch)
+        for layer in model.llm.get_decoder().layers:
+            layer.mlp.act_fn.register_forward_hook(lambda _, args, out: rows.append(args[0].shape[0]))
+
+    def everywhere(model, batch):
+        for module in model.llm.modules():
+            vars(module).pop("forward", None)
+
+    assert_same(step(counted), step(everywhere))
+    real = batches[0]["attention_mask"].sum().item()
+    labelled = (batches[0]["labels"] != IGNORE_INDEX).sum().item()
+    assert rows == [real, labelled] and labelled < real < batches[0]["input_ids"].numel()
+
+
+@pytest.mark.parametrize("checkpointed", (False, True))
+def test_after_a_step_all_positions_count_again(step, checkpointed):
+    seen = []
+
+    def watched(model, batch):
+        if checkpointed:
+            model.checkpoint_activations()
+        seen.append((model, batch))
+
+    def hidden(model, batch):
+        embeds = model.embed(batch["input_ids"], batch["pixel_values"])
+        return model.llm.get_decoder()(inputs_embeds=embeds).last_hidden_state
+
+    step(lambda model, batch: seen.append(hidden(model.eval(), batch)))
+    step(watched)
+    torch.testing.assert_close(hidden(seen[1][0].eval(), seen[1][1]), seen[0])
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_blocks_change_no_gradient_and_have_no_graph_break_also_when_checkpointed(step):
     def both(model, batch):
