@@ -298,7 +298,7 @@ def parse():
     parser.add_argument("--geometry", choices=("toy", "mid", "full"), default="mid")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller steps")
     parser.add_argument("--only", choices=SECTIONS, nargs="+", default=SECTIONS, metavar="SECTION")
-    parser.add_argument("--pairs", type=int, help="steps of each side (default: 5, quick: 2)")
+    parser.add_argument("--pairs", type=int, help="steps of each side (default: 3, quick: 2)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
@@ -319,7 +319,7 @@ def parse():
         args.batch_size, args.window, args.pairs = {1: 1, 2: 1}, {1: 1, 2: 1}, args.pairs or 1
     elif args.quick:
         args.window = {1: 4, 2: 12}
-    args.pairs = args.pairs or (2 if args.quick else 5)
+    args.pairs = args.pairs or (2 if args.quick else 3)
     if not args.quick and not args.plot:
         args.plot = ROOT / "docs" / "scaling.png"
     return args
