@@ -73,7 +73,7 @@ def train(args, shape, stage):
         side.step(warm_up)
 
     seconds, rates, used, tokens = {"ours": [], "peer": [], "alone": []}, [], [], 0
-    for pair in range(args.pairs):
+    for pair in range(args.pairs[f"stage{stage}"]):
         samples = draw_samples(shape, stage, window, rng)
         same = micro_batches(samples, size)
         if stage == 1:  # what only ours can do: here, to skip CLIP; in stage 2, to sort by length
@@ -100,7 +100,7 @@ def train(args, shape, stage):
     def ratios(name):
         return spread([theirs / mine for theirs, mine in zip(seconds["peer"], seconds[name])])
 
-    samples_total = window * args.pairs
+    samples_total = window * len(used)
     return {
         "same_batch_ratio": ratios("ours"),
         "cached_ratio" if stage == 1 else "own_batch_ratio": ratios("alone"),
@@ -149,7 +149,7 @@ def generate(args, shape):
         warm_up = on_device(draw_prompts(shape, 2, rng), args)
         for name in models:
             run(name, warm_up, 4)
-        for pair in range(args.pairs):
+        for pair in range(args.pairs["generate"]):
             batch, said = on_device(draw_prompts(shape, 16, rng), args), {}
             for name in list(models)[:: 1 if pair % 2 == 0 else -1]:
                 taken, said[name] = timed(lambda: run(name, batch, NEW_TOKENS), args.device)
@@ -180,28 +180,28 @@ def on_device(batch, args):
 
 
 def memory(args):
-    """Peak memory of each side in each stage, in processes of their own."""
+    """Peak memory of each side in each stage, in processes of their own, at the tinyllama preset's batches."""
     result = {}
-    for stage in (1, 2):
-        peaks = {name: child(args, stage, name) for name in ("ours", "peer")}
+    for stage, batch_size in ((1, 16), (2, 4)):
+        peaks = {name: child(args, stage, name, batch_size) for name in ("ours", "peer")}
         result[f"stage{stage}"] = {
             "ratio": peaks["ours"] / peaks["peer"],
             "gib": {name: peak / 2**30 for name, peak in peaks.items()},
-            "batch_size": args.batch_size[stage],
+            "batch_size": batch_size,
         }
         print(
-            f"  stage {stage}, micro-batch {args.batch_size[stage]}: ours {peaks['ours'] / 2**30:.2f} GiB, "
+            f"  stage {stage}, micro-batch {batch_size}: ours {peaks['ours'] / 2**30:.2f} GiB, "
             f"the peer {peaks['peer'] / 2**30:.2f} GiB",
             flush=True,
         )
     return result
 
 
-def child(args, stage, name):
+def child(args, stage, name, batch_size):
     """Peak bytes of one side, measured by this script in another process (see measure_peak())."""
     words = ["--geometry", args.geometry, "--device", args.device, "--precision", args.precision]
     done = subprocess.run(
-        [sys.executable, __file__, *words, "--peak-of", name, str(stage), str(args.batch_size[stage])],
+        [sys.executable, __file__, *words, "--peak-of", name, str(stage), str(batch_size)],
         env=fresh_process_environment(),
         stdout=subprocess.PIPE,
         text=True,
@@ -298,7 +298,7 @@ def parse():
     parser.add_argument("--geometry", choices=("toy", "mid", "full"), default="mid")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller steps")
     parser.add_argument("--only", choices=SECTIONS, nargs="+", default=SECTIONS, metavar="SECTION")
-    parser.add_argument("--pairs", type=int, help="steps of each side (default: 3, quick: 2)")
+    parser.add_argument("--pairs", type=int, metavar="N", help="of steps, in each section")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
@@ -312,14 +312,14 @@ def parse():
         args.precision = next(name for name, value in DTYPES.items() if value == dtype)
     args.dtype = DTYPES[args.precision]
     # Micro-batch and window (samples of an optimizer step) of each stage. The stages' real window is 128.
-    args.batch_size, args.window = {1: 4, 2: 4}, {1: 16, 2: 32}
+    args.batch_size, args.window, pairs = {1: 4, 2: 4}, {1: 4, 2: 32}, (12, 3, 3)
     if device.type == "cuda":
         args.batch_size, args.window = {1: 16, 2: 4}, {1: 128, 2: 128}
     elif args.geometry == "full":
-        args.batch_size, args.window, args.pairs = {1: 1, 2: 1}, {1: 1, 2: 1}, args.pairs or 1
+        args.batch_size, args.window, pairs = {1: 1, 2: 1}, {1: 1, 2: 1}, (1, 1, 1)
     elif args.quick:
-        args.window = {1: 4, 2: 12}
-    args.pairs = args.pairs or (2 if args.quick else 3)
+        args.window, pairs = {1: 4, 2: 12}, (4, 2, 1)
+    args.pairs = dict(zip(SECTIONS, [args.pairs] * 3 if args.pairs else pairs))
     if not args.quick and not args.plot:
         args.plot = ROOT / "docs" / "scaling.png"
     return args

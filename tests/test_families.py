@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CHAT_TEMPLATE, CORPUS, SMALL, draw, make_tokenizer
 from data import IGNORE_INDEX, IMAGE_TOKEN, ChatTemplate, collate
 from pixels import ImageProcessor
@@ -145,13 +146,20 @@ def test_labels_are_each_answer_and_its_end_token_under_every_familys_template(l
 
 
 def test_the_loss_is_the_familys_own(llm, parts):
+    """In a padded batch, against its own forward() on each row alone."""
     model, template, _ = build(parts.clip, llm, "linear", -2, torch.float32)
-    ids, labels = template.encode([{"role": "user", "content": "Sure?"}, CONVERSATION[3]], 0)
-    batch = collate([{"input_ids": ids, "labels": labels, "pixel_values": None}], 0)
+    rows = []
+    for question, answer in (("Sure?", CONVERSATION[3]), ("What is it?", CONVERSATION[1])):
+        rows.append(template.encode([{"role": "user", "content": question}, answer], 0))
+    batch = collate([{"input_ids": ids, "labels": labels, "pixel_values": None} for ids, labels in rows], 0)
     with torch.no_grad():
-        ours = model(**batch).mean()
-        theirs = model.llm(input_ids=batch["input_ids"], labels=batch["labels"]).loss
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        ours = model(**batch)
+        theirs = []
+        for ids, labels in rows:
+            logits = model.llm(input_ids=torch.tensor([ids])).logits[0, :-1]
+            losses = F.cross_entropy(logits, torch.tensor(labels[1:]), reduction="none")
+            theirs.append(losses[torch.tensor(labels[1:]) != IGNORE_INDEX])
+    torch.testing.assert_close(ours, torch.cat(theirs), rtol=1e-5, atol=1e-5)
 
 
 def test_both_stages_and_the_sanity_check_run_on_every_family(llm, parts, flags, script, tmp_path, capsys):
@@ -162,6 +170,12 @@ def test_both_stages_and_the_sanity_check_run_on_every_family(llm, parts, flags,
         assert len(losses) == 3 and losses[-1] < losses[0]
     script("sanity_check", "--run", tmp_path / "run", "--sample", 0, "--max-new-tokens", 4, *SMALL[2:4])
     assert "GENERATED" in capsys.readouterr().out
+    export = ("export_hf", "--run", tmp_path / "run", "--out", tmp_path / "exported", *SMALL[2:4])
+    if "gemma2" in llm.name:  # what it does after its head, transformers' Llava does not
+        with pytest.raises(SystemExit, match="caps its logits"):
+            script(*export)
+    else:
+        script(*export)  # which fails where the export answers otherwise than the run
 
 
 def test_a_template_that_ends_no_answer_or_rewrites_prompts_is_refused(tmp_path):
@@ -231,6 +245,7 @@ def test_both_stages_run_on_siglip(siglip, flags, script, tmp_path):
     for stage, name in ((1, "stage1_align"), (2, "stage2_instruct")):
         script(name, *flags(stage, vision_tower=siglip, run=tmp_path / "run"), "--max-steps", 2)
     script("sanity_check", "--run", tmp_path / "run", "--sample", 0, "--max-new-tokens", 4, *SMALL[2:4])
+    script("export_hf", "--run", tmp_path / "run", "--out", tmp_path / "exported", *SMALL[2:4])
 
 
 def test_a_vision_tower_alone_serves_as_well_as_a_whole_clip(parts, tmp_path):
