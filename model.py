@@ -238,10 +238,12 @@ class Llava(nn.Module):
         # (What the padding itself computes, nobody reads.) Told of no mask, attention takes its fast causal
         # kernel, which skips the upper half of the T×T scores and keeps none of them. In generate() below,
         # where padding is on the left, the mask is a must.
-        self._read = real, labelled
-        hidden = self.llm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=None,
-                                        use_cache=False).last_hidden_state  # (B, T, D)
-        self._read = None, None
+        self._read = real, labelled  # for _where_read()
+        try:
+            hidden = self.llm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=None,
+                                            use_cache=False).last_hidden_state  # (B, T, D)
+        finally:
+            self._read = None, None
         # With V = 32,000, logits for the 256 image positions that nobody reads would fill most of the memory.
         logits = self.llm.get_output_embeddings()(hidden.flatten(0, 1)[labelled])  # (K, D) -> (K, V)
         cap = getattr(self.llm.config.get_text_config(), "final_logit_softcapping", None)
