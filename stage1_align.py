@@ -3,7 +3,7 @@
 CLIP and the LLM stay frozen; only the projector between them learns, from image-caption pairs. What it learns
 is a dictionary: from what CLIP says about a patch to vectors that the LLM can read as words.
 
-    python stage1_align.py                        the toy world: 70 s on 2 CPU cores, loss 0.02
+    python stage1_align.py                        the toy world: about a minute on 2 CPU cores, loss 0.02
     python stage1_align.py --preset tinyllama     CLIP ViT-L/14 + TinyLlama on LLaVA-CC3M-Pretrain-595K
 
 Writes <run>/stage1/: projector.safetensors, run.json, metrics.jsonl. Then comes stage2_instruct.py.

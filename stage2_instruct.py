@@ -4,7 +4,7 @@ CLIP stays frozen; the projector of stage 1 goes on learning, and the LLM learns
 people ask about an image. The paper trains all of the LLM's weights; here it gets a LoRA adapter, so that one
 small GPU will do (the reference offers the same: scripts/v1_5/finetune_lora.sh).
 
-    python stage2_instruct.py                        the toy world: 130 s on 2 CPU cores, loss 0.01
+    python stage2_instruct.py                        the toy world: about a minute on 2 CPU cores, loss 0.01
     python stage2_instruct.py --preset tinyllama     LLaVA-Instruct-150K with COCO train2017
 
 Reads <run>/stage1/, writes <run>/stage2/: projector.safetensors, adapter/, run.json, metrics.jsonl.
