@@ -1,7 +1,8 @@
 """How fast are our steps? Ours and transformers' own Llava, by turns.
 
     python bench/bench.py                                  the mid geometry: half an hour on 2 CPU cores
-    python bench/bench.py --quick --json bench.json        the same, fewer and smaller steps
+    python bench/bench.py --quick --json bench.json        the first four sections with fewer and smaller
+                                                           steps, for a first impression: 5 minutes
     python bench/bench.py --geometry full --device cuda    on a GPU, in bf16 if it has it
     python bench/bench.py --geometry full --only stage1 stage2    on a CPU: one step of one sample, 20 GiB
     python bench/bench.py --only stage2                    one section of: stage1 stage2 generate memory
@@ -182,7 +183,7 @@ def on_device(batch, args):
 def memory(args):
     """Peak memory of each side in each stage, in processes of their own, at the tinyllama preset's batches."""
     result = {}
-    for stage, batch_size in ((1, 16), (2, 4)):
+    for stage, batch_size in args.batch_size.items() if args.quick else ((1, 16), (2, 4)):
         peaks = {name: child(args, stage, name, batch_size) for name in ("ours", "peer")}
         result[f"stage{stage}"] = {
             "ratio": peaks["ours"] / peaks["peer"],
@@ -296,8 +297,8 @@ def parse():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--geometry", choices=("toy", "mid", "full"), default="mid")
-    parser.add_argument("--quick", action="store_true", help="fewer and smaller steps")
-    parser.add_argument("--only", choices=SECTIONS, nargs="+", default=SECTIONS, metavar="SECTION")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller steps, four sections")
+    parser.add_argument("--only", choices=SECTIONS, nargs="+", metavar="SECTION")
     parser.add_argument("--pairs", type=int, metavar="N", help="of steps, in each section")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
@@ -305,6 +306,7 @@ def parse():
     parser.add_argument("--plot", type=Path, metavar="FILE", help="default: docs/scaling.png, quick: none")
     parser.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)  # used by child()
     args = parser.parse_args()
+    args.only = args.only or (SECTIONS[:4] if args.quick else SECTIONS)
     device = pick_device(args.device)
     args.device = str(device)
     if args.precision == "auto":
@@ -318,7 +320,7 @@ def parse():
     elif args.geometry == "full":
         args.batch_size, args.window, pairs = {1: 1, 2: 1}, {1: 1, 2: 1}, (1, 1, 1)
     elif args.quick:
-        args.window, pairs = {1: 4, 2: 12}, (4, 2, 1)
+        args.batch_size, args.window, pairs = {1: 4, 2: 2}, {1: 4, 2: 4}, (3, 2, 1)
     args.pairs = dict(zip(SECTIONS, [args.pairs] * 3 if args.pairs else pairs))
     if not args.quick and not args.plot:
         args.plot = ROOT / "docs" / "scaling.png"
