@@ -163,8 +163,7 @@ class ChatTemplate:
             if role == "assistant" and not text.strip():
                 raise BadRecord(record, "an empty answer", f"turn {i + 1}")  # it would teach to say nothing
             marked = role == "user" and IMAGE_TOKEN in text
-            if marked:
-                text = text.replace(IMAGE_TOKEN, "")
+            text = text.replace(IMAGE_TOKEN, "") if marked else text
             messages.append({"role": role, "content": self.plain(text)})
             if marked or (i == 0 and has_image and IMAGE_TOKEN not in questions):
                 messages[-1]["content"] = f"{IMAGE_TOKEN}\n{messages[-1]['content']}"

@@ -140,8 +140,8 @@ class Llava(nn.Module):
 
     def compile_blocks(self):
         """torch.compile, block by block: all blocks of the LLM have one code, so it is compiled once for all.
-        Whole, the model would break into pieces at the boolean indexing of forward(), whose result has a
-        size that depends on the data. dynamic: batches are of many lengths.
+        Whole, the model would break into pieces where forward() picks positions: how many, depends on the
+        data. dynamic: batches are of many lengths.
 
         _where_read() is undone, for it makes blocks differ: compiled blocks compute all positions. To be
         called before checkpoint_activations()."""

@@ -181,7 +181,7 @@ def on_device(batch, args):
 
 
 def memory(args):
-    """Peak memory of each side in each stage, in processes of their own, at the tinyllama preset's batches."""
+    """Peak memory of each side in each stage, each in its process, at the tinyllama preset's batches."""
     result = {}
     for stage, batch_size in args.batch_size.items() if args.quick else ((1, 16), (2, 4)):
         peaks = {name: child(args, stage, name, batch_size) for name in ("ours", "peer")}
