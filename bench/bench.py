@@ -4,7 +4,7 @@
     python bench/bench.py --quick --json bench.json        the first four sections with fewer and smaller
                                                            steps, for a first impression: 5 minutes
     python bench/bench.py --geometry full --device cuda    on a GPU, in bf16 if it has it
-    python bench/bench.py --geometry full --only stage1 stage2    on a CPU: one step of one sample, 20 GiB
+    python bench/bench.py --geometry full --only stage1 stage2    on a CPU: one step of one sample, 10 min
     python bench/bench.py --only stage2                    one section of: stage1 stage2 generate memory
                                                            loader scaling
 
