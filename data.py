@@ -1,22 +1,28 @@
-"""From a record of chat.json to what the model is given: ids, labels and pixels.
+"""From a JSON record to tensors: the chat template, the label mask, samples and batches.
 
-A record of LLaVA-CC3M-Pretrain-595K (stage 1; LLaVA-Instruct-150K has the same shape and more turns):
+A record of LLaVA-CC3M-Pretrain-595K (stage 1). LLaVA-Instruct-150K (stage 2) has the same form with more
+turns:
 
     {"id": "GCC_train_002582585", "image": "GCC_train_002582585.jpg", "conversations": [
-        {"from": "human", "value": "Provide a brief description of the given image.\n<image>"},
+        {"from": "human", "value": "Provide a brief description of the given image.\\n<image>"},
         {"from": "gpt",   "value": "olive oil is a healthy ingredient used liberally ."}]}
 
-becomes, with TinyLlama's chat template (| stands between tokens, N image positions shortened to two):
+With TinyLlama's chat template and tokenizer it becomes the following tokens. A dot separates two tokens, ▁ is
+a space, <0x0A> is a newline, and the N image positions are shortened to two. The labels are the same ids on
+the second line and IGNORE_INDEX on the first: the model is trained on the answer and on the end token after
+it.
 
-    input_ids  <s>|<|user|>\n|<image>|<image>|\n|Provide|…|</s>|\n|<|assistant|>\n|ol|ive|▁oil|▁is|…|</s>|\n
-    labels      -    -          -       -     -    -    -   -   -        -        ol|ive|▁oil|▁is|…|</s>| -
+    not trained  <s>·▁<·|·user·|·>·<0x0A>·<image>·<image>·<0x0A>·Pro·v·ide·▁a·▁brief·▁description·▁of·▁the·▁given
+                 ·▁image·.·</s>·<0x0A>·<·|·ass·istant·|·>·<0x0A>
+    trained      ol·ive·▁oil·▁is·▁a·▁health·y·▁ing·red·ient·▁used·▁liber·ally·▁.·</s>
+    not trained  <0x0A>
 
-Three decisions are made here, once, for training and for inference alike:
-  * bos: put in front by ChatTemplate.tokenize(), nowhere else;
-  * padding: by collate(), masked by length and not by id (Llama's pad token *is* its end token);
-  * the shift by one position: not here. labels[t] is the token *at* t; model.forward() shifts.
+Three rules hold for training and for inference alike, each in one place:
+  * The first token is <s>. ChatTemplate.tokenize() adds it if the template does not.
+  * Padding is known by its position, never by its id, because Llama's padding token *is* its end token.
+  * labels[t] is the token at position t. The shift by one position happens in Llava.forward().
 
-There is nothing to run in this file; `python sanity_check.py --show-mask 0` prints a record in colour.
+This file cannot be run. `python sanity_check.py --show-mask 0` prints a record with its mask in color.
 """
 
 import hashlib
@@ -26,263 +32,240 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
-from plumbing import UserError
-from storage import BadRecord
+from model import IGNORE_INDEX
+from support.errors import BadRecord, UserError
+from support.files import find_pretrained
+from support.records import check_turns
+from support.templates import check_template
 
 IMAGE_TOKEN = "<image>"
-IGNORE_INDEX = -100  # what cross_entropy skips by default; no token has this id
 
-
-# -- text: the template and its mask -----------------------------------------------------------------------
+# -- text: the chat template and the label mask ------------------------------------------------------------
 
 
 class ChatTemplate:
-    """The LLM's own chat template, its tokenizer, and the labels that go with them.
+    """The LLM's tokenizer and chat template, and the labels that go with them.
 
-    Using the template the LLM was tuned with is not a matter of taste: it has learned to answer after exactly
-    these tokens. And one function renders for training and for inference, so that they cannot drift apart.
+    The LLM was tuned with this template and answers after exactly these tokens. Training and inference render
+    text by the same functions, so the two cannot drift apart.
+
+    Args:
+        llm: folder of a chat model, or its name on the hub.
+    Raises:
+        UserError: there is no usable tokenizer or chat template; see check_template().
     """
 
-    def __init__(self, llm_folder):
-        self.tokenizer = AutoTokenizer.from_pretrained(llm_folder)
+    def __init__(self, llm):
+        folder = find_pretrained(llm)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load the tokenizer in {folder}: {str(error).splitlines()[0]}") from error
         if not self.tokenizer.chat_template:
-            raise UserError(f"the tokenizer in {llm_folder} has no chat template: --llm wants a chat model")
-        # One more word for the tokenizer, none for the LLM: this id is never looked up in the embedding,
-        # because model.embed() puts an image feature in its place.
+            raise UserError(f"the tokenizer in {folder} has no chat template: --llm must name a chat model")
+        # The tokenizer gets one more token. The LLM's embedding table does not: Llava.embed() puts an image
+        # feature wherever this id stands, so the id is never looked up.
         self.tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         special = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        self._special_ids = special.keys() - {self.image_token_id}
-        self._special = re.compile("|".join(map(re.escape, special.values())))
-        if self.tokenizer.pad_token_id is None:  # any would do: padding is masked by length, not by its id
+        self.special_token = re.compile("|".join(map(re.escape, special.values())))
+        self.end_ids = special.keys() - {self.image_token_id}  # every special token ends an answer
+        if self.tokenizer.pad_token_id is None:  # any token will do, because padding is known by its position
             self.tokenizer.pad_token = self.tokenizer.eos_token
-
-        # Names the template in run.json: a model answers only in the form that it was trained in.
+        # Saved with the weights, because a model must be prompted with the template it was trained with.
         self.fingerprint = hashlib.sha256(self.tokenizer.chat_template.encode()).hexdigest()[:16]
-        # What the mask relies on, checked with the real template before anything is trained with it.
-        probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}] * 2
-        try:
-            ids, labels = self.encode(probe, num_image_tokens=0)
-        except ValueError as error:
-            raise UserError(f"the chat template in {llm_folder} cannot be used: {error}") from error
-        prompts = [self.encode_prompt(probe[:i], num_image_tokens=0) for i in (1, 3)]
-        if any(ids[:len(prompt)] != prompt for prompt in prompts):
-            raise UserError(f"the chat template in {llm_folder} renders a prompt differently once an answer "
-                            "follows it: the model would be asked in words it was not trained on")
-        supervised = [label for label in labels if label != IGNORE_INDEX]
-        self.end_token_id = supervised[-1] if supervised else None
-        if self.end_token_id not in self._special_ids or supervised.count(self.end_token_id) != 2:
-            raise UserError(f"the chat template in {llm_folder} puts no end token after an answer: the model "
-                            "would never learn to stop")
+        self.end_token_id = check_template(self, folder)
 
     def render(self, messages, prompt=False):
-        """messages → text. With prompt=True it ends where the assistant is to begin."""
+        """Returns the conversation as one text. With prompt=True it ends where the assistant's answer
+        begins."""
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
 
     def tokenize(self, text, num_image_tokens):
-        """text → (ids, character offsets), tokenised in one go.
+        """Returns (ids, offsets); offsets[t] is the range of characters that token t stands for.
 
-        Tokenising question and answer apart and joining the ids is the classic mistake: "olive" alone is
-        ▁o|live, but after the newline of "<|assistant|>\\n" it is ol|ive. The model would be trained on
-        tokens that never occur at inference.
-        """
+        The whole text is tokenized at once. To tokenize question and answer separately and join the ids is a
+        common mistake: "olive" alone is ▁o·live, but after the newline of "<|assistant|>\\n" it is ol·ive.
+        The model would be trained on tokens that never occur at inference. """
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:1] != [bos]:  # some templates write it themselves
             ids, offsets = [bos] + ids, [(0, 0)] + offsets
-        if self.image_token_id in ids:  # one <image> becomes the N positions that its features will take
+        if self.image_token_id in ids:  # one <image> becomes N positions, one per image feature
             at = ids.index(self.image_token_id)
             ids[at:at + 1] = ids[at:at + 1] * num_image_tokens
             offsets[at:at + 1] = offsets[at:at + 1] * num_image_tokens
         return ids, offsets
 
     def encode(self, messages, num_image_tokens):
-        """A whole conversation → (ids, labels), two lists of one length.
+        """Returns (ids, labels) of a whole conversation, two lists of the same length.
 
-        labels[t] == ids[t] on every answer and on the end token after it, in every turn; -100 elsewhere.
-        Raises ValueError if the template changes an answer's words, so that they cannot be found.
-        The end token is an answer's last word: a model that is never shown it does not learn to stop.
-        Source: preprocess_v1() in the reference's train.py, which finds the answers by tokenising pieces and
-        counting; where the count is off, it throws the sample away behind a warning. Offsets cannot be off.
-        """
+        labels[t] == ids[t] on every answer and on the end token after it, in every turn; IGNORE_INDEX
+        elsewhere. The end token must be trained: a model that never sees one does not learn to stop. Raises
+        ValueError if the template changes the text of an answer. Source: preprocess_v1() in the reference's
+        train.py, which finds the answers by tokenizing the turns separately and adding up their lengths. If
+        the sum is wrong, it prints a warning and drops the sample. Character offsets avoid that. """
         text = self.render(messages)
         ids, offsets = self.tokenize(text, num_image_tokens)
         labels = [IGNORE_INDEX] * len(ids)
         t = 0
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            # An answer starts where the prompt for it ends. What the template may set there (Mistral: a
-            # space; Qwen3, before the last answer: empty thoughts) the model has to say itself: supervised.
-            start = len(self.render(messages[:i], prompt=True))
-            find = text.rfind if i + 1 == len(messages) else text.find
-            if (begin := find(message["content"], start)) < 0:
-                raise ValueError(f"the template rewrites the answer '{message['content'][:60]}'")
-            end = begin + len(message["content"])
-            # It ends with the first special token after its words. The newline behind that is nobody's.
-            ended = False
-            while t < len(ids) and not ended:
-                if offsets[t][0] >= start:
-                    labels[t] = ids[t]
-                    ended = offsets[t][0] >= end and ids[t] in self._special_ids
+        for start, end in self.answer_spans(messages, text):
+            while t < len(ids) and offsets[t][0] < start:  # the question
                 t += 1
+            while t < len(ids):  # the answer, up to the first special token after it
+                labels[t] = ids[t]
+                t += 1
+                if offsets[t - 1][0] >= end and ids[t - 1] in self.end_ids:
+                    break
         return ids, labels
 
+    def answer_spans(self, messages, text):
+        """Returns (start, end) for each answer: the characters of `text` where the model takes over and where
+        the answer's own text ends.
+
+        To search `text` for the answer would go wrong, because the answer "s" also occurs in "</s>". Instead
+        we render the conversation with a marker in place of every answer. What the template writes around the
+        answers then follows by splitting at the markers. """
+        marker = "\ue000"  # a private-use character, which no template contains
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        pieces = self.render([{**message, "content": marker} if message["role"] == "assistant" else message
+                              for message in messages]).split(marker)
+        spans, end, rebuilt = [], 0, pieces[0]
+        for i, (answer, piece) in enumerate(zip(answers, pieces[1:])):
+            end = len(rebuilt) + len(answer)
+            rebuilt += answer + piece
+            # The model takes over where the prompt ends. Some templates write something between prompt and
+            # answer (Mistral a space, Qwen3 an empty thinking block). The prompt does not contain it, so the
+            # model has to generate it, and it is trained.
+            spans.append((len(self.render(messages[:2 * i + 1], prompt=True)), end))
+        if rebuilt != text:
+            raise ValueError("the chat template changes the text of an answer")
+        return spans
+
     def encode_prompt(self, messages, num_image_tokens):
-        """A conversation that waits for its next answer → ids; a prefix of what encode() gives for it."""
+        """Returns the ids of a conversation that ends with a question. They are a prefix of what encode()
+        returns for the same conversation with its answer."""
         return self.tokenize(self.render(messages, prompt=True), num_image_tokens)[0]
 
-    def messages(self, record, has_image):
-        """The record's turns as [{"role", "content"}], with the image moved to the front of its turn.
+    def to_messages(self, record, has_image):
+        """Returns the record's turns as [{"role", "content"}], with the image at the front of its question.
 
-        As the reference does (preprocess_multimodal()): "<image>\\n" + question, wherever it stood. A record
-        without an image is text alone, and is trained on like any other.
-        Raises BadRecord if it is not a conversation that can be trained on.
-        """
-        turns = record.get("conversations")
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise BadRecord(record, "'conversations' is not a list of turns")
-        roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-        if turns and roles.get(str(turns[0].get("from"))) == "assistant":
-            turns = turns[1:]  # as the reference does: an answer to nothing
-        if len(turns) < 2:
-            raise BadRecord(record, "no human turn with a gpt turn after it")
-        questions = " ".join(str(turn.get("value")) for turn in turns[::2])
-        if questions.count(IMAGE_TOKEN) > has_image:
-            raise BadRecord(record, f"more {IMAGE_TOKEN} in its human turns than images",
-                            f"{questions.count(IMAGE_TOKEN)}, and {int(has_image)} image")
+        The reference does the same (preprocess_multimodal()): "<image>\\n" + question, wherever <image>
+        stood. A record without an image is plain text and is trained like any other. Raises BadRecord if the
+        record is not a conversation that can be trained on. """
+        texts = check_turns(record, has_image)  # of the alternating human and gpt turns
+        # If no question names the image, it belongs to the first one.
+        image_turn = next((i for i in range(0, len(texts), 2) if IMAGE_TOKEN in texts[i]), 0)
         messages = []
-        for i, turn in enumerate(turns):
-            role, text = roles.get(str(turn.get("from"))), turn.get("value")
-            if role != ("user", "assistant")[i % 2] or not isinstance(text, str):
-                raise BadRecord(record, "turns that do not alternate between human and gpt",
-                                f"turn {i + 1} should be a {('human', 'gpt')[i % 2]}'s, with a text as value")
-            if not text.isprintable() and re.search("[\ud800-\udfff]", text):  # half a character of UTF-16
-                raise BadRecord(record, "text that is not Unicode", f"turn {i + 1}")
-            if role == "assistant" and not text.strip():
-                raise BadRecord(record, "an empty answer", f"turn {i + 1}")  # it would teach to say nothing
-            marked = role == "user" and IMAGE_TOKEN in text
-            text = text.replace(IMAGE_TOKEN, "") if marked else text
-            messages.append({"role": role, "content": self.plain(text)})
-            if marked or (i == 0 and has_image and IMAGE_TOKEN not in questions):
-                messages[-1]["content"] = f"{IMAGE_TOKEN}\n{messages[-1]['content']}"
-        return messages[:len(messages) // 2 * 2]  # a last question without an answer teaches nothing
+        for i, text in enumerate(texts):
+            if i == image_turn and has_image:
+                text = f"{IMAGE_TOKEN}\n{self.escape(text.replace(IMAGE_TOKEN, ''))}"
+            else:
+                text = self.escape(text)
+            messages.append({"role": "assistant" if i % 2 else "user", "content": text})
+        return messages
 
-    def plain(self, text):
-        """Text that somebody wrote, with special tokens in it made harmless: "</s>" becomes "< /s>".
+    def escape(self, text):
+        """Returns the text with special tokens broken up: "</s>" becomes "< /s>".
 
-        The tokenizer would take a literal "</s>" for the real end token, inside a question as inside an
-        answer, and the model would learn to stop in the middle of a sentence.
+        The tokenizer would take a literal "</s>" in a question or answer for the real end token.
         """
-        return self._special.sub(lambda match: match[0][0] + " " + match[0][1:], text.strip())
+        return self.special_token.sub(lambda match: match[0][0] + " " + match[0][1:], text.strip())
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-# -- records, samples, batches -----------------------------------------------------------------------------
+# -- samples and batches -----------------------------------------------------------------------------------
 
 
 class ChatDataset(Dataset):
-    """Samples for training: the i-th is {"input_ids", "labels", "pixel_values", "name", "bad"}.
+    """Training samples. Sample i is {"input_ids", "labels", "pixel_values", "skipped"}.
 
     Args:
-        records: a Records. images: an ImageStore. indices: which records, in this order.
-        max_length: tokens of a sample, image positions included.
+        records: a support.records.RecordSet, the records with their images.
+        image_processor: the preprocessing of the vision tower (transformers' own).
+        num_image_tokens: N. max_length: longest sample in tokens, image positions included.
     """
 
-    def __init__(self, records, images, indices, template, image_processor, num_image_tokens, max_length):
-        self.records, self.images, self.indices = records, images, indices
-        self.template, self.image_processor = template, image_processor
+    def __init__(self, records, template, image_processor, num_image_tokens, max_length):
+        self.records, self.template, self.image_processor = records, template, image_processor
         self.num_image_tokens, self.max_length = num_image_tokens, max_length
-        self.lengths = None  # about how many tokens each sample has: set by the check of the data
-        self.features = None  # what the encoder makes of each image, where that was kept: a FeatureCache
 
     def __len__(self):
-        return len(self.indices)
+        return len(self.records)
 
-    def record(self, i):
-        return self.records[self.indices[i]]
-
-    def image(self, record):
-        """The record's PIL image, or None if it is text alone. Raises BadRecord if it cannot be read."""
-        name = self.images.name_for(record)
-        return None if name is None else self.images.open(record, name)
-
-    def pixel_values(self, record):
-        image = self.image(record)
-        return None if image is None else self.image_processor(image)
-
-    def visual(self, i):
-        """What the model gets of the i-th image: its pixels, or the features that were kept of it."""
-        features = None if self.features is None else self.features[i]
-        return self.pixel_values(self.record(i)) if features is None else features
+    def __getitem__(self, i):
+        """Returns sample i. If its image cannot be decoded, the next record takes its place and
+        sample["skipped"] says why. Everything that can be found without decoding has been checked before."""
+        skipped = []
+        for j in range(i, i + 20):  # give up after 20, because then the whole folder must be broken
+            record = self.records[j % len(self)]
+            try:
+                ids, labels = self.tokens(record)
+                return {"input_ids": ids, "labels": labels, "pixel_values": self.pixel_values(record),
+                        "skipped": skipped}
+            except BadRecord as error:
+                skipped.append(str(error))
+        raise UserError(f"20 records in a row cannot be used; the last: {skipped[-1]}")
 
     def messages(self, record):
-        return self.template.messages(record, has_image=self.images.name_for(record) is not None)
+        return self.template.to_messages(record, has_image=self.records.image_name(record) is not None)
 
     def tokens(self, record):
-        """(input_ids, labels) of a record, cut to max_length. BadRecord if nothing is left to learn."""
+        """Returns (input_ids, labels), cut to max_length. Raises BadRecord if no answer is left."""
         try:
             ids, labels = self.template.encode(self.messages(record), self.num_image_tokens)
         except ValueError as error:
-            raise BadRecord(record, "an answer that the chat template rewrites", str(error)) from error
+            raise BadRecord(record, str(error)) from error
         if len(ids) > self.max_length:
             has_image = self.template.image_token_id in ids
             ids, labels = drop_last_turns(ids, labels, self.max_length)
-            if has_image and self.template.image_token_id not in ids:
-                ids = []  # the turn with the image is gone: what is left was not asked about it
-        if not ids:
-            raise BadRecord(record, "nothing left to learn within --max-length",
-                            f"not one answer fits whole into {self.max_length} tokens, of which "
-                            f"{self.num_image_tokens} are the image's")
+            if not ids or (has_image and self.template.image_token_id not in ids):
+                raise BadRecord(record, "too long for --max-length",
+                                f"no answer fits into {self.max_length} tokens with the question and the image")
         return ids, labels
 
-    def question(self, i, turn=0):
-        """The turn's question on its own, as a prompt → ({"input_ids", "pixel_values"}, true answer)."""
-        record = self.record(i)
-        pixel_values, messages = self.pixel_values(record), self.messages(record)
-        text = messages[2 * turn]["content"]
-        if pixel_values is not None and not text.startswith(IMAGE_TOKEN):
-            text = f"{IMAGE_TOKEN}\n{text}"
-        ids = self.template.encode_prompt([{"role": "user", "content": text}], self.num_image_tokens)
-        return {"input_ids": ids, "pixel_values": pixel_values}, messages[2 * turn + 1]["content"]
+    def pixel_values(self, record):
+        """Returns the record's image as (3, H, W) fp32, or None if the record has no image."""
+        image = self.records.open_image(record)
+        if image is None:
+            return None
+        # Resizes, crops and normalizes as the vision tower expects. (1, 3, H, W) -> (3, H, W)
+        return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
 
-    def __getitem__(self, i):
-        """If the record's image cannot be decoded, the next record takes its place; sample["bad"] tells which
-        did not work and why, for the training loop to count. (What can be known without decoding, the check
-        of the data has sorted out before: see loading.py.)"""
-        bad = []
-        for index in range(i, i + 20):
-            index %= len(self)
-            record = self.record(index)
-            try:
-                ids, labels = self.tokens(record)
-                return {"input_ids": ids, "labels": labels, "pixel_values": self.visual(index),
-                        "name": str(record.get("id")), "bad": bad}
-            except BadRecord as error:
-                bad.append(str(error))
-        raise UserError(f"20 records in a row cannot be used; the last: {bad[-1]}")
+    def prompt(self, i, turn=0):
+        """Returns one question of record i on its own, and its reference answer:
+        ({"input_ids", "pixel_values"}, text). Raises BadRecord if the image cannot be decoded."""
+        record = self.records[i]
+        messages, pixel_values = self.messages(record), self.pixel_values(record)
+        question, answer = (message["content"] for message in messages[2 * turn:2 * turn + 2])
+        if pixel_values is not None and not question.startswith(IMAGE_TOKEN):
+            question = f"{IMAGE_TOKEN}\n{question}"
+        ids = self.template.encode_prompt([{"role": "user", "content": question}], self.num_image_tokens)
+        return {"input_ids": ids, "pixel_values": pixel_values}, answer
 
 
 def drop_last_turns(ids, labels, max_length):
-    """Cuts an over-long sample after the last answer that fits whole; ([], []) if not one does.
+    """Returns (ids, labels) cut after the last answer that fits completely, or ([], []) if none fits.
 
-    Cutting at max_length would leave half an answer to learn, without its end, or a question without one.
+    The reference cuts at max_length. That can leave half an answer without its end token.
     """
-    after = [t + 1 for t, label in enumerate(labels)
-             if label != IGNORE_INDEX and labels[t + 1:t + 2] in ([], [IGNORE_INDEX]) and t < max_length]
-    end = after[-1] if after else 0
+    end = 0
+    for t in range(min(max_length, len(ids))):
+        is_last_of_answer = labels[t] != IGNORE_INDEX and (t + 1 == len(ids) or labels[t + 1] == IGNORE_INDEX)
+        if is_last_of_answer:
+            end = t + 1
     return ids[:end], labels[:end]
 
 
 def collate(samples, pad_token_id, padding_side="right"):
-    """A list of samples → a batch of tensors.
+    """Returns a batch of tensors from a list of samples or prompts.
 
-    Returns:
-        input_ids, labels: (B, T); attention_mask: (B, T) bool, True on what is not padding;
-        pixel_values: (I, 3, H, W), the images of those samples that have one, in order. I may be 0.
+        input_ids       (B, T)        labels  (B, T), only if the samples have them
+        attention_mask  (B, T) bool, False on padding
+        pixel_values    (I, 3, H, W), the images of the samples that have one, in order; I may be 0
     """
     longest = max(len(sample["input_ids"]) for sample in samples)
 
@@ -293,10 +276,10 @@ def collate(samples, pad_token_id, padding_side="right"):
     images = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
     batch = {
         "input_ids": torch.tensor([pad(sample["input_ids"], pad_token_id) for sample in samples]),
-        # By length: `input_ids != pad` would hide the ends of answers where pad is the end token.
-        "attention_mask": torch.tensor([pad([True] * len(s["input_ids"]), False) for s in samples]),
+        "attention_mask": torch.tensor([pad([True] * len(sample["input_ids"]), False) for sample in samples]),
         "pixel_values": torch.stack(images) if images else torch.empty(0, 3, 0, 0),
     }
-    if "labels" in samples[0]:  # a prompt has none
+    if "labels" in samples[0]:
         batch["labels"] = torch.tensor([pad(sample["labels"], IGNORE_INDEX) for sample in samples])
+        batch["skipped"] = [sentence for sample in samples for sentence in sample.get("skipped", [])]
     return batch

@@ -1,278 +1,238 @@
-"""The model of "Visual Instruction Tuning" (Liu et al., 2023, arXiv:2304.08485), section 4.1, figure 1.
+"""The model of "Visual Instruction Tuning" (Liu et al., 2023, arXiv:2304.08485): section 4.1 and figure 1.
 
-    image --CLIP, frozen--> Z_v --projector--> H_v --\
-                                                      LLM --> the answer, word by word
-    text  ---------- the LLM's embedding ----> H_q --/
+    image --CLIP (frozen)--> Z_v --projector--> H_v --\\
+                                                       LLM --> answer, token by token
+    text  ---------- the LLM's embedding ----> H_q ---/
 
-CLIP cuts the image into patches and gives one vector for each (Z_v). The projector, one linear layer,
-turns each of them into something that the language model takes for the embedding of a word (H_v). From
-there on the picture is read like text: the LLM never learns that it has been given an image.
+CLIP cuts the image into patches and returns one vector per patch (Z_v). The projector, one linear layer, maps
+each of these vectors into the space of the LLM's token embeddings (H_v). From there on the LLM reads the
+image like text: nothing marks these positions as an image.
 
-Where its weights come from, and go to, is in weights.py. There is nothing to run in this file.
+This file is imported by the two stages and by sanity_check.py. It cannot be run.
 
-Dimensions used in the comments below (real parts / toy parts in brackets where they matter):
-    B   samples in the batch           T   positions of the longest sequence in the batch
-    I   images in the batch            N   patches of one image: (image_size / patch_size)² (256)
-    D_v width of CLIP (1024)           D   width of the LLM (2048)
-    V   words the LLM knows (32,000)   K   positions of the batch that carry a label
+Sizes used in the comments, for CLIP ViT-L/14 with TinyLlama (for the toy models):
+    B    samples in the batch          T   tokens of the longest sequence in the batch
+    I    images in the batch           N   patches of one image = (image size / patch size)²    256 (9)
+    D_v  width of CLIP     1024 (128)  D   width of the LLM                                    2048 (128)
+    K    labelled positions in batch   V   size of the LLM's vocabulary                      32,000 (615)
+
+"The reference" in the comments of this project is the authors' code, github.com/haotian-liu/LLaVA.
 """
-
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import SiglipVisionModel
+from transformers import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data import IGNORE_INDEX
-from plumbing import UserError
+IGNORE_INDEX = -100  # the label of a position that is not trained; also cross_entropy's default
 
-# Attention and MLP: every linear layer of a block in Llama, Qwen, Mistral and Gemma. The embedding and the
-# head stay as they are.
+# The seven linear layers of a block of Llama, Qwen, Mistral or Gemma: attention, then MLP.
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def num_image_tokens(vision_config):
+    """Returns N, the number of patches of one image."""
+    return (vision_config.image_size // vision_config.patch_size) ** 2
+
+
 class Llava(nn.Module):
-    """CLIP + projector + LLM. Everything is frozen here; a stage unfreezes what it trains.
+    """CLIP, projector and LLM. All parameters start frozen; each stage unfreezes what it trains.
 
     Args:
-        vision_tower: a CLIPVisionModel or a SiglipVisionModel.
-        llm: any decoder-only language model of transformers.
-        image_token_id: the id that marks, in `input_ids`, a position to be filled with an image feature.
-        projector: "linear" (LLaVA, the paper) or "mlp" (LLaVA-1.5: two layers with a GELU between).
-        vision_layer: which of CLIP's hidden states to read, counted from the end; -2 in LLaVA.
+        vision_tower: a CLIPVisionModel or SiglipVisionModel. Its unused blocks are deleted.
+        llm: a decoder-only language model of transformers.
+        image_token_id: the id in `input_ids` that marks a position for one image feature.
+        projector: "linear" (the paper) or "mlp" (LLaVA-1.5: two layers with a GELU between them).
+        vision_layer: the hidden state of the vision tower to use, counted from the end. LLaVA uses -2.
+    Raises:
+        ValueError: the vision tower has no such hidden state.
     """
 
     def __init__(self, vision_tower, llm, image_token_id, projector="linear", vision_layer=-2):
         super().__init__()
-        vision_config = vision_tower.config
+        config = vision_tower.config
         self.image_token_id = image_token_id
-        self.num_image_tokens = num_image_tokens(vision_config)  # N
+        self.num_image_tokens = num_image_tokens(config)  # N
 
-        # LLaVA reads the layer *before* the last: CLIP's last block gathers what the class token needs for
-        # matching whole captions, and the patches lose local detail to it (paper, section 5.2: 0.96 points
-        # on ScienceQA). hidden_states has one entry more than there are blocks (the embeddings come first),
-        # so hidden_states[-2] is what leaves block n-1. Whatever comes after is computed for nobody: cut.
-        blocks_kept = vision_config.num_hidden_layers + 1 + vision_layer
-        if not 0 <= blocks_kept <= vision_config.num_hidden_layers:
-            raise UserError(f"--vision-layer {vision_layer}: CLIP's hidden states here are -1 (the last) to "
-                            f"{-1 - vision_config.num_hidden_layers} (its embeddings)")
-        del vision_tower.encoder.layers[blocks_kept:]
-        if isinstance(vision_tower, SiglipVisionModel):  # SigLIP norms and pools what leaves its last block
-            vision_tower.post_layernorm, vision_tower.head, vision_tower.use_head = nn.Identity(), None, False
+        # LLaVA uses the hidden state before CLIP's last block. The authors suspect that the last block turns
+        # to global properties of the image, and that the one before it keeps more local detail (section 5.2:
+        # 0.96 points on ScienceQA). hidden_states[0] is the embedding and hidden_states[i] the output of
+        # block i, so hidden_states[-2] is the output of the last block but one. Later blocks would be
+        # computed and discarded, so we delete them. After that, last_hidden_state *is*
+        # hidden_states[vision_layer].
+        num_blocks = config.num_hidden_layers + 1 + vision_layer
+        if not 0 <= num_blocks <= config.num_hidden_layers:
+            raise ValueError(f"vision layer {vision_layer} does not exist: this vision tower has the hidden "
+                             f"states -1 (last block) to {-1 - config.num_hidden_layers} (embeddings)")
+        del vision_tower.encoder.layers[num_blocks:]
         self.vision_tower = vision_tower
 
-        d_v, d = vision_config.hidden_size, llm.get_input_embeddings().embedding_dim
+        d_v, d = config.hidden_size, llm.get_input_embeddings().embedding_dim
         if projector == "linear":
-            self.projector = nn.Linear(d_v, d)  # H_v = W · Z_v + b, equation 1 of the paper
+            self.projector = nn.Linear(d_v, d)  # equation 1, plus the bias that the reference has
         else:
             self.projector = nn.Sequential(nn.Linear(d_v, d), nn.GELU(), nn.Linear(d, d))
         self.llm = llm
-        self._read = None, None  # see _where_read()
-        *blocks, last = llm.get_decoder().layers
-        for block in blocks:
-            block.mlp.forward = partial(self._where_read, block.mlp.forward, 0)
-        for module in (last.self_attn.q_proj, last.self_attn.o_proj, last.mlp):
-            module.forward = partial(self._where_read, module.forward, 1)
-
-        # Frozen means two things, and people forget the second: no gradient, and (see train()) eval mode.
         self.requires_grad_(False)
 
     # -- what is trained -----------------------------------------------------------------------------------
 
     def add_lora(self, config):
-        """Puts a LoRA adapter on the LLM, and only there. From here on self.llm is a peft.PeftModel.
+        """Adds a LoRA adapter to the LLM. `config` is a peft.LoraConfig.
 
-        For every weight matrix W of LORA_TARGETS, the layer now computes (Hu et al., arXiv:2106.09685)
+        For each weight matrix W named in `config.target_modules`, the layer then computes (Hu et al.,
+        arXiv:2106.09685)
 
             h = W·x + (alpha / r) · B·A·x        A: (r, in), B: (out, r)
 
-        W stays frozen. B starts at zero, so before the first step the model is exactly what stage 1 left;
+        W stays frozen. B starts at zero, so before the first step the model still computes what stage 1 left.
         A starts random, because with both at zero neither would ever get a gradient.
 
-        The wrapping goes around the LLM alone: given the whole model, the bare names q_proj and v_proj would
-        match CLIP's attention as well, and peft would quietly train the encoder.
-        """
+        The adapter is added to the LLM alone. On the whole model, the bare names q_proj and v_proj would
+        match CLIP's attention too, and peft would quietly train CLIP. """
         self.llm = get_peft_model(self.llm, config)
 
     def trainable(self):
-        """{name: parameter} of everything that a gradient reaches."""
+        """Returns {name: parameter} of all parameters that are trained."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def train(self, mode=True):
-        """Train mode for what is trained, never for what is frozen.
+    def parameter_table(self):
+        """Returns a text table: how many parameters of each component are frozen and trained, in which
+        dtype."""
+        rows = [f"{'parameters':<16}{'frozen':>16}{'trained':>14}"]
+        for name, component in self.named_children():
+            frozen, trained = ([p for p in component.parameters() if p.requires_grad == wanted]
+                               for wanted in (False, True))
+            rows.append(f"  {name:<14}{sum(p.numel() for p in frozen):>16,}{sum(p.numel() for p in trained):>14,}"
+                        f"  {', '.join(sorted({str(p.dtype) for p in trained}))}")
+        return "\n".join(rows)
 
-        `requires_grad_(False)` alone leaves dropout and the like switched on in frozen parts as soon as
-        somebody calls model.train(): the frozen "teacher" then gives different features on every pass.
-        In CLIP and the LLM only the adapter's own modules (its dropout) follow `mode`.
-        """
+    def train(self, mode=True):
+        """Puts only the trained components in train mode.
+
+        `requires_grad_(False)` does not switch off dropout. If a plain model.train() reached the frozen CLIP
+        and LLM, they could return different features for the same image in every step. In the LLM only the
+        adapter follows `mode` (peft calls its modules lora_dropout, lora_A and lora_B). """
         super().train(False)
         self.training = mode
         self.projector.train(mode)
         for name, module in self.llm.named_modules():
-            if ".lora_" in name:
-                module.train(mode)
+            # The block's own flag, not that of its layers: transformers recomputes activations (see
+            # --activation-checkpointing) only in a block that is in train mode.
+            if ".lora_" in name or isinstance(module, GradientCheckpointingLayer):
+                module.training = mode
         return self
-
-    # -- memory and speed: neither changes what is computed ------------------------------------------------
-
-    def checkpoint_activations(self):
-        """Less memory for more time: of each block of the LLM only the input is kept for the backward pass,
-        and the block is computed again when the gradient reaches it (Chen et al., arXiv:1604.06174).
-
-        transformers has a switch for it that works in train mode only; here the blocks are frozen, and in
-        eval mode. use_reentrant=False is the variant that asks for no gradient in the block's input.
-        """
-        def block(forward, read, *args, **kwargs):
-            before, self._read = self._read, read  # the second time, Llava.forward() is over
-            try:
-                return forward(*args, **kwargs)
-            finally:  # the second time is broken off as soon as all that was missing is there
-                self._read = before
-
-        def checkpointed(forward, *args, **kwargs):
-            return checkpoint(block, forward, self._read, *args, use_reentrant=False, **kwargs)
-
-        for layer in self.llm.get_decoder().layers:
-            layer.forward = partial(checkpointed, layer.forward)
-
-    def compile_blocks(self):
-        """torch.compile, block by block: all blocks of the LLM have one code, so it is compiled once for all.
-        Whole, the model would break into pieces where forward() picks positions: how many, depends on the
-        data. dynamic: batches are of many lengths.
-
-        _where_read() is undone, for it makes blocks differ: compiled blocks compute all positions. To be
-        called before checkpoint_activations()."""
-        for layer in [*self.vision_tower.encoder.layers, *self.llm.get_decoder().layers]:
-            for module in layer.modules():
-                vars(module).pop("forward", None)
-            layer.forward = torch.compile(layer.forward, dynamic=True, fullgraph=True)
-
-    def _where_read(self, forward, which, hidden):
-        """An MLP, `forward`, but only at positions where somebody reads what it says; zeros elsewhere.
-
-        Unlike attention, an MLP looks at each position by itself, so it can be spared those that are padding:
-        a quarter of a batch of conversations as they come. In the last block, all positions without a label
-        are for nobody, since no further block's attention looks there, and with them its queries and what
-        attention makes of them; its keys and values are needed everywhere. MLPs are most of a block's work.
-
-            hidden (B, T, D) -> (B·T, D) -> those that are read, (R, D) -> forward -> (R, D') -> (B, T, D')
-        """
-        read = self._read[which]
-        if read is None:  # outside of Llava.forward(): all of them
-            return forward(hidden)
-        out = forward(hidden.flatten(0, 1).index_select(0, read))  # (R, D')
-        everywhere = out.new_zeros(hidden.shape[0] * hidden.shape[1], out.shape[-1])  # (B·T, D')
-        return everywhere.index_copy(0, read, out).unflatten(0, hidden.shape[:2])
 
     # -- forward -------------------------------------------------------------------------------------------
 
-    @torch.no_grad()  # nothing in CLIP is trained: keep none of its activations
-    def clip_features(self, pixel_values):
-        """Z_v, (I, N, D_v), of pixel_values (I, 3, image_size, image_size)."""
-        hidden = self.vision_tower(pixel_values.to(self.vision_tower.dtype)).last_hidden_state
-        # (I, 1 + N, D_v) -> (I, N, D_v): CLIP's class token comes first, and has no place in the image.
-        # SigLIP has none: whoever drops "the first" there loses the top left corner.
-        return hidden[:, -self.num_image_tokens:]
-
     def encode_images(self, pixel_values):
-        """Image features in the LLM's space.
+        """Returns H_v, the image features in the LLM's space: (I, 3, H, W) -> (I, N, D). I may be 0.
 
-        Args:
-            pixel_values: (I, 3, image_size, image_size), as ImageProcessor makes them; I may be 0. Or what
-                clip_features() made of them, (I, N, D_v), if that was kept (--cache-features).
-        Returns:
-            image_features: (I, N, D). Source: encode_images() in the reference's llava_arch.py.
+        Source: encode_images() in the reference's llava_arch.py.
         """
-        if len(pixel_values) == 0:  # a batch of text alone
-            z_v = torch.empty(0, self.num_image_tokens, self.vision_tower.config.hidden_size,
+        if len(pixel_values) == 0:  # a batch without images
+            z_v = torch.zeros(0, self.num_image_tokens, self.vision_tower.config.hidden_size,
                               device=pixel_values.device)
         else:
-            z_v = pixel_values if pixel_values.dim() == 3 else self.clip_features(pixel_values)
-        # The projector is trained, so it stays in fp32 and must be given fp32 (autocast lowers it again).
-        return self.projector(z_v.to(torch.float32))  # H_v = W · Z_v + b          (I, N, D)
+            with torch.no_grad():  # CLIP is not trained, so none of its activations are kept
+                z_v = self.vision_tower(pixel_values.to(self.vision_tower.dtype)).last_hidden_state
+            # (I, 1 + N, D_v) -> (I, N, D_v): drop the class token, which comes first and belongs to no patch.
+            # We count from the end because SigLIP has no class token.
+            z_v = z_v[:, -self.num_image_tokens:]
+        # The projector's weights are fp32, so its input must be. (Autocast may lower both again.)
+        return self.projector(z_v.float())  # H_v = W · Z_v + b          (I, N, D)
 
     def embed(self, input_ids, pixel_values):
-        """inputs_embeds (B, T, D): the words' embeddings, with image features in the image's positions.
+        """Returns inputs_embeds: token embeddings, with H_v at the image positions. (B, T) -> (B, T, D)
 
-        Raises ValueError if the ids leave room for another number of features than the images have.
-        Source: prepare_inputs_labels_for_multimodal() in the reference's llava_arch.py, which splices
-        sequences together one by one; here data.py has already written N image ids where the image stands,
-        so that shapes, labels and mask are settled before the model sees them.
+        Raises ValueError if the number of image positions differs from the number of image features.
+        Source: prepare_inputs_labels_for_multimodal() in the reference's llava_arch.py. The reference inserts
+        the features here, which changes the length of every sequence. In this project data.py has already
+        written N image ids per image, so ids, labels and mask keep their shapes.
         """
         is_image = input_ids == self.image_token_id  # (B, T)
-        # The image id may lie outside the LLM's vocabulary; any word will do, since it is overwritten.
+        # The image id has no row in the LLM's embedding table. Look up id 0 instead; it is overwritten below.
         inputs_embeds = self.llm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # (B, T, D)
         image_features = self.encode_images(pixel_values).to(inputs_embeds.dtype)  # (I, N, D)
         if is_image.sum() != image_features.shape[0] * image_features.shape[1]:
-            raise ValueError(f"{is_image.sum()} image positions in input_ids, but "
-                             f"{image_features.shape[0]} images with {image_features.shape[1]} features each")
-        # Row by row, left to right, the True positions are filled from image_features in the same order.
-        # A batch without images passes through here too, with nothing to fill in: the projector is then
-        # still part of the graph and gets a zero gradient, which several processes in step rely on.
+            raise ValueError(f"{is_image.sum()} image positions in input_ids, but {image_features.shape[0]} "
+                             f"images with {image_features.shape[1]} features each")
+        # Fills the True positions row by row, left to right, with the features in the same order. Batches
+        # without images take this path too. Otherwise nothing in such a batch would require a gradient in
+        # stage 1, and backward() would fail.
         return inputs_embeds.masked_scatter(is_image[:, :, None], image_features)
 
     def forward(self, input_ids, labels, pixel_values, attention_mask):
-        """The loss of every supervised token, one by one, for the caller to sum and to divide.
+        """Returns the loss of each labelled token, unreduced: (K,) fp32, in nats.
 
-        A mean taken here would weigh every micro-batch alike, however few words it supervises; only the
-        training loop knows how many there are in the whole effective batch.
+        Equation 3 of the paper is their sum, -Σ log p(x_t | x_<t, image). The training loop adds them up and
+        divides by the number of labelled tokens in the whole effective batch, which only it knows.
 
         Args:
-            input_ids, labels: (B, T), padded on the right. pixel_values: see encode_images().
-            attention_mask: (B, T), True on what is not padding.
-        Returns:
-            losses: (K,) fp32, -log p(x_t | x_<t, image) in nats, in reading order, row after row
-            (equation 3 of the paper: the sum over the answer's tokens).
+            input_ids, labels: (B, T), padded on the right. Labels are IGNORE_INDEX except on answers.
+            pixel_values: (I, 3, H, W). attention_mask: (B, T); not used, see below.
         """
-        # Here, and only here, is the shift: position t is asked for the token at t + 1.
+        # The shift happens here and nowhere else: the output at position t predicts the token at t + 1.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # (B, T) -> (B·T,)
         labelled = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # (K,)
-        real = attention_mask.flatten().nonzero().squeeze(1)
 
-        inputs_embeds = self.embed(input_ids, pixel_values)
-        # The decoder without its head: we want logits for K positions, not for B·T. And without a mask: the
-        # padding is on the right, and in a causal model no word looks to the right, so none sees any of it.
-        # (What the padding itself computes, nobody reads.) Told of no mask, attention takes its fast causal
-        # kernel, which skips the upper half of the T×T scores and keeps none of them. In generate() below,
-        # where padding is on the left, the mask is a must.
-        self._read = real, labelled  # for _where_read()
-        try:
-            hidden = self.llm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=None,
-                                            use_cache=False).last_hidden_state  # (B, T, D)
-        finally:
-            self._read = None, None
-        # With V = 32,000, logits for the 256 image positions that nobody reads would fill most of the memory.
+        # No mask is needed. Padding is on the right, and in a causal model no token attends to what follows
+        # it. Without a mask, PyTorch can choose a causal kernel that skips half of the T×T attention scores.
+        hidden = self.llm.get_decoder()(inputs_embeds=self.embed(input_ids, pixel_values), attention_mask=None,
+                                        use_cache=False).last_hidden_state  # (B, T, D)
+        # The LLM's head is applied to the K labelled positions only. With V = 32,000, the logits of all B·T
+        # positions would need more memory than the rest of the forward pass.
         logits = self.llm.get_output_embeddings()(hidden.flatten(0, 1)[labelled])  # (K, D) -> (K, V)
-        cap = getattr(self.llm.config.get_text_config(), "final_logit_softcapping", None)
-        if cap:  # Gemma 2 has this after its head
-            logits = cap * torch.tanh(logits / cap)
         return F.cross_entropy(logits.float(), targets[labelled], reduction="none")
 
+    # -- generation ----------------------------------------------------------------------------------------
+
     @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")  # compiled blocks are made for training: here T grows by one
     def generate(self, input_ids, attention_mask, pixel_values, end_token_ids, max_new_tokens=128,
-                 streamer=None):
-        """Greedy answers to a batch of prompts.
+                 temperature=0.0, streamer=None):
+        """Returns the answers' ids: (B, at most max_new_tokens). A row that ends early is filled up with end
+        tokens.
 
         Args:
-            input_ids, attention_mask: (B, T), padded on the *left*: the next word is appended on the right,
-                and must follow the prompt, not padding.
-            end_token_ids: a list; a row ends at the first of these. It was trained after every answer: a
-                model that has never been shown an end goes on for ever.
-            streamer: a transformers TextStreamer, for B = 1.
-        Returns:
-            (B, <= max_new_tokens) new ids only. Given inputs_embeds instead of ids, transformers' generate()
-            has no prompt ids to return: cutting off the prompt once more would eat the answer.
+            input_ids, attention_mask: (B, T), padded on the *left*, so that the last position of every row is
+                the end of its prompt and predicts the first token of its answer.
+            pixel_values: (I, 3, H, W).
+            end_token_ids: list of ids that end an answer. Stage 1 and 2 train the model to write the first
+            one. temperature: 0 takes the most likely token; above 0 samples from softmax(logits /
+            temperature). streamer: object with put(ids) and end(), for example transformers' TextStreamer
+            (for B = 1).
         """
-        inputs_embeds = self.embed(input_ids, pixel_values)
-        return self.llm.generate(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, max_new_tokens=max_new_tokens,
-            eos_token_id=end_token_ids, pad_token_id=end_token_ids[0], streamer=streamer,
-            do_sample=False, temperature=None, top_p=None, top_k=None)  # no leftovers of a sampling config
-
-
-def num_image_tokens(vision_config):
-    return (vision_config.image_size // vision_config.patch_size) ** 2
+        decoder, head = self.llm.get_decoder(), self.llm.get_output_embeddings()
+        end_token_ids = torch.tensor(end_token_ids, device=input_ids.device)
+        inputs_embeds = self.embed(input_ids, pixel_values)  # (B, T, D)
+        # Each row counts its positions from its first real token: [pad, pad, a, b] -> [0, 0, 0, 1]
+        position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, T)
+        cache = DynamicCache()  # keys and values of all earlier positions, in every block
+        finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # (B,)
+        answer = []
+        for _ in range(max_new_tokens):
+            # The first pass reads the whole prompt with the image. Each later pass reads one new token, which
+            # attends to the cached keys and values.
+            hidden = decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=True,
+                             position_ids=position_ids, past_key_values=cache).last_hidden_state
+            logits = head(hidden[:, -1])  # (B, T or 1, D) -> (B, V): only the last position predicts a new token
+            if temperature > 0:
+                probabilities = torch.softmax(logits.float() / temperature, dim=-1)  # (B, V)
+                new_ids = torch.multinomial(probabilities, 1).squeeze(1)  # (B,)
+            else:
+                new_ids = logits.argmax(dim=-1)  # (B,)
+            new_ids = new_ids.masked_fill(finished, end_token_ids[0])
+            answer.append(new_ids)
+            if streamer:
+                streamer.put(new_ids.cpu())
+            finished |= torch.isin(new_ids, end_token_ids)
+            if finished.all():
+                break
+            inputs_embeds = self.llm.get_input_embeddings()(new_ids)[:, None]  # (B,) -> (B, 1, D)
+            attention_mask = F.pad(attention_mask, (0, 1), value=1)  # (B, T) -> (B, T + 1)
+            position_ids = position_ids[:, -1:] + 1  # (B, 1)
+        if streamer:
+            streamer.end()
+        return torch.stack(answer, dim=1)  # (B, number of new tokens)

@@ -1,184 +1,241 @@
-"""Stage 2, visual instruction tuning (paper, section 4.2, "Stage 2: Fine-tuning End-to-End").
+"""Stage 2: visual instruction tuning (paper, section 4.2, "Stage 2: Fine-tuning End-to-End").
 
-CLIP stays frozen; the projector of stage 1 goes on learning, and the LLM learns with it, to answer what
-people ask about an image. The paper trains all of the LLM's weights; here it gets a LoRA adapter, so that one
-small GPU will do (the reference offers the same: scripts/v1_5/finetune_lora.sh).
+CLIP stays frozen. The projector of stage 1 is trained further, and the LLM is trained with it, on
+conversations about images. The paper trains all weights of the LLM. Here the LLM gets a LoRA adapter, so that
+one small GPU is enough (the reference offers the same in scripts/v1_5/finetune_lora.sh).
 
-    python stage2_instruct.py                        the toy world: about a minute on 2 CPU cores, loss 0.01
-    python stage2_instruct.py --preset tinyllama     LLaVA-Instruct-150K with COCO train2017
+    python stage2_instruct.py                       the toy world: about 1 minute on 2 CPU cores, final loss 0.01
+    python stage2_instruct.py --preset tinyllama    the real models and data, see docs/real_data.md
 
-Reads <run>/stage1/, writes <run>/stage2/: projector.safetensors, adapter/, run.json, metrics.jsonl.
-Then comes sanity_check.py.
+Reads <run>/stage1/. Writes projector.safetensors, adapter/, run.json and metrics.jsonl to <run>/stage2/.
+Continue with sanity_check.py. The comments explain only what is new; stage1_align.py explains the rest.
 """
 
 import math
+import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from torch.utils.data import DataLoader
 
-import plumbing
-from data import IGNORE_INDEX
-from evaluate import answer, grounding, held_out_batches
-from loading import Windows, check_data, keep_usable, open_datasets
-from model import LORA_TARGETS
-from runs import Run
-from weights import build, load_projector, refuse_other_template
+import toy.world
+from data import ChatDataset, ChatTemplate, collate
+from model import IGNORE_INDEX, LORA_TARGETS, Llava, num_image_tokens
+from sanity_check import generate_answers, held_out_batches, mark_trained, measure_grounding
+from support import checkpoints
+from support.check_records import count_skipped_images, drop_unusable_records
+from support.devices import choose_dtype
+from support.errors import Stopped, UserError, run_script
+from support.metrics_log import MetricsLog, format_grounding
+from support.processes import Processes
+from support.records import open_records
+from support.settings import next_command, parse_settings
+from support.step_batches import plan_steps
+from support.weights import (check_same_models, check_same_template, load_image_processor, load_language_model,
+                             load_projector, load_vision_config, load_vision_tower, read_run, save_result)
 
-# -- 1. settings: every one of them is a flag --------------------------------------------------------------
+# -- 1. settings: each one is also a flag, see --help ------------------------------------------------------
 
 PRESETS = {
     "toy": dict(
         run="runs/toy",
-        # parts
-        vision_tower="toy/clip-vit", vision_layer=-2, image_fit="crop", llm="toy/llama-chat",
-        projector="linear",
-        # data
+        # the models
+        vision_tower="toy/clip-vit", vision_layer=-2, llm="toy/llama-chat", projector="linear",
+        # the data
         data="toy/data/instruct.json", images="toy/data/images",
         heldout_data="toy/data/heldout_instruct.json", heldout_images="toy/data/heldout.zip", held_out=240,
         limit=0, max_length=256, allow_bad=0.01, workers=0,
-        # optimisation
+        # the optimization
         lr=1.5e-3, projector_lr=5e-4, lora_r=16, lora_alpha=32, lora_dropout=0.05,
-        batch_size=32, grad_accum=1, epochs=1, max_steps=None, warmup=0.03, clip=1.0,
-        # machine
-        precision="auto", device="auto", seed=0, eval_every=94, save_every=100, log_every=10,
+        batch_size=32, grad_accum=1, epochs=1, max_steps=None, warmup=0.03, max_grad_norm=1.0,
+        # the machine and the log
+        precision="auto", device="auto", seed=0, eval_every=15, save_every=100, log_every=5, tracker=None,
     ),
     "tinyllama": dict(
         run="runs/tinyllama",
-        vision_tower="openai/clip-vit-large-patch14", vision_layer=-2, image_fit="crop",
+        vision_tower="openai/clip-vit-large-patch14", vision_layer=-2,
         llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0", projector="linear",
         data="data/LLaVA-Instruct-150K/llava_instruct_150k.json", images="data/coco/train2017.zip",
         heldout_data=None, heldout_images=None, held_out=256,
         limit=0, max_length=2048, allow_bad=0.01, workers=2,
-        # The reference's LoRA run (v1.5): r 128, alpha 256, lr 2e-4, projector 2e-5, global batch 128, one
-        # epoch.
+        # As in the reference's LoRA script: lr 2e-4, projector 2e-5, an effective batch of 128 (here 4 × 32),
+        # one epoch. It uses r = 128 and alpha = 256. Here r is 16, which needs an eighth of the memory for
+        # the adapter and its optimizer; alpha / r is 2 in both.
         lr=2e-4, projector_lr=2e-5, lora_r=16, lora_alpha=32, lora_dropout=0.05,
-        batch_size=4, grad_accum=32, epochs=1, max_steps=None, warmup=0.03, clip=1.0,
-        precision="auto", device="auto", seed=0, eval_every=250, save_every=100, log_every=10,
+        batch_size=4, grad_accum=32, epochs=1, max_steps=None, warmup=0.03, max_grad_norm=1.0,
+        precision="auto", device="auto", seed=0, eval_every=250, save_every=100, log_every=10, tracker=None,
     ),
 }
 
 
 def main():
-    args = plumbing.parse_settings(__doc__, PRESETS)
-    processes = plumbing.Processes(args.device)
-    device = processes.device
-    plumbing.print_settings(args)
+    args = parse_settings(__doc__, PRESETS)
+    processes = Processes(args.device)  # just this one, unless torchrun has started several
+    device, dtype = processes.device, choose_dtype(args.precision, processes.device)
+    print(f"device {device}, {dtype}; settings:")
+    for name, value in vars(args).items():
+        print(f"  {name:<16} {value}")
+    stage1, folder = Path(args.run) / "stage1", Path(args.run) / "stage2"
+    stage1_run = read_run(stage1)
+    check_same_models(stage1_run, args, stage1)
+    checkpoint = None if args.check_data else checkpoints.open_stage_folder(folder, args, processes.world_size)
+    torch.manual_seed(args.seed)
+
+    # -- 2. data -------------------------------------------------------------------------------------------
+
+    if args.preset == "toy":
+        toy.world.draw_if_missing()  # 12,240 pictures, about 10 s, once
+    train_set, held_out_set = open_records(args.data, args.images, args.heldout_data, args.heldout_images,
+                                           args.held_out, args.limit, args.seed)
+    template = ChatTemplate(args.llm)
+    n_image = num_image_tokens(load_vision_config(args.vision_tower))  # N
+    train_set, lengths, held_out_set = drop_unusable_records(train_set, held_out_set, template, n_image,
+                                                             args.max_length, args.allow_bad)
     if args.check_data:
-        return check_data(args)
-    plumbing.seed_everything(args.seed)
-    dtype, why = plumbing.pick_precision(args.precision, device)
-    print(f"device {device}, precision {dtype} ({why})")
-    stage1 = Path(args.run) / "stage1"
-    stage1_run = plumbing.read_run(stage1, "stage1_align.py", args)
-    plumbing.refuse_other_parts(stage1_run, args, stage1)
-    run = Run(args, 2, processes)
+        return
+    image_processor = load_image_processor(args.vision_tower)
+    dataset = ChatDataset(train_set, template, image_processor, n_image, args.max_length)
+    held_out = ChatDataset(held_out_set, template, image_processor, n_image, args.max_length)
+    pad_token_id = template.tokenizer.pad_token_id
+    heldout_batches = held_out_batches(held_out, pad_token_id, args.batch_size)
+    print("a sample; the tokens in [[ ]] are trained:")
+    print(mark_trained(dataset[0]["input_ids"], dataset[0]["labels"], template, color=False))
 
-    # -- 2. model ------------------------------------------------------------------------------------------
+    # -- 3. model ------------------------------------------------------------------------------------------
 
-    # Frozen weights in `dtype`: half the memory on a GPU, and they need no more, for no step changes them.
-    model, template, image_processor = build(args.vision_tower, args.llm, args.projector, args.vision_layer,
-                                             dtype, args.image_fit)
-    refuse_other_template(template, stage1_run, stage1)
+    clip = load_vision_tower(args.vision_tower, dtype)
+    llm = load_language_model(args.llm, dtype)
+    try:
+        model = Llava(clip, llm, template.image_token_id, args.projector, args.vision_layer).to(device)
+    except ValueError as error:
+        raise UserError(f"--vision-layer: {error}") from error
+    check_same_template(stage1_run, template, stage1)
     load_projector(model, stage1 / "projector.safetensors")
+    model.projector.requires_grad_(True)
+    # peft creates the matrices A and B, makes them trainable, and keeps them in fp32 even where W is in half
+    # precision. The table below shows it.
     model.add_lora(LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
                               target_modules=LORA_TARGETS, task_type="CAUSAL_LM"))
-    model.to(device)
-    # What is trained stays in fp32: lr · gradient is often smaller than half precision can add to a weight.
-    model.projector.requires_grad_(True)
-    if args.compile:
-        model.compile_blocks()
-    if args.activation_checkpointing:  # around the compiled blocks, not inside
-        model.checkpoint_activations()
-    plumbing.print_parameters(model)
-
-    # -- 3. data -------------------------------------------------------------------------------------------
-
-    dataset, held_out = open_datasets(args, template, image_processor, model.num_image_tokens)
-    keep_usable(dataset, args.allow_bad)
-    keep_usable(held_out, args.allow_bad)
-    plumbing.print_sample(dataset[0], template)
-    pad_token_id = template.tokenizer.pad_token_id
-    held_batches = held_out_batches(held_out, pad_token_id, args.batch_size)
+    torch.manual_seed(args.seed + processes.rank)  # each process draws different dropout masks
+    if args.activation_checkpointing:
+        llm.gradient_checkpointing_enable({"use_reentrant": False})
+    print(model.parameter_table())
 
     # -- 4. optimizer --------------------------------------------------------------------------------------
 
     trained = list(model.trainable().values())
-    adapter = [parameter for name, parameter in model.trainable().items() if "lora_" in name]
-    optimizer = torch.optim.AdamW([{"params": model.projector.parameters(), "peak_lr": args.projector_lr},
-                                   {"params": adapter, "peak_lr": args.lr}], weight_decay=0.0, fused=True)
-    # fp16 reaches down to 6e-8: most gradients would round to zero. The scaler multiplies the loss, and with
-    # it every gradient, by a large number, and divides it out again before the step. bf16 has fp32's range
-    # and fp32 needs no help: there the scaler is switched off, and the calls below do nothing.
+    adapter = [parameter for name, parameter in model.trainable().items() if ".lora_" in name]
+    # The projector has already been trained, so it gets a smaller learning rate than the new adapter.
+    optimizer = torch.optim.AdamW([{"params": adapter, "peak_lr": args.lr},
+                                   {"params": model.projector.parameters(), "peak_lr": args.projector_lr}],
+                                  weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # -- 5. the loop ---------------------------------------------------------------------------------------
 
-    run.start(model, template, optimizer, scaler)
-    windows = Windows(dataset, args, pad_token_id, processes, run.samples, run.step)
-    plumbing.print_plan(args, processes, len(dataset), len(held_out), windows.total_steps)
-    run.open_log(windows.total_steps, len(dataset))
+    progress, fingerprint = checkpoints.Progress(), train_set.fingerprint()
+    if checkpoint:
+        progress = checkpoints.restore(checkpoint, model, optimizer, scaler, fingerprint, processes)
+    elif processes.rank == 0:
+        checkpoints.discard_results(folder)  # of an earlier run
+    plans, sizes = plan_steps(lengths, args.batch_size, args.grad_accum, args.epochs, args.max_steps,
+                              args.seed, processes.rank, processes.world_size, progress.samples,
+                              progress.step)
+    total_steps = progress.step + len(plans)
+    loader = DataLoader(
+        dataset, batch_sampler=[micro_batch for plan in plans for micro_batch in plan],
+        collate_fn=partial(collate, pad_token_id=pad_token_id), num_workers=args.workers,
+        prefetch_factor=max(2, args.grad_accum) if args.workers else None,
+        worker_init_fn=checkpoints.ignore_signals_in_worker, pin_memory=device.type == "cuda",
+        generator=torch.Generator())  # else the loader would draw a seed from the global generator
+    micro_batches = iter(loader)
+    print(f"batch: {args.batch_size} (micro-batch) × {args.grad_accum} (accumulation) × "
+          f"{processes.world_size} (processes) = {max(sizes, default=0)} samples per step\n"
+          f"data: {len(dataset):,} samples to train on, {len(held_out):,} held out; {total_steps:,} steps")
+    log = MetricsLog(folder, processes.rank, checkpoint, total_steps, args)
 
-    def look():
-        """Held-out losses and one answer: is it the image that it talks about?"""
-        measured = grounding(model, held_batches, device)
-        prompt, truth = held_out.question(0)
-        said = answer(model, template, [prompt], device, max_new_tokens=64)[0]
-        run.log.held_out(run.step, measured, said, truth)
+    def evaluate():
+        """Measures the held-out loss with the correct and with a different image, and logs one answer."""
+        measured = measure_grounding(model, heldout_batches, device)
+        prompt, reference = held_out.prompt(0)
+        generated = generate_answers(model, template, [prompt], device, max_new_tokens=64)[0]
+        log.log_held_out(progress.step, measured, generated, reference)
         return measured
 
     model.train()
-    if run.step == 0:
-        run.before = look()
-    for step, window in enumerate(windows, start=run.step + 1):
-        # Warm-up, for Adam's first steps are large whatever the gradient; then half a cosine, down to zero.
-        warmup_steps = max(1, round(args.warmup * windows.total_steps))
-        progress = max(0, step - 1 - warmup_steps) / max(1, windows.total_steps - warmup_steps)  # 0 … 1
-        factor = min(1, step / warmup_steps) * 0.5 * (1 + math.cos(math.pi * progress))
+    stop_signal = checkpoints.StopSignal()  # Ctrl-C or SIGTERM
+    warmup_steps = max(1, round(args.warmup * total_steps))
+    if progress.step == 0:
+        progress.before = evaluate()
+    for plan, size in zip(plans, sizes):
+        done = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)  # 0 … 1
+        factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
-        # The loss is a mean over the supervised tokens of the *whole* effective batch:
-        #     L = 1/n · Σ over micro-batches Σ over their tokens  -log p(x_t | x_<t, image)
-        # The usual way, loss.mean() / grad_accum, is a mean of means: a token among short answers would weigh
-        # more than one among long answers, and accumulation would not equal the large batch.
-        n = processes.sum(sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in window.batches))
+        started = time.perf_counter()
+        batches = [next(micro_batches) for _ in plan]  # see collate() for what a batch contains
+        seconds_waiting = time.perf_counter() - started
+        skipped = [sentence for batch in batches for sentence in batch.pop("skipped")]
+        count_skipped_images(progress.skipped, skipped, folder, args.allow_bad, len(dataset))
+
+        n = processes.sum(sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches))
         loss = torch.zeros((), device=device)
-        for batch in window.batches:
+        for batch in batches:
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            # Autocast computes matrix products in half precision and keeps what needs the range in fp32.
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 losses = model(**batch)  # (K,)
             micro_loss = losses.sum() / n
-            # Gradients flow back through the frozen weights of the LLM, which keep none, into the adapters
-            # beside them and into the projector, where they add up over the micro-batches of the window.
+            # Gradients flow back through the frozen W of every layer into A and B beside it, and at the image
+            # positions on into the projector.
             scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()  # not .item(): that would wait for the GPU in every micro-batch
+            loss += micro_loss.detach()  # .item() would wait for the GPU in every micro-batch
 
-        # Several processes: each has the gradient of its share, and n was that of all, so the sum is the
-        # gradient of the whole batch. (DistributedDataParallel does the same, but takes the mean.)
         processes.sum_gradients(trained)
         loss = processes.sum(loss)
-        scaler.unscale_(optimizer)  # before clipping: the norm must be that of the true gradient
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
-        run.check_finite(loss, grad_norm, window)
-        scaler.step(optimizer)  # leaves the step out if a gradient overflowed
-        scaler.update()  # and then tries a smaller scale, or now and then a larger one
+        scaler.unscale_(optimizer)  # before clipping, because the norm must be that of the true gradient
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+        progress.overflows = 0 if math.isfinite(loss + grad_norm) else progress.overflows + 1
+        if progress.overflows >= (10 if scaler.is_enabled() else 1):
+            ids = [str(train_set[i].get("id")) for micro_batch in plan for i in micro_batch]
+            raise UserError(f"step {progress.step + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try a lower "
+                            f"--lr or --precision fp32, or look at its records: {', '.join(ids[:16])}")
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        run.step_done(window, loss=loss, lr=group["lr"], grad_norm=grad_norm, supervised_tokens=n)
-        if step % args.eval_every == 0 and step < windows.total_steps:
-            look()
-        run.save_if_due()
+        progress.step += 1
+        progress.samples += size
+        log.count_step(size, seconds_waiting)
+        if progress.step % args.log_every == 0 or progress.step == total_steps:
+            lr, projector_lr = (group["lr"] for group in optimizer.param_groups)
+            log.log_step(progress.step, loss=loss, lr=lr, projector_lr=projector_lr, grad_norm=grad_norm,
+                         labelled_tokens=n, samples=progress.samples)
+        if progress.step % args.eval_every == 0 and progress.step < total_steps:
+            evaluate()
+        stop = processes.max(stop_signal.number)
+        if progress.step % args.save_every == 0 or progress.step == total_steps or stop:
+            checkpoints.save(folder, progress, model, optimizer, scaler, args, fingerprint, processes)
+        if stop:
+            log.close()
+            raise Stopped(f"saved {folder} at step {progress.step:,} of {total_steps:,}: continue with the "
+                          "same command and --resume", 128 + stop)
 
     # -- 6. save -------------------------------------------------------------------------------------------
 
-    after = look()
-    run.finish(after)
-    print(f"before: {plumbing.outcome(run.before)}\nafter:  {plumbing.outcome(after)}")
-    print(f"peak memory {plumbing.peak_memory(device)}; saved in {run.folder}")
-    print(f"next: python sanity_check.py{plumbing.same_flags(args)}")
+    after = evaluate()
+    log.close()
+    if not math.isfinite(after["loss"]):
+        raise UserError("the held-out loss is not finite, so nothing was saved as a result; try a lower --lr")
+    if processes.rank == 0:
+        save_result(folder, 2, model, template, vars(args), progress.step, after, len(progress.skipped))
+        checkpoints.discard_checkpoint(folder)
+    processes.barrier()
+    print(f"before: {format_grounding(progress.before)}\nafter:  {format_grounding(after)}\n"
+          f"saved in {folder}; next: {next_command('sanity_check.py', args)}")
 
 
 if __name__ == "__main__":
-    plumbing.launch(main)
+    run_script(main)

@@ -1,96 +1,87 @@
-"""The README's table: what the toy world's two stages reach on three seeds, and what chance looks like.
+"""Trains and evaluates both stages on the toy world and prints the table of results for the README.
 
-    python bench/toy_table.py              about 20 minutes on 2 cores; --seeds 0 for one seed
-    python bench/toy_table.py --precision fp16 --seeds 0 --no-controls     slow on a CPU: half an hour
+    python -m bench.toy_table                  about 20 minutes on 2 cores; add --seeds 0 for one seed
+    python -m bench.toy_table --precision fp16 --seeds 0 --no-controls      about 30 minutes on 2 cores
 
-Trains both stages for each seed and evaluates after each. Then the controls, which must fail: a projector
-that was never trained, and one trained on captions whose images were shuffled. The runs go to runs/table/.
+Columns of the table, all measured on held-out data:
+    objects F1            colors and shapes named in the captions, compared with the correct scene
+    captions F1           the same for color, shape and place
+    answers correct       fraction of the generated answers that equal the reference answer
+    correct image better  fraction of the records whose reference answer is more likely with the correct image
+    worst kind            the kind of question with the smallest fraction of correct answers
+A second number after "/" is the control with a different image: the captions are compared with a different
+scene, or the question is asked about a different image.
+
+The last two rows are controls. Their numbers should be close to chance. One evaluates an untrained projector,
+the other a projector that was trained on captions of different images. The runs are written to runs/table/.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+from toy import world
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from plumbing import find_file  # noqa: E402  (after the path)
-
-COLUMNS = (
-    "objects_f1",
-    "objects_f1_shuffled",
-    "caption_f1",
-    "caption_f1_shuffled",
-    "qa_exact",
-    "qa_exact_shuffled",
-    "image_match",
-)
+TABLE = ROOT / "runs" / "table"
+STAGES = {1: "stage1_align.py", 2: "stage2_instruct.py"}
+COLUMNS = {"objects F1": "objects_f1", "captions F1": "caption_f1", "answers correct": "qa_exact",
+           "correct image better": "image_match"}  # the keys in eval.json
 
 
-def run(script, *arguments):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def run(*arguments):
+    """Runs Python with these arguments. Ends the process with the error output if that fails."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     if done.returncode:
-        sys.exit(f"{script} {' '.join(map(str, arguments))}: {done.stderr[-2000:]}")
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
 
 
-def row(name, folder, stage, precision="fp32"):
-    run("sanity_check.py", "--run", folder, "--stage", stage, "--eval", "--precision", precision)
+def print_row(name, folder, stage, precision="fp32"):
+    """Evaluates a run and prints its row of the table. Keeps the result as eval1.json or eval2.json."""
+    run("-m", "tools.evaluate", "--run", folder, "--stage", stage, "--precision", precision)
     result = json.loads((folder / "eval.json").read_text())
-    os.replace(folder / "eval.json", folder / f"eval{stage}.json")
-    cells = [f"{result[column]:.3f}" if column in result else "–" for column in COLUMNS]
+    (folder / "eval.json").replace(folder / f"eval{stage}.json")
+    cells = []
+    for key in COLUMNS.values():
+        numbers = [f"{result[k]:.3f}" for k in (key, f"{key}_shuffled") if k in result]
+        cells.append(" / ".join(numbers) or "–")
     by_kind = result.get("qa_exact_by_kind")
     cells.append(f"{min(by_kind.values()):.3f} ({min(by_kind, key=by_kind.get)})" if by_kind else "–")
     print("| " + " | ".join([name, *cells]) + " |", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--no-controls", action="store_true")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--no-controls", action="store_true", help="leave out the last two rows")
     args = parser.parse_args()
-    table = ROOT / "runs" / "table"
-    print(
-        "| after | " + " | ".join([*COLUMNS, "worst kind"]) + " |\n|" + "--|" * (len(COLUMNS) + 2), flush=True
-    )
+    world.draw_if_missing()
+    header = ["run", *COLUMNS, "worst kind"]
+    print("| " + " | ".join(header) + " |\n|" + "--|" * len(header), flush=True)
     for seed in args.seeds:
-        name = f"seed {seed}" + (f", {args.precision}" if args.precision != "fp32" else "")
-        folder = table / name.replace(", ", "-").replace(" ", "")
-        for stage, script in ((1, "stage1_align.py"), (2, "stage2_instruct.py")):
+        folder = TABLE / f"seed{seed}-{args.precision}"
+        for stage, script in STAGES.items():
             run(script, "--run", folder, "--seed", seed, "--precision", args.precision, "--restart")
-            row(f"stage {stage}, {name}", folder, stage, args.precision)
+            print_row(f"stage {stage}, seed {seed}, {args.precision}", folder, stage, args.precision)
     if args.no_controls:
         return
 
-    run("stage1_align.py", "--run", table / "untrained", "--max-steps", 0, "--restart")
-    row("no training", table / "untrained", 1)
+    run(STAGES[1], "--run", TABLE / "untrained", "--max-steps", 0, "--restart")
+    print_row("control: untrained projector", TABLE / "untrained", 1)
 
-    records = json.loads(find_file("toy/data/chat.json").read_text())
+    folder = TABLE / "different-images"
+    records = json.loads((world.DATA / "chat.json").read_text())
     images = [record["image"] for record in records]
     for record, image in zip(records, images[1:] + images[:1]):
         record["image"] = image
-    (table / "shuffled").mkdir(parents=True, exist_ok=True)
-    (table / "shuffled" / "chat.json").write_text(json.dumps(records))
-    run(
-        "stage1_align.py",
-        "--run",
-        table / "shuffled",
-        "--data",
-        table / "shuffled" / "chat.json",
-        "--restart",
-    )
-    row("stage 1, shuffled images", table / "shuffled", 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "chat.json").write_text(json.dumps(records))
+    run(STAGES[1], "--run", folder, "--data", folder / "chat.json", "--restart")
+    print_row("control: trained on different images", folder, 1)
 
 
 if __name__ == "__main__":

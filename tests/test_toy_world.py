@@ -1,18 +1,23 @@
-"""The toy world keeps its promises: the same bytes for the same seed, held-out combinations, real formats."""
+"""Tests of toy/world.py, toy/pretrain.py and the two committed toy models."""
 
 import io
 import json
 import random
+import re
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import toy_world
-from toy_world import BRIEF, PLACES, combination, draw, objects_in, random_scene
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+from toy import pretrain, world
+from toy.world import BRIEF, PLACES, draw, heldout_scenes, objects_in, random_scene
 
 COUNTS = {"chat": 60, "instruct": 60, "heldout": 30}
 
@@ -24,43 +29,62 @@ def drawn(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def tokenizer():
+    return AutoTokenizer.from_pretrained(REPOSITORY / "toy" / "llama-chat")
+
+
+@pytest.fixture
+def tokenizer_with_image(tokenizer):
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    return tokenizer
+
+
 def load(folder, name):
     return json.loads((folder / name).read_text())
 
 
-def things(text):
-    return frozenset((colour, shape) for colour, shape, _ in objects_in(text))
+def captions(folder, name):
+    return [record["conversations"][1]["value"] for record in load(folder, name)]
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(drawn, tmp_path):
+def colored_shapes(text):
+    return frozenset((color, shape) for color, shape, _ in objects_in(text))
+
+
+# -- toy/world.py ------------------------------------------------------------------------------------------
+
+
+def test_world_needs_neither_torch_nor_transformers():
+    code = "import sys, toy.world; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+def test_same_seed_gives_same_bytes_and_other_seed_gives_other_bytes(drawn, tmp_path):
     draw(tmp_path / "again", **COUNTS)
     draw(tmp_path / "other", **COUNTS, seed=1)
-    once, again, other = (
+    first, again, other = (
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         for folder in (drawn, tmp_path / "again", tmp_path / "other")
     )
-    assert len(once) == 6 + COUNTS["instruct"]
-    assert once == again
-    assert not any(other.get(name) == content for name, content in once.items())
+    assert len(first) == 6 + COUNTS["instruct"]
+    assert first == again
+    assert not any(other.get(name) == content for name, content in first.items())
 
 
-def test_no_heldout_combination_is_drawn_for_training(monkeypatch, tmp_path):
-    # A world so small that chance alone would repeat combinations: five coloured shapes make 25.
-    monkeypatch.setattr(
-        toy_world,
-        "COLOURED_SHAPES",
-        [("red", "circle"), ("red", "star"), ("blue", "circle"), ("blue", "star"), ("green", "star")],
-    )
+def test_training_data_never_shows_a_heldout_combination(monkeypatch, tmp_path):
+    # Five colored shapes allow only 25 combinations, so chance would repeat some of them.
+    few_shapes = [("red", "circle"), ("red", "star"), ("blue", "circle"), ("blue", "star"), ("green", "star")]
+    monkeypatch.setattr(world, "COLORED_SHAPES", few_shapes)
     draw(tmp_path / "data", chat=50, instruct=5, heldout=12)
-    heldout = [things(r["conversations"][1]["value"]) for r in load(tmp_path / "data", "heldout_chat.json")]
-    training = {things(r["conversations"][1]["value"]) for r in load(tmp_path / "data", "chat.json")}
-    assert len(set(heldout)) == 12 and training and not training & set(heldout)
+    heldout = {colored_shapes(text) for text in captions(tmp_path / "data", "heldout_chat.json")}
+    training = {colored_shapes(text) for text in captions(tmp_path / "data", "chat.json")}
+    assert len(heldout) == 12 and training and not training & heldout
 
 
-def test_heldout_combinations_are_those_the_pretraining_avoids(drawn):
-    """pretrain() calls heldout_scenes with a fresh generator of the same seed, as draw() does."""
-    heldout = [things(r["conversations"][1]["value"]) for r in load(drawn, "heldout_chat.json")]
-    assert heldout == [combination(s) for s in toy_world.heldout_scenes(random.Random(0), COUNTS["heldout"])]
+def test_heldout_data_shows_the_combinations_that_pretraining_avoids(drawn):
+    heldout = [colored_shapes(text) for text in captions(drawn, "heldout_chat.json")]
+    assert heldout == list(heldout_scenes(random.Random(0), COUNTS["heldout"]))  # as in pretrain.pretrain()
 
 
 @pytest.mark.parametrize(
@@ -72,7 +96,7 @@ def test_heldout_combinations_are_those_the_pretraining_avoids(drawn):
         ("heldout_instruct.json", (2, 5)),
     ],
 )
-def test_records_have_llavas_form(drawn, name, turns):
+def test_records_have_llava_format(drawn, name, turns):
     records = load(drawn, name)
     assert len(records) == COUNTS["heldout" if name.startswith("heldout") else name.removesuffix(".json")]
     assert len({record["id"] for record in records}) == len(records)
@@ -87,11 +111,11 @@ def test_records_have_llavas_form(drawn, name, turns):
         assert first.count("<image>") == 1 and not any("<image>" in value for value in others)
         if "chat" in name:
             assert first.replace("<image>", "").strip() in BRIEF
-    firsts = [record["conversations"][0]["value"] for record in records]
-    assert {value.startswith("<image>") for value in firsts} == {True, False}
+    first_turns = [record["conversations"][0]["value"] for record in records]
+    assert {value.startswith("<image>") for value in first_turns} == {True, False}
 
 
-def test_every_image_named_is_there_and_no_other(drawn):
+def test_image_files_are_exactly_those_named_in_the_records(drawn):
     def named(name):
         return {record["image"] for record in load(drawn, name)}
 
@@ -102,52 +126,61 @@ def test_every_image_named_is_there_and_no_other(drawn):
         with zipfile.ZipFile(drawn / archive) as opened:
             assert all(named(name) == set(opened.namelist()) for name in names)
             image = Image.open(io.BytesIO(opened.read(opened.namelist()[0])))
-            assert (image.format, image.size, image.mode) == ("JPEG", (toy_world.SIDE, toy_world.SIDE), "RGB")
+            assert (image.format, image.size, image.mode) == ("JPEG", (world.SIDE, world.SIDE), "RGB")
     assert named("instruct.json") == {path.name for path in (drawn / "images").iterdir()}
 
 
-def test_kinds_align_with_the_answers_and_answers_with_the_scene(drawn):
-    captions = [record["conversations"][1]["value"] for record in load(drawn, "heldout_chat.json")]
-    scenes = [{place: (colour, shape) for colour, shape, place in objects_in(text)} for text in captions]
+def test_kinds_match_the_answers_and_the_answers_match_the_scene(drawn):
+    scenes = [
+        {place: (color, shape) for color, shape, place in objects_in(text)}
+        for text in captions(drawn, "heldout_chat.json")
+    ]
     for scene, record in zip(scenes, load(drawn, "heldout_instruct.json"), strict=True):
         turns = [turn["value"] for turn in record["conversations"]]
-        for kind, ask, answer in zip(record["kinds"], turns[::2], turns[1::2], strict=True):
-            ask = ask.replace("<image>", "").strip()
+        for kind, question, answer in zip(record["kinds"], turns[::2], turns[1::2], strict=True):
+            question = question.replace("<image>", "").strip()
             if kind == "count":
-                assert answer == f"There are {toy_world.NUMBERS[len(scene)]}."
+                assert answer == f"There are {world.NUMBERS[len(scene)]}."
             elif kind == "colour":
-                colour, _ = scene[next(place for place in PLACES if place in ask)]
-                assert answer == f"It is {colour}."
+                color, _ = scene[next(place for place in PLACES if place in question)]
+                assert answer == f"It is {color}."
             elif kind == "shape":
-                [shape] = [shape for colour, shape in scene.values() if colour in ask[:-1].split()]
+                [shape] = [shape for color, shape in scene.values() if color in question[:-1].split()]
                 assert answer[:-1].split()[-1] == shape
-            elif kind == "where":
-                assert " ".join(scene[answer.removeprefix("At the ").rstrip(".")]) in ask
             elif kind == "what_at":
-                thing = scene.get(next(place for place in PLACES if place in ask))
+                thing = scene.get(next(place for place in PLACES if place in question))
                 assert answer.rstrip(".").lower().endswith(" ".join(thing) if thing else "nothing")
             elif kind == "yes_no":
-                there = any(place in ask for place in scene)
-                assert answer == ("Yes." if there else "No.")
+                assert answer == ("Yes." if any(place in question for place in scene) else "No.")
             else:
                 pytest.fail(f"unexpected kind: {kind}")
 
 
+def test_questions_used_only_in_pretraining_match_the_scene():
+    rng = random.Random(0)
+    for _ in range(200):
+        scene = random_scene(rng)
+        question, answer = world.question(scene, "where", rng)
+        assert " ".join(scene[answer.removeprefix("At the ").rstrip(".")]) in question
+        question, answer = world.question(scene, "has_colour", rng)
+        assert answer == ("Yes." if any(color in question for color, _ in scene.values()) else "No.")
+
+
 def test_yes_and_no_are_equally_frequent():
     rng = random.Random(0)
-    answers = [toy_world.question(random_scene(rng), "yes_no", rng)[1] for _ in range(2000)]
+    answers = [world.question(random_scene(rng), "yes_no", rng)[1] for _ in range(2000)]
     assert set(answers) == {"Yes.", "No."} and 0.45 < answers.count("Yes.") / len(answers) < 0.55
 
 
-def test_objects_in_recovers_the_truth_from_every_caption():
+def test_objects_in_recovers_the_scene_from_every_caption():
     rng = random.Random(0)
     for _ in range(500):
         scene = random_scene(rng)
-        assert objects_in(toy_world.caption_of(scene)) == {(*thing, place) for place, thing in scene.items()}
+        assert objects_in(world.caption_of(scene)) == {(*thing, place) for place, thing in scene.items()}
 
 
 @pytest.mark.parametrize(
-    "junk, found",
+    "text, found",
     [
         ("", set()),
         ("a red a red at the top left", set()),
@@ -157,16 +190,16 @@ def test_objects_in_recovers_the_truth_from_every_caption():
         ("a red circle at the top left and a red circle at the top left .", {("red", "circle", "top left")}),
     ],
 )
-def test_objects_in_ignores_junk(junk, found):
-    assert objects_in(junk) == found
+def test_objects_in_ignores_incomplete_phrases(text, found):
+    assert objects_in(text) == found
 
 
-def test_an_interrupted_draw_leaves_no_folder_and_the_next_succeeds(monkeypatch, tmp_path):
+def test_interrupted_draw_leaves_no_folder_and_the_next_draw_succeeds(monkeypatch, tmp_path):
     def fail(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(toy_world, "picture", fail)
+        patch.setattr(world, "picture", fail)
         with pytest.raises(KeyboardInterrupt):
             draw(tmp_path / "data", chat=2, instruct=2, heldout=2)
     assert not (tmp_path / "data").exists()
@@ -174,46 +207,94 @@ def test_an_interrupted_draw_leaves_no_folder_and_the_next_succeeds(monkeypatch,
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-# -- the committed stand-ins, and the tokenizer ------------------------------------------------------------
+def test_draw_if_missing_draws_only_a_missing_folder_and_announces_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(world, "DATA", tmp_path / "data")
+    monkeypatch.setattr(world, "draw", lambda folder: folder.mkdir())
+    world.draw_if_missing()
+    assert (tmp_path / "data").is_dir() and capsys.readouterr().out == "drawing the toy world\n"
+    world.draw_if_missing()  # a second mkdir would fail
+    assert capsys.readouterr().out == ""
 
-TOY = Path(toy_world.__file__).parent / "toy"
+
+def test_draw_if_missing_lets_other_local_ranks_wait(monkeypatch, tmp_path):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(world, "DATA", tmp_path / "data")
+    monkeypatch.setattr(world, "draw", lambda folder: pytest.fail("local rank 1 must not draw"))
+    monkeypatch.setattr(world.time, "sleep", lambda seconds: world.DATA.mkdir())  # rank 0 finishes now
+    world.draw_if_missing()
 
 
-def test_the_stand_ins_load_like_the_real_models():
-    import torch
-    from transformers import AutoModelForCausalLM, CLIPVisionModel
+def test_command_line_never_replaces_a_folder_that_holds_something_else(monkeypatch, tmp_path, capsys):
+    (tmp_path / "photo.jpg").touch()
+    monkeypatch.setattr(sys, "argv", ["toy.world", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        world.main()
+    assert "holds no toy world" in capsys.readouterr().err and (tmp_path / "photo.jpg").exists()
 
+
+# -- toy/pretrain.py and the committed models --------------------------------------------------------------
+
+
+def test_a_fact_becomes_the_sum_of_its_token_embeddings(tokenizer_with_image):
+    scene = {"top left": ("red", "star"), "bottom right": ("blue", "heart")}
+    embedding = torch.nn.Embedding(len(tokenizer_with_image), pretrain.WIDTH)
+    red_star = tokenizer_with_image.convert_tokens_to_ids(["▁red", "▁star", "▁top", "▁left"])
+    for seed in range(5):
+        rng = random.Random(seed)
+        examples = [pretrain.llama_example(scene, form, tokenizer_with_image, rng) for form in (True, False)]
+        ids, fact_ids, _, is_padding = pretrain.collate(examples)
+        assert (~is_padding).sum(1).tolist() == [len(example[0]) for example in examples]
+        assert red_star in fact_ids[0].tolist() and not fact_ids[1].any()
+        clean = pretrain.embed_with_facts(embedding, ids, fact_ids, noise=0)
+        is_fact = fact_ids[..., 0] > 0
+        for row, position in is_fact.nonzero():
+            tokens = fact_ids[row, position]
+            torch.testing.assert_close(clean[row, position], embedding.weight[tokens[tokens > 0]].sum(0))
+        assert torch.equal(clean[~is_fact], embedding(ids)[~is_fact])
+        noisy = pretrain.embed_with_facts(embedding, ids, fact_ids, noise=1)
+        assert torch.equal((noisy != clean).any(-1), is_fact)
+
+
+def test_every_answer_has_the_same_weight_in_the_loss(tokenizer_with_image):
+    rng = random.Random(0)
+    for number in range(20):
+        ids, fact_ids, weights = pretrain.llama_example(
+            random_scene(rng), number % 2 == 0, tokenizer_with_image, rng
+        )
+        assert len(ids) == len(fact_ids) == len(weights)
+        answers = re.findall(r"<\|assistant\|>\n(.*?</s>)", tokenizer_with_image.decode(ids))
+        assert sum(weights) == pytest.approx(len(answers))
+        supervised = [i for i, weight in zip(ids, weights) if weight]
+        assert tokenizer_with_image.decode(supervised) == "".join(answers)
+
+
+def test_committed_models_load_like_the_real_ones():
+    toy = REPOSITORY / "toy"
     clip, report = CLIPVisionModel.from_pretrained(
-        TOY / "clip-vit", dtype=torch.float32, output_loading_info=True
+        toy / "clip-vit", dtype=torch.float32, output_loading_info=True
     )
     assert not report["missing_keys"] and not report["mismatched_keys"]
-    features = clip(
-        torch.zeros(1, 3, toy_world.SIDE, toy_world.SIDE), output_hidden_states=True
-    ).hidden_states[-2]
-    assert features.shape == (1, 1 + len(PLACES), toy_world.WIDTH)  # the class token, and one patch a cell
+    image = torch.zeros(1, 3, world.SIDE, world.SIDE)
+    features = clip(image, output_hidden_states=True).hidden_states[-2]
+    assert features.shape == (1, 1 + len(PLACES), pretrain.WIDTH)  # the class token and one patch per cell
     llama, report = AutoModelForCausalLM.from_pretrained(
-        TOY / "llama-chat", dtype=torch.float32, output_loading_info=True
+        toy / "llama-chat", dtype=torch.float32, output_loading_info=True
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert (llama.config.bos_token_id, llama.config.eos_token_id) == (1, 2)
-    assert (
-        sum(path.stat().st_size for name in ("clip-vit", "llama-chat") for path in (TOY / name).iterdir())
-        < 8e6
-    )
+    files = [path for name in ("clip-vit", "llama-chat") for path in (toy / name).iterdir()]
+    assert sum(path.stat().st_size for path in files) < 8e6
 
 
-def test_the_tokenizer_gives_every_text_back_and_treats_lines_like_tinyllamas():
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(TOY / "llama-chat")
+def test_tokenizer_round_trips_every_text_and_starts_lines_like_tinyllamas(tokenizer):
     assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>", "<0x00>"]) == [0, 1, 2, 3]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     rng = random.Random(0)
     for _ in range(20):
-        text = tokenizer.apply_chat_template(toy_world.chat_about(random_scene(rng), rng), tokenize=False)
+        text = tokenizer.apply_chat_template(pretrain.chat_about(random_scene(rng), rng), tokenize=False)
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer.decode(tokenizer('A "Zebra", naïve?\n 日本').input_ids) == 'A "Zebra", naïve?\n 日本'
-    # The first word of a line is another token than the same word further on.
+    # A word at the start of a line has a different token from the same word after a space.
     assert tokenizer.tokenize("<|assistant|>\nred circle.</s>")[2:] == [
         "\n",
         "re",

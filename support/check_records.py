@@ -1,0 +1,90 @@
+"""The check of the data before the first step, so that missing images are found now and not after hours."""
+
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from data import ChatDataset
+from support.errors import BadRecord, UserError
+from support.records import RecordSet
+
+
+class Checked(NamedTuple):
+    """What check_records() found."""
+    usable: RecordSet  # the records that can be trained on
+    lengths: np.ndarray  # (usable,) approximate number of tokens of each
+    failures: dict  # {reason: [one sentence per unusable record]}
+    shortened: int  # how many records lose turns to --max-length
+
+
+def drop_unusable_records(train_set, held_out_set, template, num_image_tokens, max_length, allow_bad):
+    """Checks both RecordSets, prints what it finds, and returns (train_set, lengths, held_out_set) of the
+    usable records. lengths[i] is the approximate number of tokens of training record i.
+
+    Training images are only looked up, because opening 595,375 of them takes long. Held-out images are opened
+    too. Raises UserError if more than the fraction `allow_bad` of all records is unusable. """
+    train = check_records(train_set, template, num_image_tokens, max_length)
+    held_out = check_records(held_out_set, template, num_image_tokens, max_length, decode=True)
+    total = len(train_set) + len(held_out_set)
+    bad = total - len(train.usable) - len(held_out.usable)
+    if bad > allow_bad * total or not len(train.usable):
+        hint = ""
+        for missing in train.failures.get("image missing", [])[:1]:
+            name = missing.split(": ")[-1].split(" is not in ")[0].strip("'")
+            root = train_set.images.likely_root(name)
+            hint = f" (is --images wrong? {name} is in {root})" if root else " (is --images wrong?)"
+        raise UserError(f"{bad:,} of {total:,} records cannot be used, more than --allow-bad {allow_bad} allows{hint}")
+    if sum(held_out.usable.image_name(record) is not None for record in held_out.usable) < 2:
+        raise UserError(f"{held_out_set.records.path}: fewer than two usable held-out records have an image, so none "
+                        "can be evaluated with a different image; raise --held-out")
+    return train.usable, train.lengths, held_out.usable
+
+
+def check_records(records, template, num_image_tokens, max_length, decode=False):
+    """Looks at every record of a RecordSet, prints a summary, and returns a Checked. Opens images if
+    `decode`.
+
+    Most records are not even tokenized: a token is at least one byte long, so a text with fewer bytes than
+    `max_length` fits.
+    """
+    dataset = ChatDataset(records, template, None, num_image_tokens, max_length)
+    empty_turn = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    overhead = len(template.render(empty_turn))  # upper bound of what the template adds to one message
+    usable, lengths, failures, shortened = [], [], {}, 0
+    for i in tqdm(range(len(records)), desc="checking the data", unit="record", leave=False, disable=None):
+        record = records[i]
+        try:
+            name, messages = records.image_name(record), dataset.messages(record)
+            if name is not None:
+                records.images.open(record, name) if decode else records.images.check(record, name)
+            num_bytes = sum(len(message["content"].encode()) + overhead for message in messages)
+            if num_bytes > max_length - num_image_tokens:
+                length = len(dataset.tokens(record)[0])
+                shortened += length < len(template.encode(messages, num_image_tokens)[0])
+            usable.append(i)
+            lengths.append((name is not None) * num_image_tokens + num_bytes // 4)  # English: 4 bytes per token
+        except BadRecord as error:
+            failures.setdefault(error.reason, []).append(str(error))
+    print(f"checked {len(records):,} records of {records.records.path}: {len(usable):,} usable, of which "
+          f"{shortened:,} lose turns to --max-length {max_length}")
+    for reason, sentences in failures.items():
+        print(f"  {len(sentences):,} unusable: {reason}")
+        for sentence in sentences[:10]:
+            print(f"    {sentence}")
+        if len(sentences) > 10:
+            print(f"    … and {len(sentences) - 10:,} more")
+    return Checked(records.subset(usable), np.array(lengths), failures, shortened)
+
+
+def count_skipped_images(skipped, sentences, folder, allow_bad, num_samples):
+    """Adds the sentences about images that could not be decoded to the list `skipped` and to <folder>/skipped.txt,
+    each image once. Raises UserError if they are more than the fraction `allow_bad` of `num_samples`."""
+    new = [sentence for sentence in dict.fromkeys(sentences) if sentence not in skipped]
+    if new:
+        skipped += new
+        with open(folder / "skipped.txt", "a", encoding="utf-8") as file:
+            file.writelines(sentence + "\n" for sentence in new)
+        if len(skipped) > allow_bad * num_samples:
+            raise UserError(f"{len(skipped)} images cannot be decoded, more than --allow-bad {allow_bad} allows of "
+                            f"{num_samples:,}; they are listed in {folder}/skipped.txt; the last: {new[-1]}")

@@ -1,0 +1,149 @@
+"""A stage's folder: what an earlier run left there, checkpoints, resuming, and stopping on Ctrl-C.
+
+    <run>/stage1/metrics.jsonl           one line per logged step and per evaluation
+    <run>/stage1/checkpoint.pt           all that the next step depends on; deleted at the end
+    <run>/stage1/projector.safetensors   the result (stage 2 also writes adapter/), written at the end
+    <run>/stage1/run.json                how it was trained, written last
+"""
+
+import os
+import signal
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from support.errors import Stopped, UserError
+from support.files import atomic_write, delete, make_writable_folder, read_json
+
+# Settings that a resumed run may change, because they do not change what is computed. batch_size and
+# grad_accum may change if the effective batch stays the same.
+MAY_CHANGE = {"preset", "run", "device", "workers", "eval_every", "log_every", "save_every", "batch_size",
+              "grad_accum", "allow_bad", "tracker", "resume", "restart", "check_data", "activation_checkpointing"}
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+    step: int = 0  # optimizer steps taken
+    samples: int = 0  # samples seen, over all processes
+    before: dict = None  # the held-out measurement before the first step
+    overflows: int = 0  # steps in a row whose gradient was not finite
+    skipped: list = field(default_factory=list)  # sentences about images that could not be decoded
+
+
+def open_stage_folder(folder, settings, world_size):
+    """Creates a stage's folder and returns its checkpoint to resume from, or None to begin at step 0.
+
+    Raises UserError if the folder is not writable, or holds a run and neither --resume nor --restart was
+    given, or if --resume comes with other settings. Raises Stopped if --resume finds a finished run. """
+    folder = make_writable_folder(folder)
+    finished, path = read_json(folder / "run.json"), folder / "checkpoint.pt"
+    # torchrun has restarted its workers, so go on from their checkpoint, whatever the command line says.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    resume, restart = settings.resume or restarted, settings.restart and not (restarted and path.exists())
+    if restart:
+        return None
+    if finished and resume and not path.exists():
+        raise Stopped(f"{folder} holds a finished run, so there is nothing to resume; --restart trains it again", 0)
+    if finished or (path.exists() and not resume):
+        raise UserError(f"{folder} holds {'a finished' if finished else 'an unfinished'} run: continue an unfinished "
+                        "one with --resume, discard it with --restart, or choose another folder with --run")
+    if not path.exists():
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        before, progress = checkpoint["settings"], Progress(**checkpoint["progress"])
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0][:100]}): start again with --restart"
+                        ) from error
+    for name, value in vars(settings).items():
+        if name not in MAY_CHANGE and before.get(name) != value:
+            raise UserError(f"--resume: the run in {folder} has --{name.replace('_', '-')} {before.get(name)}, not "
+                            f"{value}; use the same value, or start another run with --run")
+    effective = settings.batch_size * settings.grad_accum * world_size
+    if effective != before["effective_batch"]:
+        raise UserError(f"--resume: the run in {folder} has an effective batch of {before['effective_batch']} samples, "
+                        f"not {effective}; change --batch-size and --grad-accum together so that it stays the same")
+    print(f"resuming {folder} at step {progress.step:,}")
+    return checkpoint
+
+
+def discard_results(folder):
+    """Deletes what an earlier run wrote here, so that it can never pass for the result of this one."""
+    for name in ("run.json", "checkpoint.pt", "projector.safetensors", "adapter", "metrics.jsonl", "skipped.txt"):
+        delete(folder / name)
+
+
+def discard_checkpoint(folder):
+    """Deletes the checkpoint of a run that is finished."""
+    delete(folder / "checkpoint.pt")
+
+
+def save(folder, progress, model, optimizer, scaler, settings, fingerprint, processes):
+    """Writes checkpoint.pt. Every process calls this, because each has random numbers of its own; rank 0
+    writes.
+
+    fingerprint: of the training records, see RecordSet.fingerprint().
+    """
+    rng = [torch.get_rng_state()]
+    if processes.device.type == "cuda":
+        rng.append(torch.cuda.get_rng_state(processes.device))
+    rngs = processes.gather(rng)
+    if processes.rank == 0:
+        effective = settings.batch_size * settings.grad_accum * processes.world_size
+        metrics = folder / "metrics.jsonl"
+        with atomic_write(folder / "checkpoint.pt") as temporary:
+            torch.save({"progress": asdict(progress), "settings": {**vars(settings), "effective_batch": effective},
+                        "weights": model.trainable(), "optimizer": optimizer.state_dict(),
+                        "scaler": scaler.state_dict(), "rng": rngs, "records": fingerprint,
+                        "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0}, temporary)
+    processes.barrier()
+
+
+def restore(checkpoint, model, optimizer, scaler, fingerprint, processes):
+    """Restores weights, optimizer, scaler and random numbers, and returns the Progress."""
+    if checkpoint["records"] != fingerprint:
+        raise UserError("--resume: the training records have changed since the run was interrupted, so its order of "
+                        "samples is lost; restore the data, or start again with --restart")
+    trainable = model.trainable()
+    if trainable.keys() != checkpoint["weights"].keys():
+        raise UserError("--resume: the checkpoint belongs to another model; start again with --restart")
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(checkpoint["weights"][name])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    if checkpoint["scaler"]:  # empty if the run was interrupted on a GPU that computes in bf16
+        scaler.load_state_dict(checkpoint["scaler"])
+    if processes.rank < len(checkpoint["rng"]):  # else there were fewer processes before
+        rng = checkpoint["rng"][processes.rank]
+        torch.set_rng_state(rng[0])
+        if len(rng) > 1 and processes.device.type == "cuda":
+            torch.cuda.set_rng_state(rng[1], processes.device)
+    return Progress(**checkpoint["progress"])
+
+
+class StopSignal:
+    """Remembers Ctrl-C or SIGTERM, so that the loop can finish its step and save. `number` is 0 until then.
+
+    A second signal ends the process at once. Nothing is saved then, and nothing is damaged.
+    """
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+        print("\nfinishing this step, then saving (press again to stop at once)", file=sys.stderr)
+
+
+def ignore_signals_in_worker(worker):
+    """Lets DataLoader workers ignore Ctrl-C and SIGTERM, which reach every process. The main process still
+    needs them to finish its step, and ends them afterwards."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

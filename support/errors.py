@@ -1,0 +1,67 @@
+"""Errors that a user can mend, and how a script ends with them: in one sentence and an exit code."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+
+
+class UserError(Exception):
+    """Something that the user can mend. The text is one sentence: what is wrong and what to do."""
+
+
+class BadRecord(UserError):
+    """A record that cannot be trained on. `reason` is one of a fixed set, so callers can count failures by
+    kind.
+
+    Args: record, reason, detail. Or the finished sentence, as when a DataLoader worker sends the error on.
+    """
+
+    def __init__(self, record, reason=None, detail=""):
+        self.reason = reason
+        name = record.get("id", "without an id") if isinstance(record, dict) else None
+        super().__init__(record if reason is None else f"record {name!r}: {reason}{detail and ': ' + detail}")
+
+
+class Stopped(Exception):
+    """Ends the script before its last line, without an error: `sentence` is printed, `exit_code` returned."""
+
+    def __init__(self, sentence, exit_code):
+        super().__init__(sentence)
+        self.exit_code = exit_code
+
+
+def run_script(main):
+    """Runs main() and exits. A UserError ends in its sentence and exit code 1; a bug still shows its
+    traceback."""
+    transformers.logging.disable_progress_bar()  # the bar of loading weights
+    # peft 0.21 asks transformers 5 for an attribute by its old name. The user can do nothing about it.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    script = Path(sys.argv[0]).name
+    try:
+        main()
+        if dist.is_initialized():  # not after an error, because other processes may still be waiting in a sum
+            dist.destroy_process_group()
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except UserError as error:
+        # An error of a DataLoader worker arrives as text, with the worker's traceback above it.
+        sys.exit(f"{script}: {str(error).splitlines()[-1].removeprefix('support.errors.UserError: ')}")
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(f"{script}: out of memory ({str(error).splitlines()[0] if str(error) else 'no details'}). Halve "
+                 "--batch-size and double --grad-accum, which keeps the effective batch, or add "
+                 "--activation-checkpointing, or lower --max-length")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def is_out_of_memory(error):
+    """Returns True for a lack of memory. On a CPU, PyTorch reports it as a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory"))

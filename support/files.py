@@ -1,0 +1,121 @@
+"""Files: where the inputs are, and writing outputs so that a killed run never leaves half a file."""
+
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from support.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def find_file(name):
+    """Returns the path of a file or folder, relative to the current folder or to this repository."""
+    for path in (Path(name), REPOSITORY / name):
+        if path.exists():
+            return path
+    raise UserError(f"{name} does not exist (tools/download.sh fetches LLaVA's data)")
+
+
+def find_pretrained(name):
+    """Returns the folder of a pretrained model: `name` itself if it is a folder, else the hub's local cache.
+
+    Nothing is downloaded here, because a training script should not fetch gigabytes unasked.
+    """
+    for path in (Path(name), REPOSITORY / name):
+        if path.is_dir():
+            break
+    else:
+        try:
+            path = Path(snapshot_download(str(name), local_files_only=True))
+        except (OSError, ValueError) as error:
+            raise UserError(f"the model {name} is not on this machine: name a folder, or fetch it as "
+                            "tools/download.sh does") from error
+    for required in ("config.json", "model.safetensors"):
+        # Large models are split into several files, listed in an index.
+        if not (path / required).exists() and not (path / f"{required}.index.json").exists():
+            raise UserError(f"{path} has no {required}: it is not a complete pretrained model; fetch it again")
+    return str(path)
+
+
+def make_writable_folder(path):
+    """Creates a folder and returns its path. Raises UserError now, before hours of work, if it is not
+    writable."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder with --run") from error
+    return path
+
+
+@contextmanager
+def atomic_write(path):
+    """Yields a temporary path beside `path`; what is written there, a file or a folder, then replaces `path`.
+
+    The data are flushed to the disk before the rename. A run killed at any moment leaves either the old or
+    the new version, never half of one. """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        delete(temporary)  # left by a run that was killed here
+        yield temporary
+        for file in [temporary] if temporary.is_file() else temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "r+b") as handle:
+                    os.fsync(handle.fileno())
+        if path.is_dir() and not path.is_symlink():  # a rename replaces a file, but not a folder with contents
+            delete(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def delete(path):
+    """Deletes a file or a folder with everything in it, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path):
+    """Returns the content of a JSON file, or None if there is no such file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+class WorkerFile:
+    """Reads a file at given positions, with a separate file handle in each process.
+
+    A file handle has one position. If workers inherited it, each would move it while the others read. And a
+    handle cannot be sent to workers that are spawned (macOS, Windows). So each process opens the file on its
+    first read.
+    """
+
+    def __init__(self, path):
+        self.path, self._file, self._process = path, None, None
+
+    def __getstate__(self):
+        return {"path": self.path, "_file": None, "_process": None}
+
+    def read(self, offset, size):
+        if self._process != os.getpid():
+            self._file, self._process = open(self.path, "rb"), os.getpid()
+        self._file.seek(offset)
+        return self._file.read(size)

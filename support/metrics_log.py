@@ -1,0 +1,105 @@
+"""The log of a stage: a progress bar, metrics.jsonl with one JSON object per line, and optionally a
+tracker."""
+
+import importlib
+import json
+import os
+import sys
+import time
+
+from tqdm import tqdm
+
+from support.errors import UserError
+
+
+class MetricsLog:
+    """Writes the metrics of one stage.
+
+    Args:
+        folder: where metrics.jsonl is. Only the process of rank 0 writes.
+        checkpoint: what the run resumes from, or None. Lines that were written after it are removed, because
+            their steps are taken again.
+        settings: settings.tracker is None or the name of a module with init(...) and log(dict, step=...), such
+            as trackio, wandb or swanlab.
+    """
+
+    def __init__(self, folder, rank, checkpoint, total_steps, settings):
+        self.file = self.tracker = None
+        if rank == 0:
+            self.file = open(folder / "metrics.jsonl", "ab")
+            self.file.truncate(min(checkpoint["metrics_bytes"] if checkpoint else 0, self.file.tell()))
+            if settings.tracker:
+                self.tracker = import_tracker(settings.tracker)
+                self.tracker.init(project="llava", config=vars(settings))
+        step = checkpoint["progress"]["step"] if checkpoint else 0
+        # disable=None: no bar where stderr is not a terminal, because it would fill a log file.
+        self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True,
+                        disable=True if rank > 0 else None)
+        self.last_line, self.last_generated = time.time(), None
+        self._start_interval()
+
+    def _start_interval(self):
+        self.interval_start, self.interval_samples, self.interval_waiting = time.time(), 0, 0.0
+
+    def count_step(self, samples, waiting):
+        """Counts a step: its number of samples and the seconds that it waited for data."""
+        self.interval_samples += samples
+        self.interval_waiting += waiting
+        self.bar.update()
+
+    def log_step(self, step, **metrics):
+        """Logs a training step, with samples per second and the fraction of time spent waiting for data."""
+        seconds = time.time() - self.interval_start
+        metrics = {name: float(value) for name, value in metrics.items()}
+        rate = self.interval_samples / seconds
+        self._write(step, **metrics, samples_per_s=rate, waiting=self.interval_waiting / seconds)
+        state = f"loss {metrics['loss']:.3f}, {rate:.1f} samples/s"
+        self.bar.set_postfix_str(state, refresh=False)
+        if self.bar.disable and time.time() - self.last_line > 60:  # a sign of life in place of the bar
+            self.last_line = time.time()
+            print(f"step {step} of {self.bar.total}: {state}", flush=True)
+        self._start_interval()
+
+    def log_held_out(self, step, measured, generated, reference):
+        """Logs an evaluation: what measure_grounding() returned, and one answer beside its reference
+        answer."""
+        self._write(step, **{f"heldout_{name}": value for name, value in measured.items()}, generated=generated)
+        if self.file:
+            text = f"step {step}: {format_grounding(measured)}"
+            if generated != self.last_generated:  # show an answer only when it has changed
+                text += f"\n    generated: {generated}\n    reference: {reference}"
+            self.last_generated = generated
+            tqdm.write(text)
+            sys.stdout.flush()
+        self._start_interval()
+
+    def _write(self, step, **values):
+        if self.file:
+            line = json.dumps({"step": step, **values, "time": round(time.time(), 2)}, ensure_ascii=False)
+            self.file.write(line.encode("utf-8", "replace") + b"\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())  # a checkpoint stores the length of this file
+        if self.tracker:
+            self.tracker.log({name: value for name, value in values.items() if name != "generated"}, step=step)
+
+    def close(self):
+        self.bar.close()
+        if self.file:
+            self.file.close()
+
+
+def format_grounding(measured):
+    """Returns one line about what measure_grounding() measured."""
+    return (f"held-out loss {measured['loss']:.3f} with the correct image, {measured['loss_shuffled']:.3f} with a "
+            f"different image; correct image more likely: {measured['image_match']:.0%} (chance 50%)")
+
+
+def import_tracker(name):
+    """Returns the module `name`. Raises UserError if it cannot be used as a tracker."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"--tracker {name}: {error}; install it, for example with pip install {name}") from error
+    if not hasattr(module, "init") or not hasattr(module, "log"):
+        raise UserError(f"--tracker {name}: this module has no init() and log()")
+    return module

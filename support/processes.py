@@ -1,0 +1,70 @@
+"""The processes that train together: one, or as many as torchrun started."""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+from support.devices import choose_device
+
+
+class Processes:
+    """Sums over all training processes. With a single process every method returns at once.
+
+    Attributes: rank (0 is the one that prints and saves), world_size, device (the one of this process).
+    """
+
+    def __init__(self, device_name):
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = choose_device(device_name)
+        if self.world_size == 1:
+            return
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
+        # torchrun's store still holds the addresses of the previous attempt's workers, so every attempt uses
+        # a key prefix of its own.
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank,
+                                world_size=self.world_size)
+        if self.rank > 0:  # only rank 0 prints; errors go to stderr and are shown for all
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+    def sum(self, value):
+        """Returns a number, summed over the processes."""
+        return self._reduce(float(value), torch.float64, dist.ReduceOp.SUM)
+
+    def max(self, number):
+        """Returns the maximum of an int over the processes."""
+        return int(self._reduce(number, torch.int64, dist.ReduceOp.MAX))
+
+    def _reduce(self, value, dtype, operation):
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=dtype, device=self.device)
+        dist.all_reduce(tensor, op=operation)
+        return tensor.item()
+
+    def sum_gradients(self, parameters):
+        """Sums the gradients over the processes, in one message. A process that had no sample adds zeros."""
+        if self.world_size == 1:
+            return
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        message = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(message)
+        for parameter, part in zip(parameters, message.split([p.numel() for p in parameters])):
+            parameter.grad = part.view_as(parameter)
+
+    def gather(self, tensor):
+        """Returns the CPU tensors of all processes as a list, in the order of their ranks."""
+        gathered = [tensor] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(gathered, tensor)
+        return gathered
+
+    def barrier(self):
+        """Waits until all processes have come this far."""
+        if self.world_size > 1:
+            dist.barrier()

@@ -1,0 +1,152 @@
+"""The records of a JSON file, read one at a time, with their images; which are for training and which held
+out.
+
+595,375 records as Python dicts need gigabytes. Each DataLoader worker would also copy them page by page,
+because reading an object changes its reference count. So Records keeps only the position of each record in
+the file, in one NumPy array that all workers share, and parses a record when it is asked for. """
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from support.errors import BadRecord, UserError
+from support.files import WorkerFile, find_file
+from support.images import ImageStore
+
+
+class Records:
+    """The records of a JSON file, which must be a list of objects: `records[i]` is a dict."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            text = self.path.read_bytes().decode("utf-8")
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from error
+        self.spans = self._find_spans(text)  # (records, 2): first byte and end of each record
+        self._file = WorkerFile(self.path)
+
+    def _find_spans(self, text):
+        decode, skip = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*").match
+        # In an ASCII file, as json.dump writes it, characters are bytes. Elsewhere they must be counted.
+        size = (lambda start, end: end - start) if text.isascii() else \
+            (lambda start, end: len(text[start:end].encode()))
+        spans, at, position = [], 0, 0
+        try:
+            opening = re.match(r"\ufeff?\s*\[\s*", text)
+            if not opening:
+                raise ValueError("it does not begin with [")
+            here = opening.end()
+            while text[here] != "]":
+                record, end = decode(text, here)
+                if not isinstance(record, dict):
+                    raise ValueError(f"entry {len(spans) + 1} is not an object but {text[here:end][:40]}")
+                start_byte = position + size(at, here)
+                position = start_byte + size(here, end)
+                spans.append((start_byte, position))
+                at, here = end, skip(text, end).end()
+        except (ValueError, IndexError, RecursionError) as error:
+            message = "it ends in the middle" if isinstance(error, IndexError) else str(error)
+            raise UserError(f"{self.path} is not a JSON list of records: {message} (after {len(spans):,} complete "
+                            "records); is the download complete?") from error
+        if not spans:
+            raise UserError(f"{self.path} has no records")
+        return np.array(spans, dtype=np.int64)
+
+    def __len__(self):
+        return len(self.spans)
+
+    def __getitem__(self, index):
+        start, end = self.spans[index].tolist()
+        return json.loads(self._file.read(start, end - start))
+
+
+class RecordSet:
+    """Some of the records of a file, with their images.
+
+    Args: records: a Records. images: an ImageStore. indices: which records, in this order.
+    """
+
+    def __init__(self, records, images, indices):
+        self.records, self.images, self.indices = records, images, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return self.records[self.indices[i]]
+
+    def subset(self, positions):
+        return RecordSet(self.records, self.images, self.indices[positions])
+
+    def fingerprint(self):
+        """Returns a hash of where the records are in their file. It changes if records come, go or move."""
+        return hashlib.sha256(self.records.spans[self.indices].tobytes()).hexdigest()[:16]
+
+    def image_name(self, record):
+        """Returns the file name of the record's image, or None if it has no image.
+
+        Some copies of the data lack "image". The file is then named after the record's id.
+        """
+        name = record.get("image")
+        if name is None:
+            name = f"{record.get('id')}.jpg"
+            return name if name in self.images else None
+        if not isinstance(name, str):
+            raise BadRecord(record, "'image' is not the name of a file", repr(name)[:80])
+        return name
+
+    def open_image(self, record):
+        """Returns the record's image (PIL, RGB) or None. Raises BadRecord if it is missing or cannot be
+        decoded."""
+        name = self.image_name(record)
+        return None if name is None else self.images.open(record, name)
+
+
+def open_records(data, images, heldout_data, heldout_images, held_out, limit, seed):
+    """Returns (training, held-out) RecordSets.
+
+    Without `heldout_data`, the first `held_out` records of a seeded shuffle are held out, and `limit` counts
+    the records after them. So the held-out records are the same for every limit. """
+    records, images = Records(find_file(data)), ImageStore(find_file(images))
+    order = np.random.default_rng(seed).permutation(len(records))
+    if heldout_data:
+        other = Records(find_file(heldout_data))
+        held_out_set = RecordSet(other, ImageStore(find_file(heldout_images)), np.arange(len(other))[:held_out])
+    else:
+        held_out_set, order = RecordSet(records, images, order[:held_out]), order[held_out:]
+        if len(order) == 0:
+            raise UserError(f"{data} has {len(records)} records and --held-out {held_out} keeps all of them, so "
+                            "none is left to train on")
+    return RecordSet(records, images, order[:limit or None]), held_out_set
+
+
+def check_turns(record, has_image):
+    """Returns the texts of a record's turns: question, answer, question, answer, … Raises BadRecord if its
+    conversation is malformed."""
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise BadRecord(record, "'conversations' is not a list of turns")
+    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+    if turns and roles.get(str(turns[0].get("from"))) == "assistant":
+        turns = turns[1:]  # an answer without a question; the reference skips it too
+    if len(turns) < 2:
+        raise BadRecord(record, "no human turn with a gpt turn after it")
+    texts = [turn.get("value") for turn in turns]
+    for i, (turn, text) in enumerate(zip(turns, texts)):
+        if roles.get(str(turn.get("from"))) != ("assistant" if i % 2 else "user") or not isinstance(text, str):
+            raise BadRecord(record, "turns that do not alternate between human and gpt",
+                            f"turn {i + 1} should be from {'gpt' if i % 2 else 'human'}, with a text as value")
+        if re.search("[\ud800-\udfff]", text):  # half of a UTF-16 pair, which cannot be encoded
+            raise BadRecord(record, "text that is not Unicode", f"turn {i + 1}")
+        if i % 2 and not text.strip():
+            raise BadRecord(record, "an empty answer", f"turn {i + 1}")  # it would teach the model to say nothing
+    count = sum(text.count("<image>") for text in texts[::2])
+    if count > int(has_image):
+        raise BadRecord(record, "more <image> in its human turns than images", f"{count}, and {int(has_image)} image")
+    return texts[:len(texts) // 2 * 2]  # without a last question that has no answer

@@ -1,0 +1,87 @@
+"""The command line: every setting of a stage's presets is a flag."""
+
+import argparse
+import math
+import shlex
+
+
+def number(kind, minimum, maximum=math.inf):
+    """Returns an argparse type: a finite `kind` between `minimum` and `maximum`."""
+    def parse(text):
+        value = kind(text)
+        if not (math.isfinite(value) and minimum <= value <= maximum):
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {minimum} to {maximum}")
+        return value
+    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return parse
+
+
+COUNT, POSITIVE, REAL = number(int, 0, 2**31), number(int, 1, 2**31), number(float, 0.0)
+FRACTION = number(float, 0.0, 1.0)
+
+FLAGS = {  # name: (type or choices, help)
+    "run": (str, "folder of the run; stage1/ and stage2/ are created in it"),
+    "vision_tower": (str, "CLIP or SigLIP: a folder, or the name of a downloaded model of the hub"),
+    "vision_layer": (int, "which hidden state of the vision tower to use, counted from the end"),
+    "llm": (str, "the chat model: a folder, or the name of a downloaded model of the hub"),
+    "projector": (("linear", "mlp"), "linear: the paper; mlp: LLaVA-1.5's two layers"),
+    "data": (str, "JSON file of records"),
+    "images": (str, "folder or .zip file with the images of the records"),
+    "heldout_data": (str, "JSON file of held-out records; without one, --held-out records of --data are kept back"),
+    "heldout_images": (str, "folder or .zip file with the images of --heldout-data"),
+    "held_out": (POSITIVE, "number of held-out records"),
+    "limit": (COUNT, "train on the first LIMIT records of a seeded shuffle; 0: on all"),
+    "max_length": (POSITIVE, "longest sample in tokens, image included; longer ones lose their last turns"),
+    "allow_bad": (FRACTION, "stop if more than this fraction of the records is unusable"),
+    "workers": (COUNT, "processes that load data; 0: the main process loads"),
+    "lr": (REAL, "peak learning rate"),
+    "projector_lr": (REAL, "peak learning rate of the projector"),
+    "lora_r": (number(int, 1, 4096), "rank r of the LoRA matrices"),
+    "lora_alpha": (POSITIVE, "the output of LoRA is scaled by alpha / r"),
+    "lora_dropout": (number(float, 0.0, 0.99), "dropout before LoRA's A"),
+    "batch_size": (number(int, 1, 65536), "samples per forward pass (the micro-batch)"),
+    "grad_accum": (number(int, 1, 65536), "micro-batches per optimizer step"),
+    "epochs": (number(int, 1, 10_000), "passes over the data"),
+    "max_steps": (number(int, 0, 10_000_000), "optimizer steps, instead of --epochs; 0 saves the untrained projector"),
+    "warmup": (FRACTION, "fraction of the steps in which the learning rate rises"),
+    "max_grad_norm": (REAL, "gradients with a larger norm are scaled down to it"),
+    "precision": (("auto", "fp32", "bf16", "fp16"), "of frozen weights and matrix products"),
+    "device": (str, "auto, cpu, cuda, cuda:1, mps, …"),
+    "seed": (COUNT, "seed of all random numbers"),
+    "eval_every": (POSITIVE, "optimizer steps between two evaluations on the held-out records"),
+    "save_every": (POSITIVE, "optimizer steps between two checkpoints"),
+    "log_every": (POSITIVE, "optimizer steps between two lines of metrics.jsonl"),
+    "tracker": (str, "also log to this module, which has init() and log(): trackio, wandb, swanlab, …"),
+}
+SWITCHES = {
+    "resume": "continue the unfinished run in the folder from its checkpoint",
+    "restart": "discard the run in the folder and train again",
+    "check_data": "check the data and stop; no weights are loaded",
+    "activation_checkpointing": "recompute activations in the backward pass: less memory, more time",
+}
+
+
+def parse_settings(description, presets):
+    """Returns the settings as an argparse.Namespace: those of the chosen preset, changed by the flags given.
+
+    Args: description: shown by --help. presets: {name of the preset: {setting: value}}, all with the same
+    settings. """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--preset", choices=presets, default="toy", help="where the default values come from")
+    for name in presets["toy"]:
+        kind, text = FLAGS[name]
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": name.upper()}
+        defaults = ", ".join(f"{preset}: {values[name]}" for preset, values in presets.items())
+        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=f"{text} ({defaults})",
+                            **how)
+    for name, text in SWITCHES.items():
+        parser.add_argument("--" + name.replace("_", "-"), action="store_true", help=text)
+    given = vars(parser.parse_args())
+    return argparse.Namespace(**{"preset": given["preset"], **presets[given["preset"]], **given})
+
+
+def next_command(script, settings):
+    """Returns the command that continues with the run of these settings."""
+    flags = [] if settings.preset == "toy" else ["--preset", settings.preset]
+    return shlex.join(["python", script, *flags, "--run", str(settings.run)])

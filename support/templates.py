@@ -1,0 +1,26 @@
+"""The check of a chat template: can the label mask of data.py be built from it?"""
+
+from model import IGNORE_INDEX
+from support.errors import UserError
+
+
+def check_template(template, folder):
+    """Returns the id of the end token of the template. Raises UserError if the label mask would be wrong.
+
+    ChatTemplate.encode() relies on two properties. Adding an answer leaves the tokens of its prompt
+    unchanged, and every answer ends in a special token.
+    """
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}] * 2
+    try:
+        ids, labels = template.encode(messages, num_image_tokens=0)
+        prompts = [template.encode_prompt(messages[:i], num_image_tokens=0) for i in (1, 3)]
+    except Exception as error:  # a template is a program, which may raise anything
+        raise UserError(f"the chat template in {folder} cannot be used: {error}") from error
+    if any(ids[:len(prompt)] != prompt for prompt in prompts):
+        raise UserError(f"the chat template in {folder} renders a prompt differently after its answer is added, "
+                        "so the model would be trained on prompts that it never gets")
+    trained = [label for label in labels if label != IGNORE_INDEX]
+    if not trained or trained[-1] not in template.end_ids or trained.count(trained[-1]) != 2:
+        raise UserError(f"the chat template in {folder} has no end token after an answer, so the model would "
+                        "never learn to stop")
+    return trained[-1]

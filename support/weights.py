@@ -1,0 +1,185 @@
+"""Weights: the pretrained models from disk, and what was trained to disk and back.
+
+Loading is strict. A missing or unexpected tensor is an error and never a warning, because a model with random
+weights in one place still answers fluently. Weights are safetensors and the rest is JSON, so no pickle is
+opened. """
+
+from pathlib import Path
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
+
+from data import ChatTemplate
+from model import Llava
+from support.errors import UserError
+from support.files import atomic_write, find_pretrained, read_json, write_json
+
+VISION_MODELS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
+# A projector translates from one layer of one vision tower to one LLM. With another it is noise.
+MODEL_SETTINGS = ("vision_tower", "vision_layer", "llm", "projector")
+
+
+# -- pretrained models -------------------------------------------------------------------------------------
+
+
+def load_vision_config(name):
+    """Returns the configuration of the vision half of a CLIP or SigLIP."""
+    folder = find_pretrained(name)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the configuration in {folder}: {str(error).splitlines()[0]}") from error
+    config = getattr(config, "vision_config", config)
+    if config.model_type not in VISION_MODELS:
+        raise UserError(f"{folder} is a '{config.model_type}' model; --vision-tower must name a CLIP or SigLIP")
+    return config
+
+
+def load_image_processor(name):
+    """Returns the preprocessing of a vision tower: resize, crop the center, normalize.
+
+    The Pillow implementation is asked for by name. Otherwise transformers would use torchvision where that is
+    installed, and pixels would differ between machines.
+    """
+    folder = find_pretrained(name)
+    try:
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot read {folder}/preprocessor_config.json: {str(error).splitlines()[0]}") from error
+
+
+def load_vision_tower(name, dtype):
+    """Returns a CLIPVisionModel or SiglipVisionModel with its pretrained weights."""
+    config = load_vision_config(name)
+    vision_class = VISION_MODELS[config.model_type]
+    # The files of CLIP hold its text half too. To name those weights here keeps the load silent, so that any
+    # other unexpected weight is still reported.
+    vision_class._keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"projection\.", "logit_scale", "logit_bias",
+                                                       "position_ids"]
+    vision_tower = _load_strictly(vision_class, name, dtype, config=config)
+    if isinstance(vision_tower, SiglipVisionModel):  # its last norm and pooling come after the layers that we use
+        vision_tower.post_layernorm, vision_tower.head, vision_tower.use_head = nn.Identity(), None, False
+    return vision_tower
+
+
+def load_language_model(name, dtype):
+    """Returns a decoder-only language model with its pretrained weights."""
+    llm = _load_strictly(AutoModelForCausalLM, name, dtype)
+    if getattr(llm.config.get_text_config(), "final_logit_softcapping", None):
+        raise UserError(f"{name} changes its logits after the head (as Gemma 2 does), which Llava.forward() does not")
+    return llm
+
+
+def _load_strictly(model_class, name, dtype, **kwargs):
+    """from_pretrained() that raises UserError if weights are missing; transformers would fill in random
+    numbers."""
+    folder = find_pretrained(name)
+    try:
+        model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True,
+                                                  trust_remote_code=False, **kwargs)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load the weights in {folder}: {str(error).splitlines()[0]}") from error
+    if info["missing_keys"]:
+        raise UserError(f"the weights in {folder} lack {len(info['missing_keys'])} tensors, for example "
+                        f"{sorted(info['missing_keys'])[0]}: fetch them again")
+    return model
+
+
+# -- what was trained --------------------------------------------------------------------------------------
+
+
+def save_result(folder, stage, model, template, settings, steps, held_out, skipped):
+    """Writes projector.safetensors, adapter/ (if there is one, as plain peft writes it), and last run.json.
+
+    A folder without run.json does not count as finished.
+
+    Args:
+        settings: dict of all settings of the run. steps: number of optimizer steps. held_out: what
+            measure_grounding() returned at the end. skipped: number of images that could not be decoded.
+    """
+    with atomic_write(folder / "projector.safetensors") as temporary:
+        save_file(model.projector.state_dict(), temporary)
+    if hasattr(model.llm, "peft_config"):
+        with atomic_write(folder / "adapter") as temporary:
+            model.llm.save_pretrained(temporary)
+    write_json(folder / "run.json", {
+        "stage": stage, **{name: settings[name] for name in MODEL_SETTINGS}, "template": template.fingerprint,
+        "steps": steps, "held_out": held_out, "skipped_images": skipped, "settings": settings,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})
+
+
+def read_run(folder):
+    """Returns run.json of a finished stage. Raises UserError if the stage is not finished."""
+    run = read_json(Path(folder) / "run.json")
+    if run is None:
+        script = {"stage1": "stage1_align.py", "stage2": "stage2_instruct.py"}.get(Path(folder).name, "a stage")
+        raise UserError(f"{folder} holds no finished run: run python {script} with --run {Path(folder).parent} first")
+    required = {"stage", "template", "settings", *MODEL_SETTINGS}
+    if not isinstance(run, dict) or not required <= run.keys() or run["stage"] not in (1, 2):
+        raise UserError(f"{folder}/run.json is damaged: it was not written by a stage of this project")
+    return run
+
+
+def check_same_models(run, settings, folder):
+    """Raises UserError if the run used another vision tower, layer, LLM or projector than `settings`
+    names."""
+    for name in MODEL_SETTINGS:
+        if run[name] != getattr(settings, name):
+            raise UserError(f"{folder} was trained for {name} {run[name]}, not {getattr(settings, name)}: use "
+                            f"--{name.replace('_', '-')} {run[name]}, or another --run")
+
+
+def check_same_template(run, template, folder):
+    """Raises UserError if the run was trained with a different chat template."""
+    if run["template"] != template.fingerprint:
+        raise UserError(f"{folder} was trained with a different chat template from the one now in "
+                        f"{template.tokenizer.name_or_path}: restore the original template, or train again")
+
+
+def load_projector(model, path):
+    """Loads projector.safetensors into the model. Raises UserError if it does not fit exactly."""
+    try:
+        model.projector.load_state_dict(load_file(path), strict=True)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit this projector: {' '.join(str(error).split())}") from error
+
+
+def load_adapter(model, folder):
+    """Adds a saved LoRA adapter to the model, frozen. Raises UserError if it does not fit exactly (peft
+    itself only warns about missing tensors)."""
+    try:
+        config = LoraConfig.from_pretrained(folder)
+        tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read the adapter in {folder}: {error}") from error
+    config.inference_mode = True
+    model.add_lora(config)
+    expected = get_peft_model_state_dict(model.llm)
+    wrong = {name for name in expected.keys() | tensors.keys()
+             if name not in expected or name not in tensors or expected[name].shape != tensors[name].shape}
+    if wrong:
+        raise UserError(f"the adapter in {folder} does not fit the LLM: {len(wrong)} tensors are missing, unexpected "
+                        f"or of another shape, for example {sorted(wrong)[0]}")
+    set_peft_model_state_dict(model.llm, tensors)
+
+
+def load_trained(folder, device, dtype):
+    """Returns (model, template, image_processor, run) of a finished stage, ready to answer. run is its
+    run.json."""
+    run = read_run(folder)
+    template, image_processor = ChatTemplate(run["llm"]), load_image_processor(run["vision_tower"])
+    check_same_template(run, template, folder)
+    model = Llava(load_vision_tower(run["vision_tower"], dtype), load_language_model(run["llm"], dtype),
+                  template.image_token_id, run["projector"], run["vision_layer"])
+    load_projector(model, Path(folder) / "projector.safetensors")
+    if run["stage"] == 2:
+        load_adapter(model, Path(folder) / "adapter")
+        # W + (alpha / r)·B·A has the shape of W, so the adapter can be added to W once and costs nothing
+        # afterwards.
+        model.llm = model.llm.merge_and_unload(safe_merge=True)
+    return model.to(device).eval(), template, image_processor, run
