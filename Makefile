@@ -1,4 +1,4 @@
-# Wraps plain commands; the README shows them for systems without make.
+# Plain commands; the README shows them for systems without make.
 PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
@@ -6,10 +6,10 @@ RUN = $(VENV)/bin/python
 .PHONY: demo test clean
 
 demo: $(VENV)/.installed
-	$(RUN) stage1_align.py
-	$(RUN) stage2_instruct.py
+	$(RUN) stage1_align.py --restart
+	$(RUN) stage2_instruct.py --restart
 	$(RUN) sanity_check.py --sample 0
-	$(RUN) sanity_check.py --eval
+	$(RUN) -m tools.evaluate --run runs/toy
 
 test: $(VENV)/.installed-dev
 	$(RUN) -m pytest -q

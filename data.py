@@ -1,19 +1,17 @@
 """From a JSON record to tensors: the chat template, the label mask, samples and batches.
 
-A record of LLaVA-CC3M-Pretrain-595K (stage 1). LLaVA-Instruct-150K (stage 2) has the same form with more
-turns:
+A record of LLaVA-CC3M-Pretrain-595K (stage 1). Those of LLaVA-Instruct-150K (stage 2) have more turns:
 
     {"id": "GCC_train_002582585", "image": "GCC_train_002582585.jpg", "conversations": [
         {"from": "human", "value": "Provide a brief description of the given image.\\n<image>"},
         {"from": "gpt",   "value": "olive oil is a healthy ingredient used liberally ."}]}
 
 With TinyLlama's chat template and tokenizer it becomes the following tokens. A dot separates two tokens, ▁ is
-a space, <0x0A> is a newline, and the N image positions are shortened to two. The labels are the same ids on
-the second line and IGNORE_INDEX on the first: the model is trained on the answer and on the end token after
-it.
+a space, <0x0A> is a newline, and the N image positions are shortened to two. The labels of the trained tokens
+are their own ids; all other labels are IGNORE_INDEX. So the model is trained on the answer and its end token.
 
-    not trained  <s>·▁<·|·user·|·>·<0x0A>·<image>·<image>·<0x0A>·Pro·v·ide·▁a·▁brief·▁description·▁of·▁the·▁given
-                 ·▁image·.·</s>·<0x0A>·<·|·ass·istant·|·>·<0x0A>
+    not trained  <s>·▁<·|·user·|·>·<0x0A>·<image>·<image>·<0x0A>·Pro·v·ide·▁a·▁brief·▁description·▁of·▁the
+                 ·▁given·▁image·.·</s>·<0x0A>·<·|·ass·istant·|·>·<0x0A>
     trained      ol·ive·▁oil·▁is·▁a·▁health·y·▁ing·red·ient·▁used·▁liber·ally·▁.·</s>
     not trained  <0x0A>
 
@@ -77,8 +75,7 @@ class ChatTemplate:
         self.end_token_id = check_template(self, folder)
 
     def render(self, messages, prompt=False):
-        """Returns the conversation as one text. With prompt=True it ends where the assistant's answer
-        begins."""
+        """Returns the conversation as one text. With prompt=True it ends where the next answer begins."""
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
 
     def tokenize(self, text, num_image_tokens):
@@ -86,7 +83,8 @@ class ChatTemplate:
 
         The whole text is tokenized at once. To tokenize question and answer separately and join the ids is a
         common mistake: "olive" alone is ▁o·live, but after the newline of "<|assistant|>\\n" it is ol·ive.
-        The model would be trained on tokens that never occur at inference. """
+        The model would be trained on tokens that never occur at inference.
+        """
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         bos = self.tokenizer.bos_token_id
@@ -102,10 +100,12 @@ class ChatTemplate:
         """Returns (ids, labels) of a whole conversation, two lists of the same length.
 
         labels[t] == ids[t] on every answer and on the end token after it, in every turn; IGNORE_INDEX
-        elsewhere. The end token must be trained: a model that never sees one does not learn to stop. Raises
-        ValueError if the template changes the text of an answer. Source: preprocess_v1() in the reference's
-        train.py, which finds the answers by tokenizing the turns separately and adding up their lengths. If
-        the sum is wrong, it prints a warning and drops the sample. Character offsets avoid that. """
+        elsewhere. The end token must be trained, because a model that never sees one does not learn to stop.
+        Raises ValueError if the template changes the text of an answer.
+        Source: preprocess_v1() in the reference's train.py, which finds the answers by tokenizing the turns
+        separately and adding up their lengths. If the sum is wrong, it prints a warning and ignores the
+        sample. Character offsets avoid that.
+        """
         text = self.render(messages)
         ids, offsets = self.tokenize(text, num_image_tokens)
         labels = [IGNORE_INDEX] * len(ids)
@@ -121,39 +121,43 @@ class ChatTemplate:
         return ids, labels
 
     def answer_spans(self, messages, text):
-        """Returns (start, end) for each answer: the characters of `text` where the model takes over and where
-        the answer's own text ends.
+        """Returns (start, end) of each answer in `text`, the rendered conversation, in characters.
 
-        To search `text` for the answer would go wrong, because the answer "s" also occurs in "</s>". Instead
-        we render the conversation with a marker in place of every answer. What the template writes around the
-        answers then follows by splitting at the markers. """
+        `start` is where its prompt ends, and `end` is where the answer itself ends, before the end token.
+        A search for the answer's text would go wrong, because the answer "s" also occurs in "</s>". Instead
+        we render the conversation with a marker in place of every answer. The pieces between the markers are
+        what the template writes around the answers, and their lengths give the positions.
+        """
         marker = "\ue000"  # a private-use character, which no template contains
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         pieces = self.render([{**message, "content": marker} if message["role"] == "assistant" else message
                               for message in messages]).split(marker)
-        spans, end, rebuilt = [], 0, pieces[0]
+        spans, rebuilt = [], pieces[0]
         for i, (answer, piece) in enumerate(zip(answers, pieces[1:])):
-            end = len(rebuilt) + len(answer)
+            # Some templates write something between prompt and answer (Mistral a space, Qwen3 an empty
+            # thinking block). The prompt does not contain it, so the model has to generate it, and it is
+            # trained.
+            start = len(self.render(messages[:2 * i + 1], prompt=True))
+            spans.append((start, len(rebuilt) + len(answer)))
             rebuilt += answer + piece
-            # The model takes over where the prompt ends. Some templates write something between prompt and
-            # answer (Mistral a space, Qwen3 an empty thinking block). The prompt does not contain it, so the
-            # model has to generate it, and it is trained.
-            spans.append((len(self.render(messages[:2 * i + 1], prompt=True)), end))
         if rebuilt != text:
             raise ValueError("the chat template changes the text of an answer")
         return spans
 
     def encode_prompt(self, messages, num_image_tokens):
-        """Returns the ids of a conversation that ends with a question. They are a prefix of what encode()
-        returns for the same conversation with its answer."""
+        """Returns the ids of a conversation that ends with a question.
+
+        They are a prefix of what encode() returns for the same conversation with its answer.
+        """
         return self.tokenize(self.render(messages, prompt=True), num_image_tokens)[0]
 
     def to_messages(self, record, has_image):
         """Returns the record's turns as [{"role", "content"}], with the image at the front of its question.
 
         The reference does the same (preprocess_multimodal()): "<image>\\n" + question, wherever <image>
-        stood. A record without an image is plain text and is trained like any other. Raises BadRecord if the
-        record is not a conversation that can be trained on. """
+        stood. A record without an image is plain text and is trained like any other.
+        Raises BadRecord if the record is not a conversation that can be trained on.
+        """
         texts = check_turns(record, has_image)  # of the alternating human and gpt turns
         # If no question names the image, it belongs to the first one.
         image_turn = next((i for i in range(0, len(texts), 2) if IMAGE_TOKEN in texts[i]), 0)
@@ -197,8 +201,10 @@ class ChatDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, i):
-        """Returns sample i. If its image cannot be decoded, the next record takes its place and
-        sample["skipped"] says why. Everything that can be found without decoding has been checked before."""
+        """Returns sample i, or the next one that works if its image cannot be decoded.
+
+        sample["skipped"] then says why. (Everything else has been checked before; see check_records().)
+        """
         skipped = []
         for j in range(i, i + 20):  # give up after 20, because then the whole folder must be broken
             record = self.records[j % len(self)]
@@ -224,7 +230,7 @@ class ChatDataset(Dataset):
             ids, labels = drop_last_turns(ids, labels, self.max_length)
             if not ids or (has_image and self.template.image_token_id not in ids):
                 raise BadRecord(record, "too long for --max-length",
-                                f"no answer fits into {self.max_length} tokens with the question and the image")
+                                f"not even its first answer fits into {self.max_length} tokens")
         return ids, labels
 
     def pixel_values(self, record):
@@ -236,8 +242,9 @@ class ChatDataset(Dataset):
         return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
 
     def prompt(self, i, turn=0):
-        """Returns one question of record i on its own, and its reference answer:
-        ({"input_ids", "pixel_values"}, text). Raises BadRecord if the image cannot be decoded."""
+        """Returns one question of record i as a prompt, and its reference answer:
+        ({"input_ids", "pixel_values"}, text). Raises BadRecord if the image cannot be decoded.
+        """
         record = self.records[i]
         messages, pixel_values = self.messages(record), self.pixel_values(record)
         question, answer = (message["content"] for message in messages[2 * turn:2 * turn + 2])
@@ -263,9 +270,11 @@ def drop_last_turns(ids, labels, max_length):
 def collate(samples, pad_token_id, padding_side="right"):
     """Returns a batch of tensors from a list of samples or prompts.
 
-        input_ids       (B, T)        labels  (B, T), only if the samples have them
+        input_ids       (B, T)
         attention_mask  (B, T) bool, False on padding
         pixel_values    (I, 3, H, W), the images of the samples that have one, in order; I may be 0
+        labels          (B, T), only for samples; prompts have none
+        skipped         a list of sentences, only for samples; see ChatDataset.__getitem__()
     """
     longest = max(len(sample["input_ids"]) for sample in samples)
 

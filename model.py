@@ -10,11 +10,11 @@ image like text: nothing marks these positions as an image.
 
 This file is imported by the two stages and by sanity_check.py. It cannot be run.
 
-Sizes used in the comments, for CLIP ViT-L/14 with TinyLlama (for the toy models):
-    B    samples in the batch          T   tokens of the longest sequence in the batch
-    I    images in the batch           N   patches of one image = (image size / patch size)²    256 (9)
-    D_v  width of CLIP     1024 (128)  D   width of the LLM                                    2048 (128)
-    K    labelled positions in batch   V   size of the LLM's vocabulary                      32,000 (615)
+Sizes used in the comments, for CLIP ViT-L/14 with TinyLlama (and for the toy models):
+    B    samples in the batch             T   tokens of the longest sequence in the batch
+    I    images in the batch              N   patches per image: (image size / patch size)²      256 (9)
+    D_v  width of CLIP       1024 (128)   D   width of the LLM                                2048 (128)
+    K    labeled positions in the batch   V   size of the LLM's vocabulary                  32,000 (615)
 
 "The reference" in the comments of this project is the authors' code, github.com/haotian-liu/LLaVA.
 """
@@ -56,11 +56,11 @@ class Llava(nn.Module):
         self.image_token_id = image_token_id
         self.num_image_tokens = num_image_tokens(config)  # N
 
-        # LLaVA uses the hidden state before CLIP's last block. The authors suspect that the last block turns
-        # to global properties of the image, and that the one before it keeps more local detail (section 5.2:
-        # 0.96 points on ScienceQA). hidden_states[0] is the embedding and hidden_states[i] the output of
-        # block i, so hidden_states[-2] is the output of the last block but one. Later blocks would be
-        # computed and discarded, so we delete them. After that, last_hidden_state *is*
+        # LLaVA uses the hidden state before CLIP's last block. The last block costs 0.96 points on ScienceQA.
+        # The authors suspect that it describes more global properties of the image and the block before it
+        # more local ones (section 5.2). hidden_states[0] is the embedding and hidden_states[i] is the output
+        # of block i, so hidden_states[-2] is the output of the second-to-last block. The last block would be
+        # computed and discarded, so we delete it. After that, last_hidden_state equals the former
         # hidden_states[vision_layer].
         num_blocks = config.num_hidden_layers + 1 + vision_layer
         if not 0 <= num_blocks <= config.num_hidden_layers:
@@ -91,7 +91,8 @@ class Llava(nn.Module):
         A starts random, because with both at zero neither would ever get a gradient.
 
         The adapter is added to the LLM alone. On the whole model, the bare names q_proj and v_proj would
-        match CLIP's attention too, and peft would quietly train CLIP. """
+        match CLIP's attention too, and peft would quietly train CLIP.
+        """
         self.llm = get_peft_model(self.llm, config)
 
     def trainable(self):
@@ -99,13 +100,13 @@ class Llava(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def parameter_table(self):
-        """Returns a text table: how many parameters of each component are frozen and trained, in which
-        dtype."""
+        """Returns a table, as text, of the frozen and trained parameters of each component."""
         rows = [f"{'parameters':<16}{'frozen':>16}{'trained':>14}"]
         for name, component in self.named_children():
-            frozen, trained = ([p for p in component.parameters() if p.requires_grad == wanted]
-                               for wanted in (False, True))
-            rows.append(f"  {name:<14}{sum(p.numel() for p in frozen):>16,}{sum(p.numel() for p in trained):>14,}"
+            frozen = [p for p in component.parameters() if not p.requires_grad]
+            trained = [p for p in component.parameters() if p.requires_grad]
+            rows.append(f"  {name:<14}{sum(p.numel() for p in frozen):>16,}"
+                        f"{sum(p.numel() for p in trained):>14,}"
                         f"  {', '.join(sorted({str(p.dtype) for p in trained}))}")
         return "\n".join(rows)
 
@@ -114,7 +115,8 @@ class Llava(nn.Module):
 
         `requires_grad_(False)` does not switch off dropout. If a plain model.train() reached the frozen CLIP
         and LLM, they could return different features for the same image in every step. In the LLM only the
-        adapter follows `mode` (peft calls its modules lora_dropout, lora_A and lora_B). """
+        adapter follows `mode` (peft calls its modules lora_dropout, lora_A and lora_B).
+        """
         super().train(False)
         self.training = mode
         self.projector.train(mode)
@@ -153,7 +155,7 @@ class Llava(nn.Module):
         written N image ids per image, so ids, labels and mask keep their shapes.
         """
         is_image = input_ids == self.image_token_id  # (B, T)
-        # The image id has no row in the LLM's embedding table. Look up id 0 instead; it is overwritten below.
+        # The LLM's embedding table has no row for the image id. Look up id 0, which is overwritten below.
         inputs_embeds = self.llm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # (B, T, D)
         image_features = self.encode_images(pixel_values).to(inputs_embeds.dtype)  # (I, N, D)
         if is_image.sum() != image_features.shape[0] * image_features.shape[1]:
@@ -165,10 +167,10 @@ class Llava(nn.Module):
         return inputs_embeds.masked_scatter(is_image[:, :, None], image_features)
 
     def forward(self, input_ids, labels, pixel_values, attention_mask):
-        """Returns the loss of each labelled token, unreduced: (K,) fp32, in nats.
+        """Returns the loss of each labeled token, unreduced: (K,) fp32, in nats.
 
         Equation 3 of the paper is their sum, -Σ log p(x_t | x_<t, image). The training loop adds them up and
-        divides by the number of labelled tokens in the whole effective batch, which only it knows.
+        divides by the number of labeled tokens in the whole effective batch, which only it knows.
 
         Args:
             input_ids, labels: (B, T), padded on the right. Labels are IGNORE_INDEX except on answers.
@@ -176,33 +178,32 @@ class Llava(nn.Module):
         """
         # The shift happens here and nowhere else: the output at position t predicts the token at t + 1.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # (B, T) -> (B·T,)
-        labelled = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # (K,)
+        labeled = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # (K,)
 
         # No mask is needed. Padding is on the right, and in a causal model no token attends to what follows
         # it. Without a mask, PyTorch can choose a causal kernel that skips half of the T×T attention scores.
-        hidden = self.llm.get_decoder()(inputs_embeds=self.embed(input_ids, pixel_values), attention_mask=None,
+        inputs_embeds = self.embed(input_ids, pixel_values)  # (B, T, D)
+        hidden = self.llm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=None,
                                         use_cache=False).last_hidden_state  # (B, T, D)
-        # The LLM's head is applied to the K labelled positions only. With V = 32,000, the logits of all B·T
+        # The LLM's head is applied to the K labeled positions only. With V = 32,000, the logits of all B·T
         # positions would need more memory than the rest of the forward pass.
-        logits = self.llm.get_output_embeddings()(hidden.flatten(0, 1)[labelled])  # (K, D) -> (K, V)
-        return F.cross_entropy(logits.float(), targets[labelled], reduction="none")
+        logits = self.llm.get_output_embeddings()(hidden.flatten(0, 1)[labeled])  # (K, D) -> (K, V)
+        return F.cross_entropy(logits.float(), targets[labeled], reduction="none")
 
     # -- generation ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, pixel_values, end_token_ids, max_new_tokens=128,
                  temperature=0.0, streamer=None):
-        """Returns the answers' ids: (B, at most max_new_tokens). A row that ends early is filled up with end
-        tokens.
+        """Returns the ids of the answers, (B, up to max_new_tokens). Short rows end in repeated end tokens.
 
         Args:
             input_ids, attention_mask: (B, T), padded on the *left*, so that the last position of every row is
                 the end of its prompt and predicts the first token of its answer.
             pixel_values: (I, 3, H, W).
-            end_token_ids: list of ids that end an answer. Stage 1 and 2 train the model to write the first
-            one. temperature: 0 takes the most likely token; above 0 samples from softmax(logits /
-            temperature). streamer: object with put(ids) and end(), for example transformers' TextStreamer
-            (for B = 1).
+            end_token_ids: list of the ids that end an answer.
+            temperature: 0 takes the most likely token. Above 0 samples from softmax(logits / temperature).
+            streamer: an object with put(ids) and end(), such as transformers' TextStreamer (for B = 1).
         """
         decoder, head = self.llm.get_decoder(), self.llm.get_output_embeddings()
         end_token_ids = torch.tensor(end_token_ids, device=input_ids.device)
@@ -217,7 +218,7 @@ class Llava(nn.Module):
             # attends to the cached keys and values.
             hidden = decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=True,
                              position_ids=position_ids, past_key_values=cache).last_hidden_state
-            logits = head(hidden[:, -1])  # (B, T or 1, D) -> (B, V): only the last position predicts a new token
+            logits = head(hidden[:, -1])  # (B, T or 1, D) -> (B, V): only the last position is needed
             if temperature > 0:
                 probabilities = torch.softmax(logits.float() / temperature, dim=-1)  # (B, V)
                 new_ids = torch.multinomial(probabilities, 1).squeeze(1)  # (B,)

@@ -1,15 +1,15 @@
 """The sanity check: does the trained model answer a question about an image, and does the image matter?
 
-    python sanity_check.py --sample 0                                  a held-out record: PROMPT, GENERATED, REFERENCE
-    python sanity_check.py --image photo.jpg --question "What is this?"   your own image
-    python sanity_check.py --show-mask 0                               a record, and which of its tokens are trained
+    python sanity_check.py --sample 0       a held-out record: PROMPT, GENERATED and the REFERENCE answer
+    python sanity_check.py --image photo.jpg --question "What is this?"
+    python sanity_check.py --show-mask 0    a held-out record, with the tokens marked that are trained
 
-It loads stage 2 of the run if that is finished, else stage 1 (--stage 1 asks for it). For a held-out record
-it also prints the loss of the reference answer with the correct image, with a different image and with a
-blank image. If the three are equal, the model ignores the image. Samples are held-out records, because a
-memorized training caption would look the same as a caption of what the model sees. A few seconds for the toy.
+It takes a few seconds for the toy. It loads stage 2 of the run if that is finished, else stage 1 (--stage 1
+asks for it). For a held-out record it also prints the loss of the reference answers with the correct image, a
+different image and a blank image. If the three are equal, the model ignores the image. Only held-out records
+are used, because a memorized caption of a training image would look as good as one of what the model sees.
 
-The functions in section 1 measure this during training as well. Both stages import them.
+Both stages import the functions of section 1 and measure the same things during training.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from transformers import TextStreamer
 
 from data import IMAGE_TOKEN, ChatDataset, collate
 from model import IGNORE_INDEX
-from support.check_records import check_records
+from support.check_records import check_records, print_checked
 from support.devices import DTYPES, choose_device, choose_dtype
 from support.errors import UserError, run_script
 from support.images import decode_image
 from support.records import open_records
-from support.settings import number
+from support.settings import COUNT, POSITIVE, REAL
 from support.weights import load_trained
 
 # -- 1. does the image matter? -----------------------------------------------------------------------------
@@ -37,8 +37,10 @@ def held_out_batches(dataset, pad_token_id, batch_size):
     """Returns the records of a ChatDataset that have an image, as a list of training batches.
 
     np.array_split makes batches of nearly equal size, because a last batch of one record would contain no
-    different image. """
-    samples = [sample for sample in (dataset[i] for i in range(len(dataset))) if sample["pixel_values"] is not None]
+    different image.
+    """
+    samples = [dataset[i] for i in range(len(dataset))]
+    samples = [sample for sample in samples if sample["pixel_values"] is not None]
     chunks = np.array_split(np.arange(len(samples)), max(1, len(samples) // max(2, batch_size)))
     return [collate([samples[i] for i in chunk], pad_token_id) for chunk in chunks]
 
@@ -71,10 +73,11 @@ def measure_grounding(model, batches, device, blank=False):
     for batch in batches:
         pixel_values = batch["pixel_values"]  # (B, 3, H, W)
         correct.append(record_losses(model, batch, device))
-        different.append(record_losses(model, {**batch, "pixel_values": pixel_values.roll(1, dims=0)}, device))
+        rolled = {**batch, "pixel_values": pixel_values.roll(1, dims=0)}  # record i gets image i - 1
+        different.append(record_losses(model, rolled, device))
         if blank:  # pixel values are normalized, so zero is CLIP's mean color
-            empty = torch.zeros_like(pixel_values)
-            blanks.append(record_losses(model, {**batch, "pixel_values": empty}, device))
+            empty = {**batch, "pixel_values": torch.zeros_like(pixel_values)}
+            blanks.append(record_losses(model, empty, device))
         tokens += (batch["labels"][:, 1:] != IGNORE_INDEX).sum().item()
     model.train(was_training)
     correct, different = torch.cat(correct), torch.cat(different)  # (records,)
@@ -102,11 +105,13 @@ def generate_answers(model, template, prompts, device, max_new_tokens=128, tempe
 def print_answer(model, template, prompt, device, max_new_tokens, temperature):
     """Prints PROMPT, then GENERATED token by token."""
     text = template.tokenizer.decode(prompt["input_ids"])
-    print(f"PROMPT\n{shorten_image(text, prompt['input_ids'].count(template.image_token_id)).rstrip()}\nGENERATED")
+    text = shorten_image(text, prompt["input_ids"].count(template.image_token_id))
+    print(f"PROMPT\n{text.rstrip()}\nGENERATED")
     batch = collate([prompt], template.tokenizer.pad_token_id, padding_side="left")
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    streamer = TextStreamer(template.tokenizer, skip_special_tokens=True)
     model.generate(**batch, end_token_ids=[template.end_token_id], max_new_tokens=max_new_tokens,
-                   temperature=temperature, streamer=TextStreamer(template.tokenizer, skip_special_tokens=True))
+                   temperature=temperature, streamer=streamer)
 
 
 def mark_trained(ids, labels, template, color):
@@ -144,26 +149,27 @@ def print_losses(model, held_out, i, pad_token_id, device):
               for name, pixels in images.items()}
     for name, loss in losses.items():
         print(f"  {name:<18}{loss:.3f}")
-    if max(losses.values()) - losses["correct image"] < 0.01:  # nats: the answers become less than 1% likelier
+    if max(losses.values()) - losses["correct image"] < 0.01:  # nats: each token is at most 1% more likely
         print("The image makes no difference: the model ignores it.")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default="runs/toy", help="folder of the run (default: runs/toy)")
     parser.add_argument("--stage", type=int, choices=(1, 2), help="default: 2 if it is finished, else 1")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--sample", type=number(int, 0), default=0, metavar="N", help="answer held-out record N")
+    what.add_argument("--sample", type=COUNT, default=0, metavar="N", help="answer held-out record N")
     what.add_argument("--image", metavar="FILE", help="answer a question about your own image")
-    what.add_argument("--show-mask", type=number(int, 0), metavar="N", help="show which tokens of record N are trained")
+    what.add_argument("--show-mask", type=COUNT, metavar="N", help="mark the trained tokens of record N")
     parser.add_argument("--question", help="with --image (default: ask for a brief description)")
-    parser.add_argument("--max-new-tokens", type=number(int, 1), default=128, help="longest answer in tokens")
-    parser.add_argument("--temperature", type=number(float, 0.0), default=0.0,
+    parser.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="longest answer in tokens")
+    parser.add_argument("--temperature", type=REAL, default=0.0,
                         help="0 takes the most likely token; above 0 samples")
     parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    if args.question and not args.image:
+    if args.question is not None and args.image is None:
         raise UserError("--question needs --image; a held-out record brings its own question")
 
     device = choose_device(args.device)
@@ -174,7 +180,7 @@ def main():
           f"{'LoRA adapter' if stage == 2 else 'no adapter'}")
     answer_settings = (device, args.max_new_tokens, args.temperature)
 
-    if args.image:
+    if args.image is not None:
         try:
             image = decode_image(args.image, args.image)
         except ValueError as error:
@@ -186,21 +192,21 @@ def main():
         return print_answer(model, template, prompt, *answer_settings)
 
     held_out = load_held_out(run, template, image_processor, model.num_image_tokens)
-    number_asked = args.sample if args.show_mask is None else args.show_mask
-    if number_asked >= len(held_out):
-        raise UserError(f"there is no held-out record {number_asked}: they are numbered 0 to {len(held_out) - 1}")
+    i = args.sample if args.show_mask is None else args.show_mask
+    if i >= len(held_out):
+        raise UserError(f"there is no held-out record {i}: they are numbered 0 to {len(held_out) - 1}")
     if args.show_mask is not None:
-        sample = held_out[number_asked]
+        sample = held_out[i]
         print(f"trained tokens are {'green' if sys.stdout.isatty() else 'in [[ ]]'}")
         return print(mark_trained(sample["input_ids"], sample["labels"], template, sys.stdout.isatty()))
-    record = held_out.records[number_asked]
-    print(f"held-out record {number_asked} of {len(held_out)}: id {record.get('id')}, "
+    record = held_out.records[i]
+    print(f"held-out record {i} of {len(held_out)}: id {record.get('id')}, "
           f"image {held_out.records.image_name(record)}")
-    prompt, reference = held_out.prompt(number_asked)
+    prompt, reference = held_out.prompt(i)
     print_answer(model, template, prompt, *answer_settings)
     print(f"REFERENCE\n{reference}\n")
     if prompt["pixel_values"] is not None:
-        print_losses(model, held_out, number_asked, template.tokenizer.pad_token_id, device)
+        print_losses(model, held_out, i, template.tokenizer.pad_token_id, device)
 
 
 def load_held_out(run, template, image_processor, num_image_tokens):
@@ -208,8 +214,11 @@ def load_held_out(run, template, image_processor, num_image_tokens):
     settings = run["settings"]
     names = ("data", "images", "heldout_data", "heldout_images", "held_out", "limit", "seed")
     _, held_out_set = open_records(**{name: settings[name] for name in names})
-    usable = check_records(held_out_set, template, num_image_tokens, settings["max_length"], decode=True).usable
-    return ChatDataset(usable, template, image_processor, num_image_tokens, settings["max_length"])
+    max_length = settings["max_length"]
+    checked = check_records(held_out_set, template, num_image_tokens, max_length, decode=True)
+    if checked.failures:
+        print_checked(held_out_set, checked)
+    return ChatDataset(checked.usable, template, image_processor, num_image_tokens, max_length)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ CLIP and the LLM are frozen. Only the projector between them is trained, on imag
 turn what CLIP says about a patch into vectors that the LLM can read like tokens. The LLM has to stay frozen,
 because a random projector would send it gradients that damage what it knows.
 
-    python stage1_align.py                       the toy world: about 1 minute on 2 CPU cores, final loss 0.02
-    python stage1_align.py --preset tinyllama    the real models and data, see docs/real_data.md
+    python stage1_align.py                      the toy: about 1.5 minutes on 2 CPU cores, final loss 0.02
+    python stage1_align.py --preset tinyllama   the real models and data, see docs/real_data.md
 
 Writes projector.safetensors, run.json and metrics.jsonl to <run>/stage1/. Continue with stage2_instruct.py.
 `diff stage1_align.py stage2_instruct.py` shows what the two stages have in common and where they differ.
@@ -30,7 +30,7 @@ from support.errors import Stopped, UserError, run_script
 from support.metrics_log import MetricsLog, format_grounding
 from support.processes import Processes
 from support.records import open_records
-from support.settings import next_command, parse_settings
+from support.settings import next_command, parse_settings, print_settings
 from support.step_batches import plan_steps
 from support.weights import (load_image_processor, load_language_model, load_vision_config, load_vision_tower,
                              save_result)
@@ -69,11 +69,11 @@ def main():
     args = parse_settings(__doc__, PRESETS)
     processes = Processes(args.device)  # just this one, unless torchrun has started several
     device, dtype = processes.device, choose_dtype(args.precision, processes.device)
-    print(f"device {device}, {dtype}; settings:")
-    for name, value in vars(args).items():
-        print(f"  {name:<16} {value}")
+    print_settings(args, device, dtype)
     folder = Path(args.run) / "stage1"
-    checkpoint = None if args.check_data else checkpoints.open_stage_folder(folder, args, processes.world_size)
+    checkpoint = None
+    if not args.check_data:
+        checkpoint = checkpoints.open_stage_folder(folder, args, processes.world_size)
     torch.manual_seed(args.seed)
 
     # -- 2. data -------------------------------------------------------------------------------------------
@@ -173,8 +173,8 @@ def main():
         skipped = [sentence for batch in batches for sentence in batch.pop("skipped")]
         count_skipped_images(progress.skipped, skipped, folder, args.allow_bad, len(dataset))
 
-        # The loss is the mean over all labelled tokens of the effective batch:
-        #     L = 1/n · Σ over micro-batches Σ over their labelled tokens  -log p(x_t | x_<t, image)
+        # The loss is the mean over all labeled tokens of the effective batch:
+        #     L = 1/n · Σ over micro-batches Σ over their labeled tokens  -log p(x_t | x_<t, image)
         # The usual loss.mean() / grad_accum is a mean of means. A token in a micro-batch of short answers
         # would then count more than one among long answers, and accumulation would not equal a large batch.
         n = processes.sum(sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches))
@@ -201,8 +201,8 @@ def main():
         progress.overflows = 0 if math.isfinite(loss + grad_norm) else progress.overflows + 1
         if progress.overflows >= (10 if scaler.is_enabled() else 1):
             ids = [str(train_set[i].get("id")) for micro_batch in plan for i in micro_batch]
-            raise UserError(f"step {progress.step + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try a lower "
-                            f"--lr or --precision fp32, or look at its records: {', '.join(ids[:16])}")
+            raise UserError(f"step {progress.step + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try a "
+                            f"lower --lr or --precision fp32, or look at its records: {', '.join(ids[:16])}")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -212,7 +212,7 @@ def main():
         log.count_step(size, seconds_waiting)
         if progress.step % args.log_every == 0 or progress.step == total_steps:
             log.log_step(progress.step, loss=loss, lr=optimizer.param_groups[0]["lr"], grad_norm=grad_norm,
-                         labelled_tokens=n, samples=progress.samples)
+                         labeled_tokens=n, samples=progress.samples)
         if progress.step % args.eval_every == 0 and progress.step < total_steps:
             evaluate()
         stop = processes.max(stop_signal.number)

@@ -4,8 +4,8 @@ CLIP stays frozen. The projector of stage 1 is trained further, and the LLM is t
 conversations about images. The paper trains all weights of the LLM. Here the LLM gets a LoRA adapter, so that
 one small GPU is enough (the reference offers the same in scripts/v1_5/finetune_lora.sh).
 
-    python stage2_instruct.py                       the toy world: about 1 minute on 2 CPU cores, final loss 0.01
-    python stage2_instruct.py --preset tinyllama    the real models and data, see docs/real_data.md
+    python stage2_instruct.py                      the toy: about 1 minute on 2 CPU cores, final loss 0.01
+    python stage2_instruct.py --preset tinyllama   the real models and data, see docs/real_data.md
 
 Reads <run>/stage1/. Writes projector.safetensors, adapter/, run.json and metrics.jsonl to <run>/stage2/.
 Continue with sanity_check.py. The comments explain only what is new; stage1_align.py explains the rest.
@@ -31,10 +31,11 @@ from support.errors import Stopped, UserError, run_script
 from support.metrics_log import MetricsLog, format_grounding
 from support.processes import Processes
 from support.records import open_records
-from support.settings import next_command, parse_settings
+from support.settings import next_command, parse_settings, print_settings
 from support.step_batches import plan_steps
-from support.weights import (check_same_models, check_same_template, load_image_processor, load_language_model,
-                             load_projector, load_vision_config, load_vision_tower, read_run, save_result)
+from support.weights import (check_same_models, check_same_template, load_image_processor,
+                             load_language_model, load_projector, load_vision_config, load_vision_tower,
+                             read_run, save_result)
 
 # -- 1. settings: each one is also a flag, see --help ------------------------------------------------------
 
@@ -74,13 +75,13 @@ def main():
     args = parse_settings(__doc__, PRESETS)
     processes = Processes(args.device)  # just this one, unless torchrun has started several
     device, dtype = processes.device, choose_dtype(args.precision, processes.device)
-    print(f"device {device}, {dtype}; settings:")
-    for name, value in vars(args).items():
-        print(f"  {name:<16} {value}")
+    print_settings(args, device, dtype)
     stage1, folder = Path(args.run) / "stage1", Path(args.run) / "stage2"
     stage1_run = read_run(stage1)
     check_same_models(stage1_run, args, stage1)
-    checkpoint = None if args.check_data else checkpoints.open_stage_folder(folder, args, processes.world_size)
+    checkpoint = None
+    if not args.check_data:
+        checkpoint = checkpoints.open_stage_folder(folder, args, processes.world_size)
     torch.manual_seed(args.seed)
 
     # -- 2. data -------------------------------------------------------------------------------------------
@@ -200,8 +201,8 @@ def main():
         progress.overflows = 0 if math.isfinite(loss + grad_norm) else progress.overflows + 1
         if progress.overflows >= (10 if scaler.is_enabled() else 1):
             ids = [str(train_set[i].get("id")) for micro_batch in plan for i in micro_batch]
-            raise UserError(f"step {progress.step + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try a lower "
-                            f"--lr or --precision fp32, or look at its records: {', '.join(ids[:16])}")
+            raise UserError(f"step {progress.step + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try a "
+                            f"lower --lr or --precision fp32, or look at its records: {', '.join(ids[:16])}")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -212,7 +213,7 @@ def main():
         if progress.step % args.log_every == 0 or progress.step == total_steps:
             lr, projector_lr = (group["lr"] for group in optimizer.param_groups)
             log.log_step(progress.step, loss=loss, lr=lr, projector_lr=projector_lr, grad_norm=grad_norm,
-                         labelled_tokens=n, samples=progress.samples)
+                         labeled_tokens=n, samples=progress.samples)
         if progress.step % args.eval_every == 0 and progress.step < total_steps:
             evaluate()
         stop = processes.max(stop_signal.number)

@@ -1,368 +1,358 @@
-"""How fast are our steps? Ours and transformers' own Llava, by turns.
+"""Compares the speed and memory of our training steps and answers with those of transformers' own Llava.
 
-    python bench/bench.py                                  the mid geometry: half an hour on 2 CPU cores
-    python bench/bench.py --quick --json bench.json        the first four sections with fewer and smaller
-                                                           steps, for a first impression: 5 minutes
-    python bench/bench.py --geometry full --device cuda    on a GPU, in bf16 if it has it
-    python bench/bench.py --geometry full --only stage1 stage2    on a CPU: one step of one sample, 10 min
-    python bench/bench.py --only stage2                    one section of: stage1 stage2 generate memory
-                                                           loader scaling
+    python -m bench.speed                                  mid geometry: about 25 minutes on 2 CPU cores
+    python -m bench.speed --quick                          fewer and smaller steps: about 5 minutes
+    python -m bench.speed --only stage2 generate           some of the sections stage1 stage2 generate memory
+    python -m bench.speed --geometry full --device cuda    CLIP ViT-L/14 and TinyLlama-1.1B, on a GPU
 
-Same weights, batches, precision, optimizer and loop on both sides; that they compute the same loss and the
-same gradient is checked before anything is timed. One optimizer step of each side after the other, in
-changing order, makes a pair; a ratio is the median over the pairs, and above 1 ours is faster.
+"Ours" is Llava from model.py. "The peer" is LlavaForConditionalGeneration from transformers. Both get the
+same weights, batches, precision, optimizer and training loop. First the script checks that both compute the
+same loss and the same gradients, and stops if they do not.
 
-    same batch    on the very same micro-batches
-    own batch     ours cuts the same samples into micro-batches of similar length; the peer as they come
-    cached        with image features kept from an earlier epoch; the peer cannot keep them
-    utilisation   what a step cannot avoid computing (cost.py), per second, over the matmul rate measured in
-                  between: 1 would be a step that does nothing in vain, at the speed of one large product
-    memory        peak of ours over the peer's: of the GPU's memory, or of the whole process on a CPU, each
-                  side in a process of its own
-
-On a CPU, run it alone: a step that shares its cores with other programs waits for the slowest thread, and a
-ratio of two such steps means nothing. The matmul rate is measured before every step; where the largest is
-more than 1.5 times the least, the table says that the run was disturbed.
+The output is a table. A ratio of times is the peer's time divided by ours, so above 1 ours is faster. One
+pair is one run of every side. Every other pair runs them in reverse order, because the speed of a machine
+drifts. The table shows the median over the pairs, and the least and the most. Its rows are:
+    same batches    training steps with the same micro-batches for both sides
+    own batching    our micro-batches are sorted by length, as in the stages, and the peer's are not (the
+                    stages estimate the lengths; here they are exact, so there is slightly less padding)
+    generation      64 new tokens for 16 prompts; our adapter is merged into the LLM, as in sanity_check.py
+    peak memory     of one training step: ours divided by the peer's, so below 1 ours needs less. On a CPU it
+                    is the memory of the whole process (Linux only).
+On a CPU, run nothing else at the same time.
 """
 
 import argparse
 import copy
-import json
-import statistics
-import subprocess
+import multiprocessing
+import os
 import sys
 import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, LlavaConfig,
+                          LlavaForConditionalGeneration)
 
-from cost import matmul_rate, timed, unavoidable_flops
-from memory import fresh_process_environment, peak_rss
-from sides import DTYPES, IGNORE_INDEX, ROOT, Ours, Peer
-from sides import build_ours, build_peer, build_sides, check_same
-from sides import draw_prompts, draw_samples, geometry, micro_batches
+from data import collate
+from model import IGNORE_INDEX, LORA_TARGETS, Llava, num_image_tokens
+from support.devices import DTYPES, choose_device, choose_dtype
+from support.step_batches import plan_steps
 
-from plumbing import pick_device, pick_precision  # from the repository's root, which sides.py makes known
+# peft 0.21 asks transformers 5 for an attribute by its old name.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
-SECTIONS = ("stage1", "stage2", "generate", "memory", "loader", "scaling")
-NEW_TOKENS = 64
+SECTIONS = ("stage1", "stage2", "generate", "memory")
+PAD = 2  # Llama's end token, which is its padding token too
+LORA = dict(r=16, lora_alpha=32, lora_dropout=0.05, task_type="CAUSAL_LM")
 
+# -- models and samples of a geometry ----------------------------------------------------------------------
 
-def spread(values):
-    """Median, least and largest, and of how many."""
-    return {
-        "median": statistics.median(values),
-        "low": min(values),
-        "high": max(values),
-        "pairs": len(values),
-    }
-
-
-# -- training ----------------------------------------------------------------------------------------------
-
-
-def train(args, shape, stage):
-    """One stage's steps by turns: ours and the peer's on the same batches, and ours as only ours can."""
-    rng = np.random.default_rng(stage)
-    ours, peer = build_sides(shape, stage, args.device, args.dtype)
-    size, window = args.batch_size[stage], args.window[stage]
-    off, gradient_off = check_same(ours, peer, micro_batches(draw_samples(shape, stage, 2, rng), 2)[0])
-    print(f"  same loss (off by {off:.0e}), same gradient (off by {gradient_off:.0e})", flush=True)
-    warm_up = micro_batches(draw_samples(shape, stage, 2, rng), size)
-    for side in (ours, peer):
-        side.step(warm_up)
-
-    seconds, rates, used, tokens = {"ours": [], "peer": [], "alone": []}, [], [], 0
-    for pair in range(args.pairs[f"stage{stage}"]):
-        samples = draw_samples(shape, stage, window, rng)
-        same = micro_batches(samples, size)
-        if stage == 1:  # what only ours can do: here, to skip CLIP; in stage 2, to sort by length
-            alone = [dict(batch, pixel_values=features(ours, batch["pixel_values"])) for batch in same]
-        else:
-            alone = micro_batches(samples, size, by_length=True)
-        # All three on the way there, and on the way back in the next pair: the machine's speed drifts.
-        turns = [("ours", ours, same), ("peer", peer, same), ("alone", ours, alone)]
-        for name, side, batches in turns[:: 1 if pair % 2 == 0 else -1]:
-            rates.append(matmul_rate(args.device, args.dtype))
-            seconds[name].append(timed(lambda: side.step(batches), args.device)[0])
-        lengths = [(len(s["input_ids"]), sum(l != IGNORE_INDEX for l in s["labels"])) for s in samples]
-        # The step as the stages take it: in stage 1 with CLIP, in stage 2 sorted by length. Its rate is held
-        # against this pair's own matmuls.
-        step = seconds["ours" if stage == 1 else "alone"][-1]
-        used.append(unavoidable_flops(shape, lengths, stage) / step / statistics.median(rates[-3:]))
-        tokens += sum(labelled for _, labelled in lengths)
-        print(
-            f"  pair {pair + 1}: ours {seconds['ours'][-1]:.2f} s, the peer {seconds['peer'][-1]:.2f} s, "
-            f"ours {'cached' if stage == 1 else 'by length'} {seconds['alone'][-1]:.2f} s",
-            flush=True,
-        )
-
-    def ratios(name):
-        return spread([theirs / mine for theirs, mine in zip(seconds["peer"], seconds[name])])
-
-    samples_total = window * len(used)
-    return {
-        "same_batch_ratio": ratios("ours"),
-        "cached_ratio" if stage == 1 else "own_batch_ratio": ratios("alone"),
-        "utilisation": spread(used),
-        "matmul_gflops": spread([rate / 1e9 for rate in rates]),
-        "disturbed": max(rates) > 1.5 * min(rates),
-        "samples_per_s": {name: samples_total / sum(times) for name, times in seconds.items()},
-        "tokens_per_s": {name: tokens / sum(times) for name, times in seconds.items()},
-        "window": window,
-        "batch_size": size,
-    }
+CLIP_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size",
+              "patch_size")
+LLM_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "intermediate_size", "vocab_size")
+GEOMETRIES = {
+    "toy": ((128, 4, 4, 512, 96, 32), (128, 4, 4, 4, 336, 615)),  # the models in toy/, to try this script
+    "mid": ((768, 12, 12, 3072, 224, 16), (768, 12, 12, 4, 2048, 32_000)),  # 211 M parameters, for a CPU
+    "full": ((1024, 24, 16, 4096, 224, 14), (2048, 22, 32, 4, 5632, 32_000)),  # the real models, for a GPU
+}
 
 
-def features(ours, pixel_values):
-    """Image features as they are kept on disk, in the encoder's type. Reading them is not part of what is
-    timed: it is the loader's work, as decoding pictures is."""
-    return ours.model.clip_features(pixel_values.to(ours.device)).cpu()
+def geometry(name):
+    """Returns the LlavaConfig of a geometry. The last token of the vocabulary marks the image positions."""
+    clip, llm = GEOMETRIES[name]
+    vision = CLIPVisionConfig(**dict(zip(CLIP_SIZES, clip)), hidden_act="quick_gelu")
+    text = LlamaConfig(**dict(zip(LLM_SIZES, llm)), max_position_embeddings=2048)
+    return LlavaConfig(vision_config=vision, text_config=text, projector_hidden_act="linear",
+                       image_token_index=text.vocab_size - 1, image_seq_length=num_image_tokens(vision))
 
 
-# -- generation --------------------------------------------------------------------------------------------
+def draw_sample(config, stage, rng):
+    """Returns a random sample whose text is about as long as a text of the stage's real data.
 
-
-def generate(args, shape):
-    """Greedy answers of 64 tokens to 16 prompts: ours as load() leaves it, the adapter merged into the LLM;
-    the peer with its adapter in place, as training leaves it, and merged as well."""
-    rng = np.random.default_rng(3)
-    ours, peer = (side.model.eval() for side in build_sides(shape, 2, args.device, args.dtype))
-    ours.llm = ours.llm.merge_and_unload()
-    models = {"ours": ours, "peer": peer, "merged": copy.deepcopy(peer).merge_and_unload()}
-
-    def run(name, batch, new_tokens):
-        # An end token that is not drawn at random, so that all answers are of one length.
-        if name == "ours":
-            return ours.generate(**batch, end_token_ids=[shape.image_id], max_new_tokens=new_tokens)
-        ids = models[name].generate(
-            **batch,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            eos_token_id=shape.image_id,
-            pad_token_id=shape.image_id,
-        )
-        return ids[:, batch["input_ids"].shape[1] :]
-
-    seconds, agree = {name: [] for name in models}, 1.0
-    with torch.no_grad():
-        warm_up = on_device(draw_prompts(shape, 2, rng), args)
-        for name in models:
-            run(name, warm_up, 4)
-        for pair in range(args.pairs["generate"]):
-            batch, said = on_device(draw_prompts(shape, 16, rng), args), {}
-            for name in list(models)[:: 1 if pair % 2 == 0 else -1]:
-                taken, said[name] = timed(lambda: run(name, batch, NEW_TOKENS), args.device)
-                seconds[name].append(taken)
-                if said[name].shape[1] != NEW_TOKENS:
-                    sys.exit(f"bench.py: {name} said {said[name].shape[1]} tokens, not {NEW_TOKENS}")
-            agree = min(agree, (said["ours"] == said["merged"]).float().mean().item())
-            print(
-                f"  pair {pair + 1}: ours {seconds['ours'][-1]:.2f} s, the peer {seconds['peer'][-1]:.2f} s, "
-                f"merged {seconds['merged'][-1]:.2f} s; {agree:.0%} of the tokens are the same",
-                flush=True,
-            )
-    if args.dtype == torch.float32 and agree < 0.9:
-        sys.exit(f"bench.py: the sides generate different answers ({agree:.0%} of the tokens agree)")
-    return {
-        "ratio": spread([theirs / mine for theirs, mine in zip(seconds["peer"], seconds["ours"])]),
-        "ratio_merged": spread([theirs / mine for theirs, mine in zip(seconds["merged"], seconds["ours"])]),
-        "tokens_per_s": {name: 16 * NEW_TOKENS * len(t) / sum(t) for name, t in seconds.items()},
-        "agree": agree,
-    }
-
-
-def on_device(batch, args):
-    return {name: tensor.to(args.device) for name, tensor in batch.items()}
-
-
-# -- memory ------------------------------------------------------------------------------------------------
-
-
-def memory(args):
-    """Peak memory of each side in each stage, each in its process, at the tinyllama preset's batches."""
-    result = {}
-    for stage, batch_size in args.batch_size.items() if args.quick else ((1, 16), (2, 4)):
-        peaks = {name: child(args, stage, name, batch_size) for name in ("ours", "peer")}
-        result[f"stage{stage}"] = {
-            "ratio": peaks["ours"] / peaks["peer"],
-            "gib": {name: peak / 2**30 for name, peak in peaks.items()},
-            "batch_size": batch_size,
-        }
-        print(
-            f"  stage {stage}, micro-batch {batch_size}: ours {peaks['ours'] / 2**30:.2f} GiB, "
-            f"the peer {peaks['peer'] / 2**30:.2f} GiB",
-            flush=True,
-        )
-    return result
-
-
-def child(args, stage, name, batch_size):
-    """Peak bytes of one side, measured by this script in another process (see measure_peak())."""
-    words = ["--geometry", args.geometry, "--device", args.device, "--precision", args.precision]
-    done = subprocess.run(
-        [sys.executable, __file__, *words, "--peak-of", name, str(stage), str(batch_size)],
-        env=fresh_process_environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode:
-        sys.exit(f"bench.py: measuring the memory of {name} in stage {stage} failed")
-    return int(done.stdout.split()[-1])
-
-
-def measure_peak(args, shape):
-    """Prints the peak of one side after two steps: a small one, which makes Adam's moments, and a real one.
-
-    The same batch for every side: the first that the stage's seed draws.
+    Stage 1, like CC3M: a prompt of about 12 tokens, and a caption of 5 to 30 words with 1.3 tokens each.
+    Stage 2, like LLaVA-Instruct-150K: 60 to 700 tokens with a median of 220, about a third of it questions.
     """
-    name, stage, batch_size = args.peak_of[0], int(args.peak_of[1]), int(args.peak_of[2])
-    rng = np.random.default_rng(stage)
-    build, side_class = {"ours": (build_ours, Ours), "peer": (build_peer, Peer)}[name]
-    side = side_class(build(shape, stage, args.device, args.dtype), args.device, args.dtype)
-    side.step(micro_batches(draw_samples(shape, 1, 1, rng), 1))
-    side.step(micro_batches(draw_samples(shape, stage, batch_size, rng), batch_size))
-    on_gpu = torch.device(args.device).type == "cuda"
-    print(torch.cuda.max_memory_allocated(args.device) if on_gpu else peak_rss())
+    if stage == 1:
+        return sample_of_turns(config, [(11, int(1.3 * rng.integers(5, 31)) + 1)], rng)
+    left, turns = int(np.clip(rng.lognormal(np.log(220), 0.55), 60, 700)), []
+    while left > 0:
+        turn = min(left, int(rng.integers(40, 160)))
+        question = max(8, int(turn * rng.uniform(0.25, 0.45)))
+        turns.append((question, max(2, turn - question)))
+        left -= turn
+    return sample_of_turns(config, turns, rng)
 
 
-# -- the table ---------------------------------------------------------------------------------------------
+def sample_of_turns(config, turns, rng):
+    """Returns a sample with random tokens. turns: [(tokens of the question, tokens of the answer), …]"""
+    image_id, size = config.image_token_index, config.vision_config.image_size
+    ids, labels = [1] + [image_id] * config.image_seq_length, [IGNORE_INDEX] * (1 + config.image_seq_length)
+    for question_length, answer_length in turns:
+        answer = rng.integers(3, image_id, answer_length - 1).tolist() + [PAD]
+        ids += rng.integers(3, image_id, question_length).tolist() + answer
+        labels += [IGNORE_INDEX] * question_length + answer
+    pixels = torch.from_numpy(rng.standard_normal((3, size, size), dtype=np.float32))
+    return {"input_ids": ids, "labels": labels, "pixel_values": pixels}
 
 
-def summary(result):
-    """The JSON's keys that a bar is set for."""
-    keys = {}
-    for stage in ("stage1", "stage2"):
-        if stage in result:
-            keys[stage] = result[stage]
-            keys.setdefault("utilisation", {})[stage] = result[stage]["utilisation"]
-    if "generate" in result:
-        keys["generate_ratio"] = result["generate"]["ratio"]
-        keys["generate_ratio_merged"] = result["generate"]["ratio_merged"]
-    if "memory" in result:
-        by_stage = {stage: part["ratio"] for stage, part in result["memory"].items()}
-        keys["memory_ratio"] = {**spread(list(by_stage.values())), **by_stage}
-    return keys
+def make_batches(samples, size, by_length=False):
+    """Returns the samples of one optimizer step in micro-batches: as they come, or as the stages do it."""
+    order = [range(i, min(i + size, len(samples))) for i in range(0, len(samples), size)]
+    if by_length:
+        lengths = np.array([len(sample["input_ids"]) for sample in samples])
+        (order,), _ = plan_steps(lengths, size, len(order), epochs=1, max_steps=None, seed=0)
+    batches = [collate([samples[i] for i in micro_batch], PAD) for micro_batch in order]
+    return [{name: tensor for name, tensor in batch.items() if name != "skipped"} for batch in batches]
 
 
-def print_table(result):
+def build_ours(config, stage, device, dtype):
+    """Returns our model with random weights, prepared as in the stages."""
+    model = Llava(CLIPVisionModel(config.vision_config), LlamaForCausalLM(config.text_config),
+                  config.image_token_index).to(device, dtype)
+    model.projector.float().requires_grad_(True)
+    if stage == 2:
+        model.add_lora(LoraConfig(target_modules=LORA_TARGETS, **LORA))
+    return model.train()
+
+
+def build_peer(config, stage, device, dtype):
+    """Returns transformers' Llava with random weights, with the same components frozen as in ours."""
+    model = LlavaForConditionalGeneration(config).to(device, dtype)
+    projector = model.model.multi_modal_projector.float()
+    projector.linear_2 = nn.Identity()  # its projector has two layers, ours has one
+    model.requires_grad_(False)
+    if stage == 2:  # a pattern, because CLIP also has layers called q_proj
+        pattern = rf".*language_model.*\.({'|'.join(LORA_TARGETS)})"
+        model = get_peft_model(model, LoraConfig(target_modules=pattern, **LORA))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.02)  # while B is zero, A gets no gradient to compare
+    projector.requires_grad_(True)
+    return model.train()
+
+
+def peer_name(name):
+    """Returns the name that one of our parameters has in the peer."""
+    name = name.replace("llm.base_model.model.", "llm.")  # without peft's wrapper
+    for ours, peer in (("vision_tower.", "model.vision_tower."), ("llm.model.", "model.language_model."),
+                       ("projector.", "model.multi_modal_projector.linear_1."), ("llm.", "")):
+        if name.startswith(ours):
+            return peer + name.removeprefix(ours)
+
+
+# -- the training loop -------------------------------------------------------------------------------------
+
+
+class Side:
+    """One model with its optimizer. Both sides run the training loop of the two stages."""
+
+    def __init__(self, name, config, stage, device, dtype):
+        self.is_ours, self.device, self.dtype = name == "ours", device, dtype
+        self.model = (build_ours if self.is_ours else build_peer)(config, stage, device, dtype)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=2e-5, weight_decay=0.0, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def step(self, batches):
+        """Takes one optimizer step over a list of micro-batches."""
+        n = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
+        for batch in batches:
+            self.scaler.scale(self.loss(batch, n)).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def loss(self, batch, n):
+        """Returns the sum of a micro-batch's losses, divided by the n labelled tokens of the whole step."""
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            if self.is_ours:
+                return self.model(**batch).sum() / n
+            # With num_items_in_batch the peer divides by n, too. transformers' Trainer does the same.
+            return self.model(**batch, num_items_in_batch=n, use_cache=False).loss
+
+
+def build_sides(args, config, stage):
+    """Returns (ours, peer) with the same weights. Ends the process if they compute different things."""
+    ours, peer = (Side(name, config, stage, args.device, args.dtype) for name in ("ours", "peer"))
+    weights = {name.removeprefix("base_model.model."): tensor
+               for name, tensor in peer.model.state_dict().items()}
+    ours.model.load_state_dict({name: weights[peer_name(name)] for name in ours.model.state_dict()})
+
+    rng = np.random.default_rng(0)
+    batch, losses, gradients = make_batches([draw_sample(config, stage, rng) for _ in range(2)], 2)[0], [], []
+    for side in (ours, peer):
+        side.model.eval()  # without dropout, because each side would drop different elements
+        loss = side.loss(batch, 100)
+        side.scaler.scale(loss).backward()
+        losses.append(loss.item())
+        gradients.append({name.removeprefix("base_model.model."): parameter.grad.flatten().double()
+                          for name, parameter in side.model.named_parameters() if parameter.requires_grad})
+        side.optimizer.zero_grad(set_to_none=True)
+        side.model.train()
+    theirs = torch.cat([gradients[1].pop(peer_name(name)) for name in gradients[0]])
+    difference = torch.cat(list(gradients[0].values())) - theirs
+    loss_error, gradient_error = abs(losses[0] / losses[1] - 1), (difference.norm() / theirs.norm()).item()
+    print(f"  relative difference of losses {loss_error:.1e}, of gradients {gradient_error:.1e}", flush=True)
+    bound = 1e-4 if args.dtype == torch.float32 else 2e-2
+    if gradients[1] or not (loss_error <= bound and gradient_error <= 10 * bound):
+        sys.exit("speed.py: the two sides compute different things, so there is nothing to compare")
+    return ours, peer
+
+
+# -- the sections ------------------------------------------------------------------------------------------
+
+
+def time_pair(runs, pair, seconds, device):
+    """Calls every function of {name: function}, in reverse order if `pair` is odd, and returns {name: result}.
+    Appends the times to seconds[name], except those of the warm-up, which is pair -1."""
+    results = {}
+    for name in list(runs)[::-1 if pair % 2 else 1]:
+        started = time.perf_counter()
+        results[name] = runs[name]()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the call returns before the GPU has finished
+        if pair >= 0:
+            seconds.setdefault(name, []).append(time.perf_counter() - started)
+    print(f"  pair {pair + 1}:", {name: round(times[-1], 2) for name, times in seconds.items()}, flush=True)
+    return results
+
+
+def table_rows(rows, seconds, tokens):
+    """Returns the rows of the table. Warns if a speed varied a lot between pairs.
+
+    Args: rows: [(label, our run, the peer's run)]. seconds: {run: time of each pair}. tokens: of each pair."""
+    for run, times in seconds.items():
+        speeds = np.array(tokens) / times
+        if speeds.max() > 1.5 * speeds.min():
+            print(f"  WARNING: the speed of {run} varied by a factor of {speeds.max() / speeds.min():.1f}. If "
+                  "other programs were running, measure again.")
+    lines = []
+    for label, ours, peer in rows:
+        ratios = np.array(seconds[peer]) / seconds[ours]
+        ours_speed, peer_speed = (sum(tokens) / sum(seconds[run]) for run in (ours, peer))
+        lines.append(f"| {label} | {np.median(ratios):.2f} ({ratios.min():.2f}–{ratios.max():.2f}) | "
+                     f"{ours_speed:.3g} / {peer_speed:.3g} tokens/s |")
+    return lines
+
+
+def compare_training(args, config, stage):
+    rng, seconds, tokens = np.random.default_rng(stage), {}, []
+    ours, peer = build_sides(args, config, stage)
+    size, samples_per_step, pairs = args.plan[stage]
+    for pair in range(-1, pairs):  # pair -1 is the warm-up
+        samples = [draw_sample(config, stage, rng) for _ in range(samples_per_step if pair >= 0 else 2)]
+        batches, sorted_batches = (make_batches(samples, size, by_length) for by_length in (False, True))
+        runs = {"ours": lambda: ours.step(batches), "peer": lambda: peer.step(batches)}
+        if stage == 2:
+            runs["ours sorted by length"] = lambda: ours.step(sorted_batches)
+        time_pair(runs, pair, seconds, args.device)
+        tokens += [sum(len(sample["input_ids"]) for sample in samples)] * (pair >= 0)
+    rows = [("same batches", "ours", "peer"), ("own batching", "ours sorted by length", "peer")][:stage]
+    return table_rows([(f"stage {stage}, {label}", *runs) for label, *runs in rows], seconds, tokens)
+
+
+def compare_generation(args, config):
+    rng, seconds, pairs = np.random.default_rng(3), {}, args.plan[2][2]
+    ours, peer = (side.model.eval() for side in build_sides(args, config, 2))
+    ours.llm = ours.llm.merge_and_unload()
+    peer.model.model.multi_modal_projector.to(args.dtype)  # in fp32 it would need autocast
+    merged = copy.deepcopy(peer).merge_and_unload()
+    never = config.text_config.vocab_size  # an end token that never comes, so all answers are equally long
+    for pair in range(-1, pairs):  # pair -1 is the warm-up
+        prompts = [sample_of_turns(config, [(int(rng.integers(10, 31)), 1)], rng) for _ in range(16)]
+        prompts = [{name: prompt[name] for name in ("input_ids", "pixel_values")} for prompt in prompts]
+        batch = {name: tensor.to(args.device) for name, tensor in collate(prompts, PAD, "left").items()}
+        new = 64 if pair >= 0 else 4
+        settings = dict(max_new_tokens=new, do_sample=False, eos_token_id=never, pad_token_id=PAD)
+        runs = {"ours": lambda: ours.generate(**batch, end_token_ids=[never], max_new_tokens=new),
+                "peer": lambda: peer.generate(**batch, **settings),
+                "merged peer": lambda: merged.generate(**batch, **settings)}
+        answers = time_pair(runs, pair, seconds, args.device)
+        same = (answers["ours"] == answers["merged peer"][:, -new:]).float().mean().item()
+        if args.dtype == torch.float32 and same < 0.9:
+            sys.exit(f"speed.py: only {same:.0%} of our tokens equal those of the merged peer")
+    return table_rows([("generation, peer with its adapter", "ours", "peer"),
+                       ("generation, peer merged", "ours", "merged peer")], seconds, [16 * 64] * pairs)
+
+
+def call_in_new_process(function, *args):
+    """Returns function(*args), called in a new process, so that its peak memory can be measured there."""
+    # Without these, glibc keeps freed tensors, and they count as used memory.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = str(2**20)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(function, *args).result()
+
+
+def process_memory(field):
+    """Returns the memory of this process in bytes: of now ("VmRSS") or the peak ("VmHWM"). Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def measure_peak(side_name, geometry_name, stage, micro_batch, device, dtype):
+    """Returns the peak memory of one side in bytes. A first, small step creates Adam's moments."""
+    config, rng = geometry(geometry_name), np.random.default_rng(stage)
+    side = Side(side_name, config, stage, device, dtype)
+    side.step(make_batches([draw_sample(config, 1, rng)], 1))
+    side.step(make_batches([draw_sample(config, stage, rng) for _ in range(micro_batch)], micro_batch))
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_memory("VmHWM")
+
+
+def compare_memory(args):
     rows = []
-
-    def ratio(label, value, rates=None, unit=""):
-        cells = f"{value['median']:.2f} ({value['low']:.2f}–{value['high']:.2f})"
-        rows.append((label, cells, f"{rates[0]:.3g} / {rates[1]:.3g} {unit}" if rates else ""))
-
-    for stage, alone, key, what in (
-        ("stage1", "cached features", "cached_ratio", "with CLIP"),
-        ("stage2", "own batching", "own_batch_ratio", "own batching"),
-    ):
-        if stage in result:
-            part = result[stage]
-            samples, tokens = part["samples_per_s"], part["tokens_per_s"]
-            rates = (samples["ours"], samples["peer"])
-            ratio(f"{stage}, same batches", part["same_batch_ratio"], rates, "samples/s")
-            rates = (samples["alone"], samples["peer"])
-            ratio(f"{stage}, {alone}", part[key], rates, "samples/s")
-            rows.append(("", "", f"{tokens['alone']:.3g} / {tokens['peer']:.3g} supervised tokens/s"))
-            rate = part["matmul_gflops"]
-            note = f"of {rate['median']:.0f} ({rate['low']:.0f}–{rate['high']:.0f}) GFLOP/s"
-            if part["disturbed"]:
-                note += ": DISTURBED by other programs, measure again"
-            value = part["utilisation"]
-            cells = f"{value['median']:.0%} ({value['low']:.0%}–{value['high']:.0%})"
-            rows.append((f"{stage}, utilisation, {what}", cells, note))
-    if "generate" in result:
-        part = result["generate"]
-        rates = part["tokens_per_s"]
-        ratio("generation, peer as trained", part["ratio"], (rates["ours"], rates["peer"]), "tokens/s")
-        ratio("generation, peer merged", part["ratio_merged"], (rates["ours"], rates["merged"]), "tokens/s")
-    if "memory" in result:
-        for stage, part in result["memory"].items():
-            gib = part["gib"]
-            note = f"{gib['ours']:.2f} / {gib['peer']:.2f} GiB at micro-batch {part['batch_size']}"
-            rows.append((f"{stage}, peak memory", f"{part['ratio']:.2f}", note))
-    if not rows:
-        return
-    print(f"\n| {'measured':<32} | {'ratio (least–most)':<20} | ours / the peer's |\n|--|--|--|")
-    for label, cells, note in rows:
-        print(f"| {label:<32} | {cells:<20} | {note} |")
+    # Without --quick, the micro-batches are those of the preset tinyllama.
+    for stage, micro_batch in ((1, 4), (2, 2)) if args.quick else ((1, 16), (2, 4)):
+        ours, peer = (call_in_new_process(measure_peak, name, args.geometry, stage, micro_batch, args.device,
+                                          args.dtype) / 2**30 for name in ("ours", "peer"))
+        rows.append(f"| stage {stage}, peak memory at micro-batch {micro_batch} | {ours / peer:.2f} | "
+                    f"{ours:.2f} / {peer:.2f} GiB |")
+    return rows
 
 
-# -- settings ----------------------------------------------------------------------------------------------
-
-
-def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--geometry", choices=("toy", "mid", "full"), default="mid")
-    parser.add_argument("--quick", action="store_true", help="fewer and smaller steps, four sections")
-    parser.add_argument("--only", choices=SECTIONS, nargs="+", metavar="SECTION")
-    parser.add_argument("--pairs", type=int, metavar="N", help="of steps, in each section")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="default: docs/scaling.png, quick: none")
-    parser.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)  # used by child()
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="mid", help="sizes of the models")
+    parser.add_argument("--only", choices=SECTIONS, nargs="+", default=SECTIONS, metavar="SECTION")
+    parser.add_argument("--pairs", type=int, metavar="N", help="number of pairs in each section")
+    parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu, cuda, …")
+    parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller steps")
     args = parser.parse_args()
-    args.only = args.only or (SECTIONS[:4] if args.quick else SECTIONS)
-    device = pick_device(args.device)
-    args.device = str(device)
-    if args.precision == "auto":
-        dtype = pick_precision("auto", device)[0]
-        args.precision = next(name for name, value in DTYPES.items() if value == dtype)
-    args.dtype = DTYPES[args.precision]
-    # Micro-batch and window (samples of an optimizer step) of each stage. The stages' real window is 128.
-    args.batch_size, args.window, pairs = {1: 4, 2: 4}, {1: 4, 2: 32}, (12, 3, 3)
-    if device.type == "cuda":
-        args.batch_size, args.window = {1: 16, 2: 4}, {1: 128, 2: 128}
-    elif args.geometry == "full":
-        args.batch_size, args.window, pairs = {1: 1, 2: 1}, {1: 1, 2: 1}, (1, 1, 1)
+    args.dtype = choose_dtype(args.precision, args.device)
+    # {stage: (samples of a micro-batch, samples of a step, pairs)}. In the stages, a step has 128 samples.
+    args.plan = {1: (4, 4, 12), 2: (4, 32, 3)}
+    if args.device.type == "cuda":
+        args.plan = {1: (16, 128, 12), 2: (4, 128, 3)}
+    elif args.geometry == "full":  # about 10 minutes for the two stages
+        args.plan = {1: (1, 1, 1), 2: (1, 1, 1)}
     elif args.quick:
-        args.batch_size, args.window, pairs = {1: 4, 2: 2}, {1: 4, 2: 4}, (3, 2, 1)
-    args.pairs = dict(zip(SECTIONS, [args.pairs] * 3 if args.pairs else pairs))
-    if not args.quick and not args.plot:
-        args.plot = ROOT / "docs" / "scaling.png"
+        args.plan = {1: (4, 4, 3), 2: (2, 4, 2)}
+    args.plan = {stage: (*samples, args.pairs or pairs) for stage, (*samples, pairs) in args.plan.items()}
     return args
 
 
 def main():
-    args = parse()
-    shape = geometry(args.geometry)
-    if args.peak_of:
-        return measure_peak(args, shape)
-    print(
-        f"geometry {args.geometry}, {args.precision} on {args.device}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}",
-        flush=True,
-    )
-    result = {}
-    for section in args.only:
-        started = time.perf_counter()
-        print(f"\n{section}", flush=True)
-        if section in ("stage1", "stage2"):
-            result[section] = train(args, shape, int(section[-1]))
+    args = parse_arguments()
+    config, rows = geometry(args.geometry), []
+    print(f"geometry {args.geometry}, {args.dtype} on {args.device}, {torch.get_num_threads()} threads")
+    for section in [name for name in SECTIONS if name in args.only]:
+        print(section, flush=True)
+        if section == "memory":
+            rows += compare_memory(args)
         elif section == "generate":
-            result[section] = generate(args, shape)
-        elif section == "memory":
-            result[section] = memory(args)
-        elif section == "loader":
-            from loader import loader
-
-            result[section] = loader(args, shape, result)
+            rows += compare_generation(args, config)
         else:
-            from scaling import scaling
-
-            result[section] = scaling(args, shape)
-        if args.device.startswith("cuda"):
-            torch.cuda.empty_cache()
-        print(f"  ({time.perf_counter() - started:.0f} s)", flush=True)
-    print_table(result)
-    if args.json:
-        about = {"geometry": args.geometry, "device": args.device, "precision": args.precision}
-        about |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-        args.json.write_text(json.dumps({**about, **result, **summary(result)}, indent=2) + "\n")
+            rows += compare_training(args, config, int(section[-1]))
+    print("\n| | ratio (least–most) | ours / the peer |\n|--|--|--|", *rows, sep="\n")
 
 
 if __name__ == "__main__":

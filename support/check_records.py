@@ -19,13 +19,16 @@ class Checked(NamedTuple):
 
 
 def drop_unusable_records(train_set, held_out_set, template, num_image_tokens, max_length, allow_bad):
-    """Checks both RecordSets, prints what it finds, and returns (train_set, lengths, held_out_set) of the
-    usable records. lengths[i] is the approximate number of tokens of training record i.
+    """Checks both RecordSets, prints what it finds, and returns the usable records: (train_set, lengths,
+    held_out_set). lengths[i] is the approximate number of tokens of training record i.
 
     Training images are only looked up, because opening 595,375 of them takes long. Held-out images are opened
-    too. Raises UserError if more than the fraction `allow_bad` of all records is unusable. """
+    too. Raises UserError if more than the fraction `allow_bad` of all records is unusable.
+    """
     train = check_records(train_set, template, num_image_tokens, max_length)
+    print_checked(train_set, train)
     held_out = check_records(held_out_set, template, num_image_tokens, max_length, decode=True)
+    print_checked(held_out_set, held_out)
     total = len(train_set) + len(held_out_set)
     bad = total - len(train.usable) - len(held_out.usable)
     if bad > allow_bad * total or not len(train.usable):
@@ -34,16 +37,16 @@ def drop_unusable_records(train_set, held_out_set, template, num_image_tokens, m
             name = missing.split(": ")[-1].split(" is not in ")[0].strip("'")
             root = train_set.images.likely_root(name)
             hint = f" (is --images wrong? {name} is in {root})" if root else " (is --images wrong?)"
-        raise UserError(f"{bad:,} of {total:,} records cannot be used, more than --allow-bad {allow_bad} allows{hint}")
+        raise UserError(f"{bad:,} of {total:,} records cannot be used, more than --allow-bad {allow_bad} "
+                        f"allows{hint}")
     if sum(held_out.usable.image_name(record) is not None for record in held_out.usable) < 2:
-        raise UserError(f"{held_out_set.records.path}: fewer than two usable held-out records have an image, so none "
-                        "can be evaluated with a different image; raise --held-out")
+        raise UserError(f"{held_out_set.records.path}: fewer than two usable held-out records have an image, "
+                        "so none can be evaluated with a different image; raise --held-out")
     return train.usable, train.lengths, held_out.usable
 
 
 def check_records(records, template, num_image_tokens, max_length, decode=False):
-    """Looks at every record of a RecordSet, prints a summary, and returns a Checked. Opens images if
-    `decode`.
+    """Looks at every record of a RecordSet and returns a Checked. Opens the images if `decode` is true.
 
     Most records are not even tokenized: a token is at least one byte long, so a text with fewer bytes than
     `max_length` fits.
@@ -63,28 +66,34 @@ def check_records(records, template, num_image_tokens, max_length, decode=False)
                 length = len(dataset.tokens(record)[0])
                 shortened += length < len(template.encode(messages, num_image_tokens)[0])
             usable.append(i)
-            lengths.append((name is not None) * num_image_tokens + num_bytes // 4)  # English: 4 bytes per token
+            # English text has about four bytes per token.
+            lengths.append((name is not None) * num_image_tokens + num_bytes // 4)
         except BadRecord as error:
             failures.setdefault(error.reason, []).append(str(error))
-    print(f"checked {len(records):,} records of {records.records.path}: {len(usable):,} usable, of which "
-          f"{shortened:,} lose turns to --max-length {max_length}")
-    for reason, sentences in failures.items():
+    return Checked(records.subset(usable), np.array(lengths), failures, shortened)
+
+
+def print_checked(records, checked):
+    """Prints how many of the records are usable, and why the others are not."""
+    print(f"checked {len(records):,} records of {records.records.path}: {len(checked.usable):,} usable, of "
+          f"which {checked.shortened:,} lose turns to --max-length")
+    for reason, sentences in checked.failures.items():
         print(f"  {len(sentences):,} unusable: {reason}")
         for sentence in sentences[:10]:
             print(f"    {sentence}")
         if len(sentences) > 10:
             print(f"    … and {len(sentences) - 10:,} more")
-    return Checked(records.subset(usable), np.array(lengths), failures, shortened)
 
 
 def count_skipped_images(skipped, sentences, folder, allow_bad, num_samples):
-    """Adds the sentences about images that could not be decoded to the list `skipped` and to <folder>/skipped.txt,
-    each image once. Raises UserError if they are more than the fraction `allow_bad` of `num_samples`."""
+    """Adds the sentences about images that could not be decoded to the list `skipped` and to
+    <folder>/skipped.txt, each image once. Raises UserError if they are more than the fraction `allow_bad` of
+    `num_samples`."""
     new = [sentence for sentence in dict.fromkeys(sentences) if sentence not in skipped]
     if new:
         skipped += new
         with open(folder / "skipped.txt", "a", encoding="utf-8") as file:
             file.writelines(sentence + "\n" for sentence in new)
         if len(skipped) > allow_bad * num_samples:
-            raise UserError(f"{len(skipped)} images cannot be decoded, more than --allow-bad {allow_bad} allows of "
-                            f"{num_samples:,}; they are listed in {folder}/skipped.txt; the last: {new[-1]}")
+            raise UserError(f"{len(skipped)} images cannot be decoded, more than --allow-bad {allow_bad} "
+                            f"allows of {num_samples:,}; see {folder}/skipped.txt; the last: {new[-1]}")

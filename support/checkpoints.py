@@ -20,7 +20,8 @@ from support.files import atomic_write, delete, make_writable_folder, read_json
 # Settings that a resumed run may change, because they do not change what is computed. batch_size and
 # grad_accum may change if the effective batch stays the same.
 MAY_CHANGE = {"preset", "run", "device", "workers", "eval_every", "log_every", "save_every", "batch_size",
-              "grad_accum", "allow_bad", "tracker", "resume", "restart", "check_data", "activation_checkpointing"}
+              "grad_accum", "allow_bad", "tracker", "activation_checkpointing", "resume", "restart",
+              "check_data"}
 
 
 @dataclass
@@ -37,19 +38,24 @@ def open_stage_folder(folder, settings, world_size):
     """Creates a stage's folder and returns its checkpoint to resume from, or None to begin at step 0.
 
     Raises UserError if the folder is not writable, or holds a run and neither --resume nor --restart was
-    given, or if --resume comes with other settings. Raises Stopped if --resume finds a finished run. """
+    given, or if --resume comes with other settings. Raises Stopped if --resume finds a finished run.
+    """
     folder = make_writable_folder(folder)
-    finished, path = read_json(folder / "run.json"), folder / "checkpoint.pt"
-    # torchrun has restarted its workers, so go on from their checkpoint, whatever the command line says.
+    path = folder / "checkpoint.pt"
+    # If torchrun has restarted its workers, they continue from their checkpoint, even with --restart.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    resume, restart = settings.resume or restarted, settings.restart and not (restarted and path.exists())
-    if restart:
+    if settings.restart and not (restarted and path.exists()):
         return None
-    if finished and resume and not path.exists():
-        raise Stopped(f"{folder} holds a finished run, so there is nothing to resume; --restart trains it again", 0)
-    if finished or (path.exists() and not resume):
-        raise UserError(f"{folder} holds {'a finished' if finished else 'an unfinished'} run: continue an unfinished "
-                        "one with --resume, discard it with --restart, or choose another folder with --run")
+    resume = settings.resume or restarted
+    if read_json(folder / "run.json"):
+        if resume:
+            discard_checkpoint(folder)  # left if the run was killed just before its end
+            raise Stopped(f"{folder} holds a finished run, so there is nothing to resume", 0)
+        raise UserError(f"{folder} holds a finished run: discard it with --restart, or choose another folder "
+                        "with --run")
+    if path.exists() and not resume:
+        raise UserError(f"{folder} holds an unfinished run: continue it with --resume, discard it with "
+                        "--restart, or choose another folder with --run")
     if not path.exists():
         return None
     try:
@@ -60,19 +66,21 @@ def open_stage_folder(folder, settings, world_size):
                         ) from error
     for name, value in vars(settings).items():
         if name not in MAY_CHANGE and before.get(name) != value:
-            raise UserError(f"--resume: the run in {folder} has --{name.replace('_', '-')} {before.get(name)}, not "
-                            f"{value}; use the same value, or start another run with --run")
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"--resume: the run in {folder} has {flag} {before.get(name)}, not {value}; use "
+                            "the same value, or start another run with --run")
     effective = settings.batch_size * settings.grad_accum * world_size
     if effective != before["effective_batch"]:
-        raise UserError(f"--resume: the run in {folder} has an effective batch of {before['effective_batch']} samples, "
-                        f"not {effective}; change --batch-size and --grad-accum together so that it stays the same")
+        raise UserError(f"--resume: the run in {folder} has {before['effective_batch']} samples per step, "
+                        f"not {effective}; change --batch-size and --grad-accum together")
     print(f"resuming {folder} at step {progress.step:,}")
     return checkpoint
 
 
 def discard_results(folder):
     """Deletes what an earlier run wrote here, so that it can never pass for the result of this one."""
-    for name in ("run.json", "checkpoint.pt", "projector.safetensors", "adapter", "metrics.jsonl", "skipped.txt"):
+    for name in ("run.json", "checkpoint.pt", "projector.safetensors", "adapter", "metrics.jsonl",
+                 "skipped.txt"):
         delete(folder / name)
 
 
@@ -95,18 +103,19 @@ def save(folder, progress, model, optimizer, scaler, settings, fingerprint, proc
         effective = settings.batch_size * settings.grad_accum * processes.world_size
         metrics = folder / "metrics.jsonl"
         with atomic_write(folder / "checkpoint.pt") as temporary:
-            torch.save({"progress": asdict(progress), "settings": {**vars(settings), "effective_batch": effective},
-                        "weights": model.trainable(), "optimizer": optimizer.state_dict(),
-                        "scaler": scaler.state_dict(), "rng": rngs, "records": fingerprint,
-                        "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0}, temporary)
+            torch.save({
+                "progress": asdict(progress), "settings": {**vars(settings), "effective_batch": effective},
+                "weights": model.trainable(), "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(), "rng": rngs, "records": fingerprint,
+                "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0}, temporary)
     processes.barrier()
 
 
 def restore(checkpoint, model, optimizer, scaler, fingerprint, processes):
     """Restores weights, optimizer, scaler and random numbers, and returns the Progress."""
     if checkpoint["records"] != fingerprint:
-        raise UserError("--resume: the training records have changed since the run was interrupted, so its order of "
-                        "samples is lost; restore the data, or start again with --restart")
+        raise UserError("--resume: the training records have changed since the run was interrupted, so its "
+                        "order of samples is lost; restore the data, or start again with --restart")
     trainable = model.trainable()
     if trainable.keys() != checkpoint["weights"].keys():
         raise UserError("--resume: the checkpoint belongs to another model; start again with --restart")

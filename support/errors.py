@@ -54,9 +54,9 @@ def run_script(main):
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        sys.exit(f"{script}: out of memory ({str(error).splitlines()[0] if str(error) else 'no details'}). Halve "
-                 "--batch-size and double --grad-accum, which keeps the effective batch, or add "
-                 "--activation-checkpointing, or lower --max-length")
+        details = (str(error).splitlines() or ["no details"])[0]
+        sys.exit(f"{script}: out of memory ({details}). Halve --batch-size and double --grad-accum, which "
+                 "keeps the effective batch, or add --activation-checkpointing, or lower --max-length")
     except KeyboardInterrupt:
         sys.exit(130)
 

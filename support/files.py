@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 
 from support.errors import UserError
 
@@ -39,19 +40,20 @@ def find_pretrained(name):
     for required in ("config.json", "model.safetensors"):
         # Large models are split into several files, listed in an index.
         if not (path / required).exists() and not (path / f"{required}.index.json").exists():
-            raise UserError(f"{path} has no {required}: it is not a complete pretrained model; fetch it again")
+            raise UserError(f"{path} has no {required}, so it is not a pretrained model, or the download is "
+                            "not complete")
     return str(path)
 
 
 def make_writable_folder(path):
-    """Creates a folder and returns its path. Raises UserError now, before hours of work, if it is not
-    writable."""
+    """Creates a folder and returns its path. Raises UserError if it is not writable."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder with --run") from error
+        raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder with --run"
+                        ) from error
     return path
 
 
@@ -60,7 +62,8 @@ def atomic_write(path):
     """Yields a temporary path beside `path`; what is written there, a file or a folder, then replaces `path`.
 
     The data are flushed to the disk before the rename. A run killed at any moment leaves either the old or
-    the new version, never half of one. """
+    the new version, never half of one.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -70,11 +73,12 @@ def atomic_write(path):
             if file.is_file():
                 with open(file, "r+b") as handle:
                     os.fsync(handle.fileno())
-        if path.is_dir() and not path.is_symlink():  # a rename replaces a file, but not a folder with contents
+        if path.is_dir() and not path.is_symlink():  # a rename cannot replace a folder with contents
             delete(path)
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    # torch and safetensors report a full disk by exceptions of their own.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def delete(path):

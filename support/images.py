@@ -19,9 +19,9 @@ from support.files import WorkerFile
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "MPO"]
 MAX_FILE_BYTES = 256 * 2**20
 ORIENTATION = 0x112  # the EXIF tag that says how a camera was held
-TRANSPOSE = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-             5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-             8: Image.Transpose.ROTATE_90}
+TRANSPOSE = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+             4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
+             7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
 
 def decode_image(file, name):
@@ -29,10 +29,12 @@ def decode_image(file, name):
 
     Raises ValueError with one sentence about `name` if it is not an image, is cut short, or is unreasonably
     large or long. A damaged file can raise almost any exception inside Pillow, so all of them are caught
-    here. """
+    here.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # a small file that claims a huge size
+            # Pillow only warns of a small file that claims a huge size. Make it an error.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
                 orientation = image.getexif().get(ORIENTATION)
                 image.load()
@@ -40,7 +42,7 @@ def decode_image(file, name):
             image = image.transpose(TRANSPOSE[orientation])
         if max(image.size) > 100 * min(image.size):  # resizing its short side to 224 would fill the memory
             raise ValueError(f"{image.width} × {image.height} pixels are too long and narrow")
-        if image.mode.startswith("I"):  # 16 bits per pixel, of which convert("RGB") would clip the upper values
+        if image.mode.startswith("I"):  # 16 bits per pixel; convert("RGB") would clip all values above 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
@@ -68,15 +70,20 @@ class ImageStore:
     def __contains__(self, name):
         if not self.is_inside(name):
             return False
-        return os.path.isfile(self.root / name) if self.members is None else self._find_member(name) is not None
+        if self.members is None:
+            return os.path.isfile(self.root / name)
+        return self._find_member(name) is not None
 
     def is_inside(self, name):
         """Returns False if the name points out of the folder, by itself or through a symbolic link."""
         path = PurePosixPath(name.replace("\\", "/"))
-        if not path.parts or "\0" in name or path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name):
+        drive = re.match("[A-Za-z]:", name)  # of Windows
+        if not path.parts or "\0" in name or path.is_absolute() or ".." in path.parts or drive:
             return False
+        if self.members is not None:
+            return True
         root = os.path.realpath(self.root)
-        return self.members is not None or os.path.realpath(os.path.join(root, name)).startswith(root + os.sep)
+        return os.path.realpath(os.path.join(root, name)).startswith(root + os.sep)
 
     def check(self, record, name):
         """Raises BadRecord if there is no such image."""
@@ -114,24 +121,26 @@ class ImageStore:
                 members = [info for info in archive.infolist()
                            if not info.is_dir() and not info.filename.startswith("__MACOSX/")]
         except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"{self.root} is not a readable .zip file: {error}; is the download complete?") from error
+            raise UserError(f"{self.root} is not a readable .zip file: {error}; is the download complete?"
+                            ) from error
         for info in members:
             if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise UserError(f"{self.root} is encrypted or compressed by a method other than deflate "
                                 f"({info.filename}): unpack it and name the folder")
         # If all members are in one top folder ("train2017/" in COCO's zip), records do not mention it.
         tops = {info.filename.split("/")[0] for info in members if "/" in info.filename}
-        self.top = tops.pop() + "/" if len(tops) == 1 and all("/" in info.filename for info in members) else ""
+        single = len(tops) == 1 and all("/" in info.filename for info in members)
+        self.top = f"{tops.pop()}/" if single else ""
         members.sort(key=lambda info: info.filename.encode())
         self.members = np.array([info.filename.encode() for info in members])
-        self.places = np.array([(info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC)
-                                for info in members], dtype=np.int64).reshape(-1, 5)
+        self.places = np.array([(info.header_offset, info.compress_size, info.file_size, info.compress_type,
+                                 info.CRC) for info in members], dtype=np.int64).reshape(-1, 5)
         self._file = WorkerFile(self.root)
 
     def _find_member(self, name):
         """Returns the row of the member called `name`, with or without the top folder, or None."""
         for candidate in (name.encode("utf-8", "replace"), (self.top + name).encode("utf-8", "replace")):
-            if len(candidate) <= self.members.dtype.itemsize:  # else NumPy would copy all names to a wider type
+            if len(candidate) <= self.members.dtype.itemsize:  # else NumPy would copy all names
                 row = int(np.searchsorted(self.members, candidate))
                 if row < len(self.members) and self.members[row] == candidate:
                     return row

@@ -19,8 +19,8 @@ class MetricsLog:
         folder: where metrics.jsonl is. Only the process of rank 0 writes.
         checkpoint: what the run resumes from, or None. Lines that were written after it are removed, because
             their steps are taken again.
-        settings: settings.tracker is None or the name of a module with init(...) and log(dict, step=...), such
-            as trackio, wandb or swanlab.
+        settings: settings.tracker is None or names a module with init(...) and log(dict, step=...), such as
+            trackio, wandb or swanlab.
     """
 
     def __init__(self, folder, rank, checkpoint, total_steps, settings):
@@ -63,7 +63,8 @@ class MetricsLog:
     def log_held_out(self, step, measured, generated, reference):
         """Logs an evaluation: what measure_grounding() returned, and one answer beside its reference
         answer."""
-        self._write(step, **{f"heldout_{name}": value for name, value in measured.items()}, generated=generated)
+        measured_values = {f"heldout_{name}": value for name, value in measured.items()}
+        self._write(step, **measured_values, generated=generated)
         if self.file:
             text = f"step {step}: {format_grounding(measured)}"
             if generated != self.last_generated:  # show an answer only when it has changed
@@ -80,7 +81,8 @@ class MetricsLog:
             self.file.flush()
             os.fsync(self.file.fileno())  # a checkpoint stores the length of this file
         if self.tracker:
-            self.tracker.log({name: value for name, value in values.items() if name != "generated"}, step=step)
+            values.pop("generated", None)
+            self.tracker.log(values, step=step)
 
     def close(self):
         self.bar.close()
@@ -90,8 +92,8 @@ class MetricsLog:
 
 def format_grounding(measured):
     """Returns one line about what measure_grounding() measured."""
-    return (f"held-out loss {measured['loss']:.3f} with the correct image, {measured['loss_shuffled']:.3f} with a "
-            f"different image; correct image more likely: {measured['image_match']:.0%} (chance 50%)")
+    return (f"held-out loss {measured['loss']:.3f} (different image {measured['loss_shuffled']:.3f}); "
+            f"correct image more likely: {measured['image_match']:.0%} (chance 50%)")
 
 
 def import_tracker(name):
@@ -99,7 +101,7 @@ def import_tracker(name):
     try:
         module = importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"--tracker {name}: {error}; install it, for example with pip install {name}") from error
+        raise UserError(f"--tracker {name}: {error}; is it installed?") from error
     if not hasattr(module, "init") or not hasattr(module, "log"):
         raise UserError(f"--tracker {name}: this module has no init() and log()")
     return module

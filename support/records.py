@@ -3,7 +3,8 @@ out.
 
 595,375 records as Python dicts need gigabytes. Each DataLoader worker would also copy them page by page,
 because reading an object changes its reference count. So Records keeps only the position of each record in
-the file, in one NumPy array that all workers share, and parses a record when it is asked for. """
+the file, in one NumPy array that all workers share, and parses a record when it is asked for.
+"""
 
 import hashlib
 import json
@@ -52,8 +53,8 @@ class Records:
                 at, here = end, skip(text, end).end()
         except (ValueError, IndexError, RecursionError) as error:
             message = "it ends in the middle" if isinstance(error, IndexError) else str(error)
-            raise UserError(f"{self.path} is not a JSON list of records: {message} (after {len(spans):,} complete "
-                            "records); is the download complete?") from error
+            raise UserError(f"{self.path} is not a JSON list of records: {message} (after {len(spans):,} "
+                            "complete records); is the download complete?") from error
         if not spans:
             raise UserError(f"{self.path} has no records")
         return np.array(spans, dtype=np.int64)
@@ -112,17 +113,19 @@ def open_records(data, images, heldout_data, heldout_images, held_out, limit, se
     """Returns (training, held-out) RecordSets.
 
     Without `heldout_data`, the first `held_out` records of a seeded shuffle are held out, and `limit` counts
-    the records after them. So the held-out records are the same for every limit. """
+    the records after them. So the held-out records are the same for every limit.
+    """
     records, images = Records(find_file(data)), ImageStore(find_file(images))
     order = np.random.default_rng(seed).permutation(len(records))
     if heldout_data:
         other = Records(find_file(heldout_data))
-        held_out_set = RecordSet(other, ImageStore(find_file(heldout_images)), np.arange(len(other))[:held_out])
+        other_images = ImageStore(find_file(heldout_images))
+        held_out_set = RecordSet(other, other_images, np.arange(len(other))[:held_out])
     else:
         held_out_set, order = RecordSet(records, images, order[:held_out]), order[held_out:]
         if len(order) == 0:
-            raise UserError(f"{data} has {len(records)} records and --held-out {held_out} keeps all of them, so "
-                            "none is left to train on")
+            raise UserError(f"{data} has {len(records)} records and --held-out {held_out} keeps all of them, "
+                            "so none is left to train on")
     return RecordSet(records, images, order[:limit or None]), held_out_set
 
 
@@ -139,14 +142,17 @@ def check_turns(record, has_image):
         raise BadRecord(record, "no human turn with a gpt turn after it")
     texts = [turn.get("value") for turn in turns]
     for i, (turn, text) in enumerate(zip(turns, texts)):
-        if roles.get(str(turn.get("from"))) != ("assistant" if i % 2 else "user") or not isinstance(text, str):
+        role = "assistant" if i % 2 else "user"
+        if roles.get(str(turn.get("from"))) != role or not isinstance(text, str):
+            speaker = "gpt" if i % 2 else "human"
             raise BadRecord(record, "turns that do not alternate between human and gpt",
-                            f"turn {i + 1} should be from {'gpt' if i % 2 else 'human'}, with a text as value")
+                            f"turn {i + 1} should be from {speaker}, and its value a text")
         if re.search("[\ud800-\udfff]", text):  # half of a UTF-16 pair, which cannot be encoded
             raise BadRecord(record, "text that is not Unicode", f"turn {i + 1}")
-        if i % 2 and not text.strip():
-            raise BadRecord(record, "an empty answer", f"turn {i + 1}")  # it would teach the model to say nothing
+        if i % 2 and not text.strip():  # it would teach the model to say nothing
+            raise BadRecord(record, "an empty answer", f"turn {i + 1}")
     count = sum(text.count("<image>") for text in texts[::2])
     if count > int(has_image):
-        raise BadRecord(record, "more <image> in its human turns than images", f"{count}, and {int(has_image)} image")
+        raise BadRecord(record, "more <image> in its human turns than images",
+                        f"{count}, and {int(has_image)} image")
     return texts[:len(texts) // 2 * 2]  # without a last question that has no answer

@@ -3,6 +3,7 @@
 import argparse
 import math
 import shlex
+import textwrap
 
 
 def number(kind, minimum, maximum=math.inf):
@@ -27,7 +28,7 @@ FLAGS = {  # name: (type or choices, help)
     "projector": (("linear", "mlp"), "linear: the paper; mlp: LLaVA-1.5's two layers"),
     "data": (str, "JSON file of records"),
     "images": (str, "folder or .zip file with the images of the records"),
-    "heldout_data": (str, "JSON file of held-out records; without one, --held-out records of --data are kept back"),
+    "heldout_data": (str, "JSON file of held-out records; if not given, some records of --data are held out"),
     "heldout_images": (str, "folder or .zip file with the images of --heldout-data"),
     "held_out": (POSITIVE, "number of held-out records"),
     "limit": (COUNT, "train on the first LIMIT records of a seeded shuffle; 0: on all"),
@@ -42,7 +43,7 @@ FLAGS = {  # name: (type or choices, help)
     "batch_size": (number(int, 1, 65536), "samples per forward pass (the micro-batch)"),
     "grad_accum": (number(int, 1, 65536), "micro-batches per optimizer step"),
     "epochs": (number(int, 1, 10_000), "passes over the data"),
-    "max_steps": (number(int, 0, 10_000_000), "optimizer steps, instead of --epochs; 0 saves the untrained projector"),
+    "max_steps": (number(int, 0, 10_000_000), "optimizer steps, instead of --epochs; 0 trains nothing"),
     "warmup": (FRACTION, "fraction of the steps in which the learning rate rises"),
     "max_grad_norm": (REAL, "gradients with a larger norm are scaled down to it"),
     "precision": (("auto", "fp32", "bf16", "fp16"), "of frozen weights and matrix products"),
@@ -65,20 +66,29 @@ def parse_settings(description, presets):
     """Returns the settings as an argparse.Namespace: those of the chosen preset, changed by the flags given.
 
     Args: description: shown by --help. presets: {name of the preset: {setting: value}}, all with the same
-    settings. """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    settings.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=presets, default="toy", help="where the default values come from")
     for name in presets["toy"]:
         kind, text = FLAGS[name]
-        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": name.upper()}
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "X"}
         defaults = ", ".join(f"{preset}: {values[name]}" for preset, values in presets.items())
-        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=f"{text} ({defaults})",
-                            **how)
+        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f"{text} ({defaults})", **how)
     for name, text in SWITCHES.items():
         parser.add_argument("--" + name.replace("_", "-"), action="store_true", help=text)
     given = vars(parser.parse_args())
     return argparse.Namespace(**{"preset": given["preset"], **presets[given["preset"]], **given})
+
+
+def print_settings(settings, device, dtype):
+    """Prints all settings in a paragraph, and the device and dtype that "auto" stands for."""
+    pairs = (f"{name}={value}" for name, value in vars(settings).items())
+    print(textwrap.fill("settings: " + ", ".join(pairs), 110, subsequent_indent="    ",
+                        break_on_hyphens=False))
+    print(f"device {device}, {dtype}")
 
 
 def next_command(script, settings):

@@ -7,8 +7,10 @@ import numpy as np
 
 def plan_steps(lengths, batch_size, grad_accum, epochs, max_steps, seed, rank=0, world_size=1, samples_done=0,
                steps_done=0):
-    """Returns (steps, sizes). steps[k] is the list of micro-batches of one optimizer step of this process,
-    each a list of sample numbers; sizes[k] is the number of samples of that step over all processes.
+    """Returns (steps, sizes): the plan of the whole training for one process.
+
+    steps[k] lists the micro-batches of an optimizer step, and each micro-batch lists its samples. sizes[k] is
+    the number of samples of that step over all processes.
 
     The samples of all epochs form one long sequence, each epoch in a random order drawn from (seed, epoch). A
     step takes the next batch_size × grad_accum × world_size of them; the last step of an epoch takes what is

@@ -17,8 +17,8 @@ def check_template(template, folder):
     except Exception as error:  # a template is a program, which may raise anything
         raise UserError(f"the chat template in {folder} cannot be used: {error}") from error
     if any(ids[:len(prompt)] != prompt for prompt in prompts):
-        raise UserError(f"the chat template in {folder} renders a prompt differently after its answer is added, "
-                        "so the model would be trained on prompts that it never gets")
+        raise UserError(f"the chat template in {folder} renders a prompt differently once its answer is "
+                        "added, so the model would be trained on prompts that it never gets")
     trained = [label for label in labels if label != IGNORE_INDEX]
     if not trained or trained[-1] not in template.end_ids or trained.count(trained[-1]) != 2:
         raise UserError(f"the chat template in {folder} has no end token after an answer, so the model would "

@@ -2,7 +2,8 @@
 
 Loading is strict. A missing or unexpected tensor is an error and never a warning, because a model with random
 weights in one place still answers fluently. Weights are safetensors and the rest is JSON, so no pickle is
-opened. """
+opened.
+"""
 
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
+from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, CLIPVisionModel,
+                          SiglipVisionModel)
 
 from data import ChatTemplate
 from model import Llava
@@ -36,7 +38,7 @@ def load_vision_config(name):
         raise UserError(f"cannot read the configuration in {folder}: {str(error).splitlines()[0]}") from error
     config = getattr(config, "vision_config", config)
     if config.model_type not in VISION_MODELS:
-        raise UserError(f"{folder} is a '{config.model_type}' model; --vision-tower must name a CLIP or SigLIP")
+        raise UserError(f"{folder} is a '{config.model_type}'; --vision-tower must name a CLIP or SigLIP")
     return config
 
 
@@ -50,7 +52,8 @@ def load_image_processor(name):
     try:
         return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read {folder}/preprocessor_config.json: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot read {folder}/preprocessor_config.json: {str(error).splitlines()[0]}"
+                        ) from error
 
 
 def load_vision_tower(name, dtype):
@@ -59,10 +62,10 @@ def load_vision_tower(name, dtype):
     vision_class = VISION_MODELS[config.model_type]
     # The files of CLIP hold its text half too. To name those weights here keeps the load silent, so that any
     # other unexpected weight is still reported.
-    vision_class._keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"projection\.", "logit_scale", "logit_bias",
-                                                       "position_ids"]
+    vision_class._keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"projection\.", "logit_scale",
+                                                       "logit_bias", "position_ids"]
     vision_tower = _load_strictly(vision_class, name, dtype, config=config)
-    if isinstance(vision_tower, SiglipVisionModel):  # its last norm and pooling come after the layers that we use
+    if isinstance(vision_tower, SiglipVisionModel):  # its last norm and pooling follow the layers that we use
         vision_tower.post_layernorm, vision_tower.head, vision_tower.use_head = nn.Identity(), None, False
     return vision_tower
 
@@ -71,7 +74,7 @@ def load_language_model(name, dtype):
     """Returns a decoder-only language model with its pretrained weights."""
     llm = _load_strictly(AutoModelForCausalLM, name, dtype)
     if getattr(llm.config.get_text_config(), "final_logit_softcapping", None):
-        raise UserError(f"{name} changes its logits after the head (as Gemma 2 does), which Llava.forward() does not")
+        raise UserError(f"{name} changes its logits after the head, as Gemma 2 does; this is not supported")
     return llm
 
 
@@ -80,8 +83,8 @@ def _load_strictly(model_class, name, dtype, **kwargs):
     numbers."""
     folder = find_pretrained(name)
     try:
-        model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True,
-                                                  trust_remote_code=False, **kwargs)
+        model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True,
+                                                  use_safetensors=True, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load the weights in {folder}: {str(error).splitlines()[0]}") from error
     if info["missing_keys"]:
@@ -117,8 +120,9 @@ def read_run(folder):
     """Returns run.json of a finished stage. Raises UserError if the stage is not finished."""
     run = read_json(Path(folder) / "run.json")
     if run is None:
-        script = {"stage1": "stage1_align.py", "stage2": "stage2_instruct.py"}.get(Path(folder).name, "a stage")
-        raise UserError(f"{folder} holds no finished run: run python {script} with --run {Path(folder).parent} first")
+        script = "stage2_instruct.py" if Path(folder).name == "stage2" else "stage1_align.py"
+        raise UserError(f"{folder} holds no finished run: run python {script} --run {Path(folder).parent} "
+                        "first")
     required = {"stage", "template", "settings", *MODEL_SETTINGS}
     if not isinstance(run, dict) or not required <= run.keys() or run["stage"] not in (1, 2):
         raise UserError(f"{folder}/run.json is damaged: it was not written by a stage of this project")
@@ -130,8 +134,8 @@ def check_same_models(run, settings, folder):
     names."""
     for name in MODEL_SETTINGS:
         if run[name] != getattr(settings, name):
-            raise UserError(f"{folder} was trained for {name} {run[name]}, not {getattr(settings, name)}: use "
-                            f"--{name.replace('_', '-')} {run[name]}, or another --run")
+            raise UserError(f"{folder} was trained for {name} {run[name]}, not {getattr(settings, name)}: "
+                            f"use --{name.replace('_', '-')} {run[name]}, or another --run")
 
 
 def check_same_template(run, template, folder):
@@ -163,8 +167,8 @@ def load_adapter(model, folder):
     wrong = {name for name in expected.keys() | tensors.keys()
              if name not in expected or name not in tensors or expected[name].shape != tensors[name].shape}
     if wrong:
-        raise UserError(f"the adapter in {folder} does not fit the LLM: {len(wrong)} tensors are missing, unexpected "
-                        f"or of another shape, for example {sorted(wrong)[0]}")
+        raise UserError(f"the adapter in {folder} does not fit the LLM: {len(wrong)} tensors are missing, "
+                        f"unexpected or of another shape, for example {sorted(wrong)[0]}")
     set_peft_model_state_dict(model.llm, tensors)
 
 

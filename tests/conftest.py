@@ -1,12 +1,14 @@
-"""Tiny parts with random weights, in folders laid out as on the hub, and data of little drawn pictures.
+"""Tiny models with random weights, in folders laid out as on the hub, and data of small drawn pictures.
 
-Everything is made on the fly, in seconds, from fixed seeds; nothing is downloaded. What is in shared/ (the
-real tokenizer, the real preprocessor, real photos) lies outside the repository; tests that use it skip
-without it."""
+Everything is made here from fixed seeds, in seconds. Nothing is downloaded. The folder shared/ (the real
+tokenizer, the real preprocessor, real photos) lies outside the repository. Tests that use it are skipped if
+it is missing.
+"""
 
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,24 +16,30 @@ import zipfile
 from collections import namedtuple
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts that tests start
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = REPOSITORY.parent / "shared"
 sys.path.insert(0, str(REPOSITORY))
 
-torch.set_num_threads(1)  # parts this small only wait for each other on several
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["HF_HUB_OFFLINE"] = "1"  # for the scripts that tests start; see find_pretrained()
+from data import ChatTemplate, collate
+from model import Llava
+from support.errors import run_script
+from support.weights import load_image_processor, load_language_model, load_vision_tower
+
+torch.set_num_threads(1)  # models this small are slower with more threads
 
 N = 4  # image positions of the tiny CLIP: (28 / 14)²
 
-# TinyLlama's, to the letter.
+# TinyLlama's template, character by character.
 CHAT_TEMPLATE = """{% for message in messages %}
 {% if message['role'] == 'user' %}
 {{ '<|user|>
@@ -48,8 +56,8 @@ CHAT_TEMPLATE = """{% for message in messages %}
 {% endif %}
 {% endfor %}"""
 
-# What the tiny tokenizer learns its merges from; enough for "olive" to begin with another token after a
-# space.
+# The tiny tokenizer learns its merges from this text. It is enough for "olive" to begin with another token
+# after a space.
 CORPUS = [
     "olive oil is a healthy ingredient used liberally .",
     "the olives and the oil are on a table .",
@@ -63,107 +71,58 @@ CORPUS = [
 
 
 def make_tokenizer(folder, chat_template=CHAT_TEMPLATE):
-    """A small tokenizer of Llama's kind: BPE over the whole text, ▁ for spaces and one at the very start,
-    bytes for unknown characters, no bos of its own, and </s> as its padding."""
+    """Saves a small tokenizer of Llama's kind and returns it: BPE over the whole text, ▁ for spaces and one
+    at the start, bytes for unknown characters, no <s> of its own, and </s> as its padding."""
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     words.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, show_progress=False))
     learned = json.loads(words.to_str())["model"]
-    names = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        *sorted(learned["vocab"], key=learned["vocab"].get),
-    ]
-    merges = [tuple(pair) for pair in learned["merges"]]
-    llama = Tokenizer(
-        models.BPE(
-            {name: i for i, name in enumerate(names)},
-            merges,
-            byte_fallback=True,
-            fuse_unk=True,
-            unk_token="<unk>",
-        )
-    )
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)),
+             *sorted(learned["vocab"], key=learned["vocab"].get)]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    llama = Tokenizer(models.BPE(vocabulary, [tuple(pair) for pair in learned["merges"]], byte_fallback=True,
+                                 fuse_unk=True, unk_token="<unk>"))
     llama.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    llama.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Replace(Regex("^ "), ""),
-        ]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=llama,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="</s>",
-        clean_up_tokenization_spaces=False,
-    )
+    llama.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                       decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=llama, unk_token="<unk>", bos_token="<s>",
+                                        eos_token="</s>", pad_token="</s>",
+                                        clean_up_tokenization_spaces=False)
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
 def make_llm(folder, **config):
-    """A random LlamaForCausalLM with grouped queries, and its tokenizer."""
+    """Saves a random LlamaForCausalLM with grouped queries, and its tokenizer. Returns the folder."""
     vocab_size = len(make_tokenizer(folder))
     torch.manual_seed(1)
-    # A wide start (0.3 instead of 0.02): with small weights in the frozen head, no word could become
-    # probable.
-    settings = dict(
-        vocab_size=vocab_size,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        tie_word_embeddings=False,
-    )
+    # Weights are initialized with 0.3 instead of 0.02. With small weights in the frozen head, no token could
+    # become probable.
+    settings = dict(vocab_size=vocab_size, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+                    initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+                    tie_word_embeddings=False)
     LlamaForCausalLM(LlamaConfig(**{**settings, **config})).save_pretrained(folder)
     return folder
 
 
 def make_clip(folder):
-    """A random CLIPModel, both halves, with the buffers and the int sizes that old files on the hub have."""
+    """Saves a random CLIPModel, vision and text, with the extra buffers of old files on the hub. Returns the
+    folder."""
     torch.manual_seed(2)
-    part = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
-    CLIPModel(
-        CLIPConfig(
-            text_config=dict(
-                part, vocab_size=50, max_position_embeddings=8, bos_token_id=48, eos_token_id=49
-            ),
-            vision_config=dict(part, image_size=28, patch_size=14),
-            projection_dim=16,
-        )
-    ).save_pretrained(folder)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
+    text = dict(sizes, vocab_size=50, max_position_embeddings=8, bos_token_id=48, eos_token_id=49)
+    vision = dict(sizes, image_size=28, patch_size=14)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     tensors["vision_model.embeddings.position_ids"] = torch.arange(N + 1)[None]
     tensors["text_model.embeddings.position_ids"] = torch.arange(8)[None]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps(
-            {
-                "crop_size": 28,
-                "do_center_crop": True,
-                "do_normalize": True,
-                "do_resize": True,
-                "feature_extractor_type": "CLIPFeatureExtractor",
-                "image_mean": [0.48145466, 0.4578275, 0.40821073],
-                "image_std": [0.26862954, 0.26130258, 0.27577711],
-                "resample": 3,
-                "size": 28,
-            }
-        )
-    )
+    (folder / "preprocessor_config.json").write_text(json.dumps({
+        "crop_size": 28, "do_center_crop": True, "do_normalize": True, "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3, "size": 28}))
     return folder
 
 
@@ -179,75 +138,86 @@ def parts(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def template(parts):
-    from data import ChatTemplate
-
     return ChatTemplate(parts.llm)
 
 
 @pytest.fixture(scope="session")
 def image_processor(parts):
-    from pixels import ImageProcessor
+    return load_image_processor(parts.clip)
 
-    return ImageProcessor(parts.clip)
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory):
+    """Folders with the real files of CLIP and TinyLlama from shared/hub, and empty files as their weights,
+    because a folder without weights is refused."""
+    found = Parts(SHARED / "hub" / "clip-vit-large-patch14", SHARED / "hub" / "TinyLlama-1.1B-Chat-v1.0")
+    if not all(folder.exists() for folder in found):
+        pytest.skip("needs shared/hub")
+    copies = Parts(*(shutil.copytree(folder, tmp_path_factory.mktemp("real") / "copy") for folder in found))
+    for folder in copies:
+        (folder / "model.safetensors").touch()
+    return copies
+
+
+def preprocess(image_processor, image):
+    """Returns the pixel values of one image: (3, H, W)."""
+    return image_processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+def batch_of(samples, template):
+    """Returns a training batch of samples as the loop passes it to the model: tensors only."""
+    batch = collate(samples, template.tokenizer.pad_token_id)
+    return {name: value for name, value in batch.items() if torch.is_tensor(value)}
+
+
+def build(vision_tower, llm, projector="linear", vision_layer=-2):
+    """Returns (model, template) from folders of pretrained models, as the stages build them."""
+    template = ChatTemplate(llm)
+    model = Llava(load_vision_tower(vision_tower, torch.float32), load_language_model(llm, torch.float32),
+                  template.image_token_id, projector, vision_layer)
+    return model.eval(), template
 
 
 @pytest.fixture
-def tiny(parts):
-    """build() on the tiny parts: tiny(projector="mlp", vision_layer=-1) → (model, template,
-    image_processor)."""
-    from weights import build
-
+def tiny(parts, image_processor):
+    """tiny(projector="mlp", vision_layer=-1) returns (model, template, image_processor) of the tiny
+    models."""
     def make(projector="linear", vision_layer=-2, seed=0):
         torch.manual_seed(seed)
-        return build(parts.clip, parts.llm, projector, vision_layer, torch.float32)
+        return *build(parts.clip, parts.llm, projector, vision_layer), image_processor
 
     return make
 
 
 # -- data --------------------------------------------------------------------------------------------------
 
-COLOURS = {
-    "red": (220, 30, 30),
-    "green": (30, 160, 60),
-    "blue": (30, 60, 220),
-    "yellow": (240, 210, 20),
-    "black": (10, 10, 10),
-    "white": (250, 250, 250),
-    "orange": (250, 140, 20),
-    "purple": (130, 40, 160),
-}
+COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (30, 60, 220), "yellow": (240, 210, 20),
+          "black": (10, 10, 10), "white": (250, 250, 250), "orange": (250, 140, 20), "purple": (130, 40, 160)}
 
 
-def draw(colour, size=(40, 30)):
-    image = Image.new("RGB", size, COLOURS[colour])
+def draw(color, size=(40, 30)):
+    image = Image.new("RGB", size, COLORS[color])
     width, height = size
     ImageDraw.Draw(image).ellipse((width // 4, height // 4, width // 2, height // 2), fill=(128, 128, 128))
     return image
 
 
 def write_data(folder, turns=1):
-    """chat.json, images/ and images.zip of eight pictures; answers are of unequal lengths. Returns the
-    records."""
+    """Writes images/ and images.zip of eight pictures. Returns their records, with answers of unequal
+    lengths."""
     (folder / "images").mkdir(parents=True)
     records = []
-    for i, colour in enumerate(COLOURS):
-        draw(colour, size=(30 + 3 * i, 40 - 2 * i)).save(folder / "images" / f"{colour}.png")
+    for i, color in enumerate(COLORS):
+        draw(color, size=(30 + 3 * i, 40 - 2 * i)).save(folder / "images" / f"{color}.png")
         conversations = []
         for turn in range(turns):
             question = ["Provide a brief description of the given image.", "What object is shown?"][turn]
             if turn == 0:
                 question = f"<image>\n{question}" if i % 2 else f"{question}\n<image>"
-            answer = " , ".join([f"a {colour} picture"] * (1 + (i + turn) % 3)) + " ."
+            answer = " , ".join([f"a {color} picture"] * (1 + (i + turn) % 3)) + " ."
             conversations += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        records.append(
-            {
-                "id": f"drawn_{i}",
-                "image": f"{colour}.png",
-                "conversations": conversations,
-                "kinds": ["description", "object"][:turns],
-            }
-        )
-    (folder / "chat.json").write_text(json.dumps(records))
+        records.append({"id": f"drawn_{i}", "image": f"{color}.png", "conversations": conversations,
+                        "kinds": ["description", "object"][:turns]})
     with zipfile.ZipFile(folder / "images.zip", "w") as archive:
         for path in sorted((folder / "images").iterdir()):
             archive.write(path, path.name)
@@ -256,16 +226,13 @@ def write_data(folder, turns=1):
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory):
-    """A folder with data for stage 1, chat.json, and for stage 2, instruct.json; one set of images for
-    both."""
+    """A folder with chat.json for stage 1, instruct.json for stage 2, and images/ and images.zip for both."""
     folder = tmp_path_factory.mktemp("data") / "drawn"
-    captions = write_data(folder / "two", turns=2)
-    (folder / "instruct.json").write_text(json.dumps(captions))
-    for record in captions:
+    records = write_data(folder, turns=2)
+    (folder / "instruct.json").write_text(json.dumps(records))
+    for record in records:
         del record["conversations"][2:], record["kinds"]
-    (folder / "chat.json").write_text(json.dumps(captions))
-    (folder / "two" / "images").rename(folder / "images")
-    (folder / "two" / "images.zip").rename(folder / "images.zip")
+    (folder / "chat.json").write_text(json.dumps(records))
     return folder
 
 
@@ -276,65 +243,94 @@ SMALL = ["--precision", "fp32", "--device", "cpu", "--workers", "0", "--log-ever
 
 @pytest.fixture(scope="session")
 def flags(parts, drawn):
-    """flags(2) → the command line of stage 2 that makes it use the tiny parts and the drawn data."""
-
+    """flags(2, lr=0.1) returns the command line of stage 2 with the tiny models and the drawn data."""
     def of(stage, **changes):
         data = drawn / ("chat.json" if stage == 1 else "instruct.json")
-        values = {
-            "vision_tower": parts.clip,
-            "llm": parts.llm,
-            "data": data,
-            "images": drawn / "images.zip",
-            "heldout_data": data,
-            "heldout_images": drawn / "images",
-            "held_out": 4,
-            "batch_size": 8,
-            **changes,
-        }
-        return SMALL + [
-            str(word) for name, value in values.items() for word in ("--" + name.replace("_", "-"), value)
-        ]
+        values = {"vision_tower": parts.clip, "llm": parts.llm, "data": data, "images": drawn / "images.zip",
+                  "heldout_data": data, "heldout_images": drawn / "images", "held_out": 4, "batch_size": 8,
+                  **changes}
+        return SMALL + [str(word) for name, value in values.items()
+                        for word in ("--" + name.replace("_", "-"), value)]
 
     return of
 
 
 @pytest.fixture
 def script(monkeypatch, tmp_path):
-    """script("stage1_align", flag, …) runs a script here and now, as its command line would; see launch()."""
+    """script("stage1_align", flag, …) runs a script in this process, as its command line would.
+    "tools.evaluate" stands for python -m tools.evaluate."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(name, *words):
-        from plumbing import launch
-
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [name + ".py", *map(str, words)])
-        launch(importlib.import_module(name).main)
+        monkeypatch.setattr(sys, "argv", [name.replace(".", "/") + ".py", *map(str, words)])
+        run_script(importlib.import_module(name).main)
 
     yield run
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def refusal(script):
+    """refusal(script, flag, …) returns the sentence with which the script ends. Every other exception is a
+    failure."""
+    def run(name, *words):
+        with pytest.raises(SystemExit) as error:
+            script(name, *words)
+        sentence = error.value.code  # a text means exit code 1
+        assert isinstance(sentence, str), f"exit code {sentence} is not that of a UserError"
+        assert sentence.startswith(f"{name.split('.')[-1]}.py: ") and "\n" not in sentence
+        return sentence
+
+    return run
+
+
 def command(name, *words, cwd, **environment):
-    """The same as a command of its own → CompletedProcess."""
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / f"{name}.py"), *map(str, words)],
-        cwd=cwd,
-        timeout=300,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "100", **environment},
-    )
+    """Runs a script as a command of its own and returns the CompletedProcess."""
+    start = ["-m", name] if "." in name else [str(REPOSITORY / f"{name}.py")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100", **environment}
+    return subprocess.run([sys.executable, *start, *map(str, words)], cwd=cwd, timeout=300, env=environment,
+                          capture_output=True, text=True)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """watched(stage) returns a dict that the script fills: "model", its parameters "before" the first step,
+    and the "gradients" of every step, as they are before clipping."""
+    def watch(stage):
+        module = importlib.import_module({1: "stage1_align", 2: "stage2_instruct"}[stage])
+        seen = {"gradients": []}
+        make_model, plan_steps, clip = module.Llava, module.plan_steps, torch.nn.utils.clip_grad_norm_
+
+        def watching_model(*args):
+            seen["model"] = make_model(*args)
+            return seen["model"]
+
+        def watching_plan(*args):  # called after the weights are restored and before the first evaluation
+            seen["before"] = {name: p.detach().clone() for name, p in seen["model"].named_parameters()}
+            return plan_steps(*args)
+
+        def watching_clip(parameters, *args):
+            parameters = list(parameters)
+            seen["gradients"].append([parameter.grad.clone() for parameter in parameters])
+            return clip(parameters, *args)
+
+        monkeypatch.setattr(module, "Llava", watching_model)
+        monkeypatch.setattr(module, "plan_steps", watching_plan)
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watching_clip)
+        return seen
+
+    return watch
 
 
 def metrics(folder):
-    """metrics.jsonl: (the lines about training, the lines about the held-out records)."""
+    """Returns the lines of metrics.jsonl: (those of training steps, those of evaluations)."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line], [line for line in lines if "heldout_loss" in line]
 
 
 def pytest_configure(config):
-    # As in launch(): peft asks transformers for an attribute under its old name.
-    config.addinivalue_line(
-        "filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-    )
+    # As in run_script(): peft asks transformers for an attribute by its old name.
+    config.addinivalue_line("filterwarnings",
+                            "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

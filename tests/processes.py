@@ -1,91 +1,77 @@
-"""Runs the stage scripts in real child processes that can be killed, without importing torch anew for each.
+"""Runs the stages in real child processes that can be killed, without importing torch for each.
 
-A server process has torch and the scripts loaded, and forks a child for every run. The children have one
-thread, so that sums are added up in one order and results can be compared bit by bit."""
+A server process has torch and the stages loaded, and forks a child for every run. The children have one
+thread, so that sums are always added up in the same order and results can be compared bit by bit.
+"""
 
+import importlib
 import json
 import multiprocessing
 import os
+import resource
 import socket
 import sys
+
+import torch
+
+from support.errors import run_script
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["stage1_align", "stage2_instruct"])
 
-# Runs on the toy stand-ins, of a second or two.
-SMALL = [
-    "--batch-size",
-    "4",
-    "--grad-accum",
-    "2",
-    "--held-out",
-    "4",
-    "--save-every",
-    "3",
-    "--eval-every",
-    "8",
-    "--log-every",
-    "1",
-    "--device",
-    "cpu",
-]
+# Runs of the toy models that take a second or two.
+SMALL = ["--batch-size", "4", "--grad-accum", "2", "--held-out", "4", "--save-every", "3",
+         "--eval-every", "8", "--log-every", "1", "--device", "cpu"]
 
 
-def _child(script, arguments, output, environment, plain_sgd):
-    import torch
-
-    import plumbing
-
+def _child(script, arguments, output, environment, plain_sgd, max_file_size):
     os.environ.update(environment)
     torch.set_num_threads(1)
-    if plain_sgd:  # with lr 1, what a step subtracts from a weight is its gradient
+    if plain_sgd:  # with lr 1, a step subtracts the gradient from the weight
         torch.optim.AdamW = lambda groups, **_: torch.optim.SGD(groups, lr=1.0)
     sys.argv = [f"{script}.py", *arguments]
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    plumbing.launch(__import__(script).main)
+    sys.stdout.reconfigure(line_buffering=True)  # a killed process would lose its lines
+    if max_file_size:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
+    run_script(importlib.import_module(script).main)
 
 
-def start(script, arguments, output, environment=None, plain_sgd=False):
-    process = CONTEXT.Process(target=_child, args=(script, arguments, output, environment or {}, plain_sgd))
+def start(script, arguments, output, environment=None, plain_sgd=False, max_file_size=None):
+    """Starts a script and returns its process.
+
+    Args: output: file to which stdout and stderr are appended. plain_sgd: use SGD instead of AdamW.
+    max_file_size: bytes after which writing to a file fails, as on a full disk.
+    """
+    process = CONTEXT.Process(target=_child, args=(script, arguments, output, environment or {}, plain_sgd,
+                                                   max_file_size))
     process.start()
     return process
 
 
-def start_all(script, arguments, output, world, plain_sgd=False):
-    """A script in `world` processes, as torchrun would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environments = (
-        [{}]
-        if world == 1
-        else [
-            {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            for rank in range(world)
-        ]
-    )
+def start_all(script, arguments, output, world_size, plain_sgd=False):
+    """Starts a script in `world_size` processes, as torchrun would. Returns the processes."""
+    environments = [{}]
+    if world_size > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        environments = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in range(world_size)]
     return [start(script, arguments, output, environment, plain_sgd) for environment in environments]
 
 
-def finish(script, arguments, output, world=1, plain_sgd=False):
-    for child in start_all(script, arguments, output, world, plain_sgd):
+def finish(script, arguments, output, world_size=1, plain_sgd=False):
+    """Runs a script to its end, which must be a success."""
+    for child in start_all(script, arguments, output, world_size, plain_sgd):
         child.join(240)
         assert child.exitcode == 0, output.read_text()[-3000:]
 
 
 def metrics(folder):
-    """The lines of metrics.jsonl, times aside."""
+    """Returns the lines of metrics.jsonl without what depends on the time of day."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("seconds")
-        line.pop("samples_per_s", None)
-        line.pop("waiting", None)
-    return lines
+    return [{name: value for name, value in line.items() if name not in ("time", "samples_per_s", "waiting")}
+            for line in lines]

@@ -4,17 +4,19 @@ import io
 import json
 import os
 import struct
+import tracemalloc
 import zipfile
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from data import IGNORE_INDEX
-from pixels import load_image
-from plumbing import UserError
-from storage import BadRecord, ImageStore, Records
+from support import images
+from support.errors import BadRecord, UserError
+from support.images import ImageStore, decode_image
+from support.records import Records, RecordSet
 
 RECORD = {"id": "a"}
 RED = (250, 20, 20)
@@ -32,86 +34,115 @@ def saved(image, kind, **options):
 
 def exif_rotated():
     image = Image.new("RGB", (4, 2), "white")
-    image.paste(RED, (0, 0, 2, 2))  # left half red, as stored
+    image.paste(RED, (0, 0, 2, 2))  # the left half is red, as stored
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn 90° clockwise to view": the red half is on top
     return saved(image, "PNG", exif=exif)
 
 
 def animated():
-    return saved(
-        Image.new("RGB", (6, 6), RED), "GIF", save_all=True, append_images=[Image.new("RGB", (6, 6), "blue")]
-    )
+    second = Image.new("RGB", (6, 6), "blue")
+    return saved(Image.new("RGB", (6, 6), RED), "GIF", save_all=True, append_images=[second])
 
 
 def sixteen_bit(value):
     return saved(Image.fromarray(np.full((5, 5), value, dtype=np.uint16)), "PNG")
 
 
-@pytest.mark.parametrize(
-    "file, size, top_left",
-    [
-        (saved(Image.new("RGB", (1, 1), RED), "PNG"), (1, 1), RED),
-        (saved(Image.new("RGBA", (3, 3), (*RED, 90)), "PNG"), (3, 3), RED),
-        (saved(Image.new("L", (3, 3), 70), "PNG"), (3, 3), (70, 70, 70)),
-        (saved(Image.new("1", (3, 3), 1), "PNG"), (3, 3), (255, 255, 255)),
-        (
-            saved(Image.new("RGB", (3, 3), RED).convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
-            (3, 3),
-            RED,
-        ),
-        (saved(Image.new("P", (3, 3), 0), "PNG", transparency=b"\0"), (3, 3), (0, 0, 0)),
-        (sixteen_bit(0xFFFF), (5, 5), (255, 255, 255)),
-        (sixteen_bit(0x8080), (5, 5), (128, 128, 128)),
-        (exif_rotated(), (2, 4), RED),
-        (animated(), (6, 6), RED),
-    ],
-    ids=[
-        "1×1",
-        "RGBA",
-        "grey",
-        "bilevel",
-        "palette",
-        "palette-transparent",
-        "16-bit-white",
-        "16-bit-grey",
-        "EXIF-rotated",
-        "animated-GIF",
-    ],
-)
+def palette():
+    return Image.new("RGB", (3, 3), RED).convert("P", palette=Image.Palette.ADAPTIVE)
+
+
+UNUSUAL = {  # name: (file, size, color of the top left pixel)
+    "1×1": (saved(Image.new("RGB", (1, 1), RED), "PNG"), (1, 1), RED),
+    "RGBA": (saved(Image.new("RGBA", (3, 3), (*RED, 90)), "PNG"), (3, 3), RED),
+    "gray": (saved(Image.new("L", (3, 3), 70), "PNG"), (3, 3), (70, 70, 70)),
+    "bilevel": (saved(Image.new("1", (3, 3), 1), "PNG"), (3, 3), (255, 255, 255)),
+    "palette": (saved(palette(), "PNG"), (3, 3), RED),
+    "palette-transparent": (saved(Image.new("P", (3, 3), 0), "PNG", transparency=b"\0"), (3, 3), (0, 0, 0)),
+    "16-bit-white": (sixteen_bit(0xFFFF), (5, 5), (255, 255, 255)),
+    "16-bit-gray": (sixteen_bit(0x8080), (5, 5), (128, 128, 128)),
+    "EXIF-rotated": (exif_rotated(), (2, 4), RED),
+    "animated-GIF": (animated(), (6, 6), RED),
+}
+
+
+@pytest.mark.parametrize("file, size, top_left", UNUSUAL.values(), ids=UNUSUAL)
 def test_unusual_images_give_the_pixels_that_a_viewer_shows(file, size, top_left):
-    image = load_image(file)
+    image = decode_image(file, "unusual")
     assert image.mode == "RGB" and image.size == size
     assert all(abs(a - b) <= 2 for a, b in zip(image.getpixel((0, 0)), top_left))
 
 
-def test_cmyk_jpeg_keeps_its_colour():
-    image = load_image(saved(Image.new("RGB", (16, 16), RED).convert("CMYK"), "JPEG", quality=95))
+def test_a_cmyk_jpeg_keeps_its_color():
+    file = saved(Image.new("RGB", (16, 16), RED).convert("CMYK"), "JPEG", quality=95)
+    image = decode_image(file, "cmyk")
     red, green, blue = image.getpixel((8, 8))
     assert image.mode == "RGB" and red > 220 and green < 60 and blue < 60
+
+
+@pytest.mark.parametrize("tag, kind", [(0x100, 2), (0x11A, 2), (0x8769, 2), (0x9286, 3), (0x8825, 5)])
+def test_a_picture_with_an_odd_exif_tag_is_turned_upright_like_any_other(tmp_path, tag, kind):
+    """The tag 0x112 says that the camera was held sideways. The other tag has a wrong type, for example a
+    width as text (type 2). Pillow's exif_transpose() raises struct.error or TypeError for such files."""
+    entries = struct.pack("<H", 2) + struct.pack("<HHII", tag, kind, 1, 0) + struct.pack("<HHIHH", 0x112, 3, 1, 6, 0)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + entries + bytes(4)
+    image = Image.new("RGB", (48, 32), RED)
+    image.paste("blue", (0, 0, 16, 32))  # blue on the left becomes blue on top
+    image.save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    opened = ImageStore(tmp_path).open(RECORD, "photo.jpg")
+    assert opened.size == (32, 48) and opened.getpixel((16, 4))[2] > 200 > 60 > opened.getpixel((16, 40))[2]
+
+
+@pytest.mark.parametrize("name", ["12:30.jpg", "ä ö.png", "a\\b.png", "%20.jpg", "…" * 60 + ".png"])
+def test_unusual_file_names_are_found_in_a_folder_and_in_a_zip(tmp_path, name):
+    (tmp_path / "images").mkdir()
+    content = saved(Image.new("RGB", (5, 5), RED), "PNG").getvalue()
+    (tmp_path / "images" / name).write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("other.png", content)
+        archive.writestr(name, content)
+    for store in (ImageStore(tmp_path / "images"), ImageStore(tmp_path / "images.zip")):
+        assert store.open(RECORD, name).getpixel((0, 0)) == RED
+
+
+def test_a_zip_made_on_a_mac_is_read_without_its_hidden_files(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("photos/", b"")
+        archive.writestr("photos/a.png", saved(Image.new("RGB", (5, 5), RED), "PNG").getvalue())
+        archive.writestr("__MACOSX/photos/._a.png", b"not an image")
+    store = ImageStore(tmp_path / "images.zip")
+    assert store.open(RECORD, "a.png").size == store.open(RECORD, "photos/a.png").size == (5, 5)
 
 
 # -- images that cannot ------------------------------------------------------------------------------------
 
 
-def bomb():
-    """A PNG of 60 bytes that claims to be 50,000 × 50,000."""
-
+def bomb(size=50_000):
+    """Returns a PNG of 60 bytes that claims to be 50,000 × 50,000."""
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0)
     chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"")), chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
+NOISE = Image.effect_noise((99, 99), 90)
 BROKEN = {
     "bomb.png": bomb(),
-    "half.jpg": saved(Image.effect_noise((99, 99), 90), "JPEG").getvalue()[:900],
+    "real bomb.png": saved(Image.new("1", (10_000, 10_000)), "PNG").getvalue(),
+    "half.jpg": saved(NOISE, "JPEG").getvalue()[:900],
+    "half.png": saved(NOISE, "PNG").getvalue()[:3000],
     "text.jpg": b"<html>404 Not Found</html>",
     "empty.jpg": b"",
     "strip.png": saved(Image.new("RGB", (1, 4000)), "PNG").getvalue(),
+    "vector.png": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "script.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # Pillow would start Ghostscript
 }
+OUTSIDE = ["../secret.png", "/etc/hostname", "..\\secret.png", "C:/secret.png", "C:\\secret.png", "", ".", "./",
+           "a\0b.jpg", "a/../../secret.png"]
+MISSING = ["nowhere.jpg", "\ud800.jpg", "a" * 300 + ".jpg", "b" * 10_000, "c/" * 3000]
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +152,7 @@ def broken(tmp_path_factory):
     (root / "images").mkdir()
     Image.new("RGB", (5, 5)).save(root / "secret.png")
     os.symlink(root / "secret.png", root / "images" / "link.png")
+    os.symlink("loop.png", root / "images" / "loop.png")
     with zipfile.ZipFile(root / "images.zip", "w") as archive:
         archive.writestr("../secret.png", (root / "secret.png").read_bytes())
         for name, content in BROKEN.items():
@@ -130,71 +162,157 @@ def broken(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["images", "images.zip"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        *BROKEN,
-        "../secret.png",
-        "/etc/hostname",
-        "..\\secret.png",
-        "C:/secret.png",
-        "nowhere.jpg",
-        "",
-        "a\0b.jpg",
-    ],
-)
-def test_broken_or_straying_images_are_named_in_one_sentence(broken, kind, name):
+@pytest.mark.parametrize("name", [*BROKEN, *OUTSIDE, *MISSING], ids=lambda name: ascii(name)[1:21])
+def test_broken_and_outside_and_missing_images_are_one_sentence_about_the_record(broken, kind, name):
+    store = ImageStore(broken / kind)
     with pytest.raises(BadRecord) as error:
-        ImageStore(broken / kind).open(RECORD, name)
-    assert "'a'" in str(error.value) and "\n" not in str(error.value)
-    expected = "decoded" if name in BROKEN else "missing" if name == "nowhere.jpg" else "outside"
+        store.open(RECORD, name)
+    sentence = str(error.value)
+    assert "'a'" in sentence and "\n" not in sentence and len(sentence) < 600
+    sentence.encode()  # it can be printed and written to skipped.txt
+    expected = "decoded" if name in BROKEN else "missing" if name in MISSING else "outside"
     assert expected in error.value.reason
+    assert (name in store) == (name in BROKEN)
+    if name in BROKEN:  # the same sentence every time, so that an image is counted once
+        with pytest.raises(BadRecord) as again:
+            store.open(RECORD, name)
+        assert str(again.value) == sentence
+    else:
+        with pytest.raises(BadRecord):
+            store.check(RECORD, name)
 
 
-def test_a_link_that_leads_out_of_the_folder_is_not_followed(broken):
-    with pytest.raises(BadRecord, match="outside"):
-        ImageStore(broken / "images").open(RECORD, "link.png")
+@pytest.mark.parametrize("identity", ["x" * 300, "../secret", "\ud800", "a\0", "/", ["list"], None, 7])
+def test_a_record_with_an_odd_id_and_no_image_is_only_text(broken, identity, tmp_path):
+    (tmp_path / "chat.json").write_text(json.dumps([{"id": identity}]))
+    for kind in ("images", "images.zip"):
+        records = RecordSet(Records(tmp_path / "chat.json"), ImageStore(broken / kind), np.arange(1))
+        assert records.image_name(records[0]) is None
+
+
+@pytest.mark.parametrize("name, reason", [("link.png", "outside"), ("loop.png", "outside|missing")])
+def test_a_link_out_of_the_folder_or_to_itself_is_not_followed(broken, name, reason):
+    with pytest.raises(BadRecord, match=reason):
+        ImageStore(broken / "images").open(RECORD, name)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "ICO", "JPEG2000"])
+def test_a_damaged_image_is_decoded_or_refused_but_raises_nothing_else(kind):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {} if kind in ("GIF", "BMP", "ICO", "JPEG2000") else {"exif": exif}
+    content = saved(NOISE.convert("RGB").crop((0, 0, 48, 32)), kind, **options).getvalue()
+    random, refused = np.random.default_rng(0), 0
+    for _ in range(60):
+        damaged = bytearray(content)
+        for position in random.integers(0, len(content), 6):
+            damaged[position] = random.integers(256)
+        try:
+            assert decode_image(io.BytesIO(damaged), "damaged").mode == "RGB"
+        except ValueError as error:
+            assert "damaged cannot be decoded" in str(error)
+            refused += 1
+    assert refused > 0 or kind == "BMP"
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_a_damaged_avif_is_a_bad_record(tmp_path):
+    """Pillow raises RuntimeError for it. Data sets from the web hold such files under the name .jpg."""
+    content = bytearray(saved(NOISE.convert("RGB"), "AVIF").getvalue())
+    content[-len(content) // 2:] = bytes(len(content[-len(content) // 2:]))
+    (tmp_path / "photo.jpg").write_bytes(content)
+    with pytest.raises(BadRecord, match="photo.jpg"):
+        ImageStore(tmp_path).open(RECORD, "photo.jpg")
+
+
+# -- .zip files --------------------------------------------------------------------------------------------
+
+
+def zip_with(path, content, method=zipfile.ZIP_STORED, **directory):
+    """Writes a zip with the member a.png, whose entry in the zip's directory is changed to `directory`."""
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("a.png", content)
+        for name, value in directory.items():
+            setattr(archive.infolist()[0], name, value)
+    return path
+
+
+PICTURE = saved(Image.new("RGB", (30, 30), RED), "PNG").getvalue()
 
 
 def test_a_damaged_zip_member_is_noticed(tmp_path):
-    content = saved(Image.new("RGB", (30, 30), RED), "BMP").getvalue()
-    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        archive.writestr("a.bmp", content)
-    damaged = bytearray((tmp_path / "images.zip").read_bytes())
+    content = saved(Image.new("RGB", (30, 30), RED), "BMP").getvalue()  # opens with a damaged pixel too
+    path = zip_with(tmp_path / "images.zip", content)
+    damaged = bytearray(path.read_bytes())
     damaged[1000] ^= 0xFF  # one pixel
-    (tmp_path / "images.zip").write_bytes(damaged)
-    with pytest.raises(BadRecord, match="checksum"):
-        ImageStore(tmp_path / "images.zip").open(RECORD, "a.bmp")
+    path.write_bytes(damaged)
+    with pytest.raises(BadRecord, match="'a'.*checksum"):
+        ImageStore(path).open(RECORD, "a.png")
+
+
+@pytest.mark.parametrize("how", [{"flag_bits": 1}, {"method": zipfile.ZIP_BZIP2}, {"method": zipfile.ZIP_LZMA}],
+                         ids=["encrypted", "bzip2", "lzma"])
+def test_an_encrypted_zip_or_one_with_another_compression_is_refused_at_once(tmp_path, how):
+    with pytest.raises(UserError, match="images.zip is encrypted or compressed.*a.png.*unpack it"):
+        ImageStore(zip_with(tmp_path / "images.zip", PICTURE, **how))
+
+
+@pytest.mark.parametrize("directory", [{"header_offset": 10**6}, {"header_offset": 3}, {"CRC": 5}, {"file_size": 9},
+                                       {"compress_size": 3}, {"compress_size": 10**6}, {"file_size": 2**32 - 3}],
+                         ids=str)
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
+def test_a_zip_with_a_wrong_directory_is_a_bad_record(tmp_path, directory, method):
+    content = bytes(5000) if method == zipfile.ZIP_DEFLATED else PICTURE
+    path = zip_with(tmp_path / "images.zip", content, method, **directory)
+    with pytest.raises(BadRecord, match="'a'"):
+        ImageStore(path).open(RECORD, "a.png")
+
+
+@pytest.mark.parametrize("claimed", [None, 1000], ids=["honest", "lying"])
+def test_a_zip_bomb_is_refused_without_unpacking_it(tmp_path, monkeypatch, claimed):
+    """It unpacks to 64 MiB. Its entry in the directory says so, or says 1,000 bytes."""
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 2**20)
+    more = {} if claimed is None else {"file_size": claimed}
+    path = zip_with(tmp_path / "images.zip", bytes(64 * 2**20), zipfile.ZIP_DEFLATED, **more)
+    store = ImageStore(path)
+    tracemalloc.start()
+    with pytest.raises(BadRecord, match="too large" if claimed is None else "wrong length"):
+        store.open(RECORD, "a.png")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+def test_only_images_of_a_reasonable_file_size_are_read_at_all():
+    assert images.MAX_FILE_BYTES <= 2**29
 
 
 # -- JSON --------------------------------------------------------------------------------------------------
 
+NOT_RECORDS = {  # name: (content, what the sentence says)
+    "truncated": (b'[{"id": 1}, {"id": 2', "1 complete"),
+    "truncated after a comma": (b'[{"id": 1},', "ends in the middle.*1 complete"),
+    "without an end": (b'[{"id": 1}', "ends in the middle.*1 complete"),
+    "only [": (b"[", "ends in the middle"),
+    "object": (b'{"id": 1}', r"does not begin with \["),
+    "nothing": (b"", r"does not begin with \["),
+    "web page": (b"<html>404</html>", r"does not begin with \["),
+    "number": (b'[{"id": 1}, 7]', "entry 2"),
+    "text": (b'["a"]', "entry 1"),
+    "no records": (b"[]", "no records"),
+    "nonsense": (b'[{"id": 1}, nonsense]', "1 complete"),
+    "not UTF-8": (b'[{"id": "\xff"}]', "UTF-8"),
+    "UTF-16": ('[{"ä": 1}]'.encode("utf-16"), "UTF-8"),
+    "NUL": (b'[{"id": "a\0b"}]', "control character"),
+    "long number": (b'[{"id": ' + b"9" * 5000 + b"}]", "not a JSON list"),
+    "deep list": (b"[" * 100_000, "not a JSON list"),
+    "deep record": (b'[{"id": ' + b"[" * 100_000, "not a JSON list"),
+}
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (b'[{"id": 1}, {"id": 2', "1 whole"),
-        (b'{"id": 1}', "does not begin with"),
-        (b"", "does not begin with"),
-        (b'[{"id": 1}, 7]', "entry 2"),
-        (b"[]", "no records"),
-        (b'[{"id": "\xff"}]', "UTF-8"),
-        (b'[{"id": "a\0b"}]', "control character"),
-        (b"[" * 100_000, "begins with|not a JSON list"),
-        (b'[{"id": ' + b"[" * 100_000, "not a JSON list"),
-    ],
-    ids=[
-        "truncated",
-        "object",
-        "empty",
-        "number",
-        "no-records",
-        "not-UTF-8",
-        "NUL",
-        "deep-list",
-        "deep-record",
-    ],
-)
+
+@pytest.mark.parametrize("content, message", NOT_RECORDS.values(), ids=NOT_RECORDS)
 def test_a_file_that_is_no_list_of_records_is_refused_in_one_sentence(tmp_path, content, message):
     (tmp_path / "chat.json").write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
@@ -204,7 +322,8 @@ def test_a_file_that_is_no_list_of_records_is_refused_in_one_sentence(tmp_path, 
 
 def test_a_byte_order_mark_and_characters_of_any_length_do_not_shift_the_records(tmp_path):
     content = [{"id": "ü€😀"}, {"id": "b", "x": ["𝄞", {"y": None}]}, {"id": "c"}]
-    (tmp_path / "chat.json").write_bytes("\ufeff".encode() + json.dumps(content, ensure_ascii=False).encode())
+    text = "\ufeff" + json.dumps(content, ensure_ascii=False)
+    (tmp_path / "chat.json").write_bytes(text.encode())
     records = Records(tmp_path / "chat.json")
     assert [records[i] for i in range(len(records))] == content
 
@@ -212,42 +331,34 @@ def test_a_byte_order_mark_and_characters_of_any_length_do_not_shift_the_records
 HUMAN, GPT = {"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}
 
 
-@pytest.mark.parametrize(
-    "turns, image, reason",
-    [
-        (None, False, "not a list"),
-        ([[HUMAN, GPT]], False, "not a list"),
-        ([HUMAN], False, "no human turn"),
-        ([GPT], False, "no human turn"),
-        ([HUMAN, HUMAN, GPT], False, "alternate"),
-        ([HUMAN, GPT, GPT], False, "alternate"),
-        ([HUMAN, {"from": "gpt"}], False, "alternate"),
-        ([HUMAN, {"from": "gpt", "value": " "}], False, "empty answer"),
-        ([HUMAN, {"from": "gpt", "value": "\ud83d"}], False, "Unicode"),
-        ([{"from": "human", "value": "<image>What?"}, GPT], False, "more <image>"),
-        ([{"from": "human", "value": "<image>\n<image>What?"}, GPT], True, "more <image>"),
-        ([{"from": "human", "value": "<image>"}, GPT] * 2, True, "more <image>"),
-    ],
-)
+@pytest.mark.parametrize("turns, image, reason", [
+    (None, False, "not a list"),
+    ([[HUMAN, GPT]], False, "not a list"),
+    ([HUMAN], False, "no human turn"),
+    ([GPT], False, "no human turn"),
+    ([HUMAN, HUMAN, GPT], False, "alternate"),
+    ([HUMAN, GPT, GPT], False, "alternate"),
+    ([HUMAN, {"from": "gpt"}], False, "alternate"),
+    ([HUMAN, {"from": "gpt", "value": " "}], False, "empty answer"),
+    ([HUMAN, {"from": "gpt", "value": "\ud83d"}], False, "Unicode"),
+    ([{"from": "human", "value": "\ud83d"}, GPT], False, "Unicode"),
+    ([{"from": "human", "value": "<image>What?"}, GPT], False, "more <image>"),
+    ([{"from": "human", "value": "<image>\n<image>What?"}, GPT], True, "more <image>"),
+    ([{"from": "human", "value": "<image>"}, GPT] * 2, True, "more <image>"),
+])
 def test_conversations_that_cannot_be_trained_on_say_why(template, turns, image, reason):
     with pytest.raises(BadRecord, match=reason):
-        template.messages({"id": "a", "conversations": turns}, has_image=image)
+        template.to_messages({"id": "a", "conversations": turns}, has_image=image)
 
 
-@pytest.mark.parametrize(
-    "text", ["</s>", "<s>", "<image>", "<|assistant|>\nNo.</s>", "a\0b", "<unk></s><image>"]
-)
+@pytest.mark.parametrize("text", ["</s>", "<s>", "<image>", "<|assistant|>\nNo.</s>", "a\0b", "<unk></s><image>"])
 def test_special_tokens_that_somebody_wrote_are_ordinary_text(template, text):
-    record = {
-        "id": "a",
-        "conversations": [
-            {"from": "human", "value": text.replace("<image>", "")},
-            {"from": "gpt", "value": f"It says {text} there."},
-        ],
-    }
-    ids, labels = template.encode(template.messages(record, has_image=False), num_image_tokens=4)
-    learned = [label for label in labels if label != IGNORE_INDEX]
+    record = {"id": "a", "conversations": [{"from": "human", "value": text.replace("<image>", "")},
+                                           {"from": "gpt", "value": f"It says {text} there."}]}
+    messages = template.to_messages(record, has_image=False)
+    ids, labels = template.encode(messages, num_image_tokens=4)
+    trained = [label for label in labels if label != IGNORE_INDEX]
     assert template.image_token_id not in ids
-    assert learned.count(template.end_token_id) == 1 and learned[-1] == template.end_token_id
-    assert template.decode(learned) == f"It says {template.plain(text)} there."
+    assert trained.count(template.end_token_id) == 1 and trained[-1] == template.end_token_id
+    assert template.decode(trained) == f"It says {template.escape(text)} there."
     assert ids.count(template.end_token_id) == 2  # after the question, after the answer

@@ -1,110 +1,145 @@
-"""A conversation in the terminal: python sanity_check.py --chat [--image photo.jpg]
+"""Holds a conversation about an image in the terminal.
 
-    a line         is a question; the answer is written word by word
-    /image PATH    takes another picture, and begins a new conversation
-    Ctrl-C         while an answer is being written: stops it; what was said up to there stays in the
-                   conversation, so that "go on" means something. At the prompt: leaves, like Ctrl-D
+    python -m tools.chat --run runs/toy --image photo.jpg
 
-A language model remembers nothing from one call to the next. What looks like memory is the conversation so
-far, rendered by the chat template and read again from its first word for every answer: just what a training
-record of several turns looks like (see data.py).
+    a line         is a question; the answer is printed while it is generated
+    /image FILE    shows another image and begins a new conversation
+    Ctrl-C         stops an answer; what was generated stays in the conversation
+    Ctrl-D         ends the program, as does Ctrl-C while no answer is generated
+
+It loads stage 2 of the run if that is finished, else stage 1. The toy starts in about 5 seconds on 2 CPU cores.
+Nothing is written. Questions can also come from a pipe, one per line; then only the answers are printed.
+
+A language model remembers nothing from one call to the next. For every answer, the chat template renders the
+whole conversation again, exactly like a training record of several turns (see data.py).
 """
 
+import argparse
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 from transformers import TextStreamer
 
 from data import IMAGE_TOKEN, collate
-from pictures import read_picture
-from plumbing import UserError
+from support.devices import DTYPES, choose_device, choose_dtype
+from support.errors import UserError, run_script
+from support.images import decode_image
+from support.settings import POSITIVE, REAL
+from support.weights import load_trained
 
 
-def converse(model, template, image_processor, device, image=None, max_new_tokens=128):
-    """Reads questions from stdin, line by line, and answers until they end. Returns; never raises at Ctrl-C.
+class RecordingStreamer(TextStreamer):
+    """Prints an answer while it is generated and keeps its ids, because Ctrl-C leaves generate() without a
+    result."""
 
-    image: path of the first picture; None: text alone, until /image brings one.
-    """
-    pixel_values = image_processor(read_picture(image)) if image else None
-    messages = []  # the conversation: [{"role", "content"}, …], user and assistant in turn, without <image>
-    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if at_terminal:
-        print("A line is a question. /image PATH: another picture. Ctrl-C: stop the answer. Ctrl-D: leave.")
-        with suppress(ImportError):  # not on Windows
-            import readline  # noqa: F401 - gives input() its arrow keys
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # a stray byte in a pipe is no reason to end the conversation
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self.ids = []
+
+    def put(self, ids):
+        self.ids += ids.flatten().tolist()
+        super().put(ids)
+
+
+def load_image(path, image_processor):
+    """Returns an image file as (3, H, W). Raises UserError if it cannot be decoded."""
     try:
-        while True:
-            line = input("> " if at_terminal else "").strip()
-            if line.split()[:1] == ["/image"]:
-                path = line.removeprefix("/image").strip().strip("'\"")  # a dropped file comes in quotes
-                try:
-                    pixel_values = image_processor(read_picture(path))
-                except UserError as error:
-                    print(f"{error}; the conversation goes on as it was", flush=True)
-                    continue
-                # The words so far are about another picture, and the model was trained on one a conversation.
-                messages = []
-                print(f"{path}: a new conversation", flush=True)
-            elif line:
-                messages = reply(model, template, device, messages, line, pixel_values, max_new_tokens)
-    except (EOFError, KeyboardInterrupt):
-        if at_terminal:
-            print()  # the shell's prompt should start on a line of its own
+        return image_processor(decode_image(path, path), return_tensors="pt")["pixel_values"][0]
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
-def reply(model, template, device, messages, question, pixel_values, max_new_tokens):
-    """Answers one question, word by word on stdout → the messages with both, or as they were if nothing was
-    said."""
-    limit = model.llm.config.get_text_config().max_position_embeddings
-    # What somebody types is text: plain() sees to it that "</s>" in it does not end anything.
-    asked = messages + [{"role": "user", "content": template.plain(question)}]
-    asked, input_ids = fit(asked, template, pixel_values is not None, model.num_image_tokens,
-                           limit - min(max_new_tokens, limit // 2))
-    if len(asked) < len(messages) + 1:
-        print(f"(the model reads {limit} tokens at most: it no longer knows the first "
-              f"{(len(messages) + 1 - len(asked)) // 2} questions and answers)", flush=True)
-    if len(input_ids) >= limit:
-        print(f"(that is {len(input_ids)} tokens, and the model reads {limit} at most: ask in fewer words)",
-              flush=True)
-        return messages
+def drop_oldest_turns(messages, template, has_image, num_image_tokens, max_tokens):
+    """Returns (messages, ids of the prompt) without the oldest questions and answers, so that the prompt has at
+    most `max_tokens` tokens. The last question always stays.
 
-    batch = collate([{"input_ids": input_ids, "pixel_values": pixel_values}], template.tokenizer.pad_token_id)
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    writer = Writer(template.tokenizer, skip_special_tokens=True)
-    try:
-        model.generate(**batch, end_token_ids=[template.end_token_id], streamer=writer,
-                       max_new_tokens=min(max_new_tokens, limit - len(input_ids)))
-    except KeyboardInterrupt:
-        writer.end()  # writes the word that it was holding back, and ends the line
-    said = template.plain(template.decode(writer.ids))
-    return asked + [{"role": "assistant", "content": said}] if said else messages
-
-
-def fit(messages, template, has_image, num_image_tokens, room):
-    """(messages, ids of the prompt): the oldest questions and answers are left out until `room` is enough.
-
-    The image belongs to the conversation, not to a turn of it: it stands before the first question that is
-    left, which is where training had it. Forgetting the oldest words must not blind the model.
-    """
+    The image always stands before the first question, as in training. So it is never dropped. """
     while True:
-        shown = [dict(message) for message in messages]
-        if has_image:
-            shown[0]["content"] = f"{IMAGE_TOKEN}\n{shown[0]['content']}"
-        input_ids = template.encode_prompt(shown, num_image_tokens)
-        if len(input_ids) <= room or len(messages) == 1:
-            return messages, input_ids
+        first = f"{IMAGE_TOKEN}\n{messages[0]['content']}" if has_image else messages[0]["content"]
+        ids = template.encode_prompt([{**messages[0], "content": first}, *messages[1:]], num_image_tokens)
+        if len(ids) <= max_tokens or len(messages) == 1:
+            return messages, ids
         messages = messages[2:]
 
 
-class Writer(TextStreamer):
-    """Writes words as they come, and keeps their ids: an answer that is stopped returns none."""
+def answer_question(model, template, device, messages, question, pixel_values, max_new_tokens, temperature):
+    """Prints the answer to a question. Returns the conversation with question and answer appended, or unchanged
+    if no answer was generated."""
+    context = model.llm.config.get_text_config().max_position_embeddings  # of prompt and answer, in tokens
+    longer = messages + [{"role": "user", "content": template.escape(question)}]
+    kept, ids = drop_oldest_turns(longer, template, pixel_values is not None, model.num_image_tokens,
+                                  context - min(max_new_tokens, context // 2))
+    if len(kept) < len(longer):
+        print(f"(The model can read {context} tokens. The first {(len(longer) - len(kept)) // 2} questions and "
+              "answers were dropped.)", flush=True)
+    if len(ids) >= context:
+        print(f"(The question has {len(ids)} tokens, but the model can read {context}. Ask a shorter one.)", flush=True)
+        return messages
 
-    def __init__(self, tokenizer, **decoding):
-        super().__init__(tokenizer, **decoding)
-        self.ids = []
+    batch = collate([{"input_ids": ids, "pixel_values": pixel_values}], template.tokenizer.pad_token_id)
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    streamer = RecordingStreamer(template.tokenizer)
+    try:
+        model.generate(**batch, end_token_ids=[template.end_token_id], streamer=streamer, temperature=temperature,
+                       max_new_tokens=min(max_new_tokens, context - len(ids)))
+    except KeyboardInterrupt:
+        streamer.end()  # prints the word that it holds back, and a newline
+    answer = template.escape(template.decode(streamer.ids))
+    return kept + [{"role": "assistant", "content": answer}] if answer else messages
 
-    def put(self, value):
-        self.ids += value.flatten().tolist()
-        super().put(value)
+
+def converse(model, template, image_processor, device, pixel_values, max_new_tokens, temperature):
+    """Answers the questions on stdin until end of input or Ctrl-C.
+
+    Args: pixel_values: the first image, (3, H, W), or None. """
+    messages = []  # the conversation without <image>: [{"role", "content"}, …]
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if at_terminal:
+        print("/image FILE shows another image. Ctrl-C stops an answer. Ctrl-D ends the conversation.")
+        with suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401 - gives input() its arrow keys
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is not UTF-8 must not end the conversation
+    with suppress(EOFError, KeyboardInterrupt):
+        while True:
+            line = input("> " if at_terminal else "").strip()
+            if line.split()[:1] == ["/image"]:
+                path = line.removeprefix("/image").strip().strip("'\"")  # a terminal quotes a dropped file
+                try:
+                    pixel_values = load_image(path, image_processor)
+                except UserError as error:
+                    print(f"{error}. The conversation continues with the previous image.", flush=True)
+                    continue
+                messages = []  # the model was trained on one image per conversation
+                print(f"{path}: a new conversation", flush=True)
+            elif line:
+                messages = answer_question(model, template, device, messages, line, pixel_values, max_new_tokens,
+                                           temperature)
+    if at_terminal:
+        print()  # so that the shell's prompt gets a line of its own
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default="runs/toy", help="folder of the run (default: runs/toy)")
+    parser.add_argument("--stage", type=int, choices=(1, 2), help="default: 2 if it is finished, else 1")
+    parser.add_argument("--image", metavar="FILE", help="the first image (default: none)")
+    parser.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="longest answer in tokens")
+    parser.add_argument("--temperature", type=REAL, default=0.0,
+                        help="0 takes the most likely token; above 0 samples (default: 0)")
+    parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+
+    device = choose_device(args.device)
+    stage = args.stage or (2 if (args.run / "stage2" / "run.json").exists() else 1)
+    model, template, image_processor, _ = load_trained(args.run / f"stage{stage}", device,
+                                                       choose_dtype(args.precision, device))
+    pixel_values = load_image(args.image, image_processor) if args.image else None
+    converse(model, template, image_processor, device, pixel_values, args.max_new_tokens, args.temperature)
+
+
+if __name__ == "__main__":
+    run_script(main)

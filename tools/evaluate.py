@@ -1,0 +1,251 @@
+"""Evaluates a finished stage on its held-out records, with the correct image and with a different image.
+
+    python -m tools.evaluate --run runs/toy             stage 2 if it is finished, else stage 1
+    python -m tools.evaluate --run runs/toy --stage 1
+
+The toy takes about 30 seconds on 2 CPU cores. The script prints a table and the first mistakes, and writes
+the numbers to <run>/eval.json. If the numbers are as good with a different image, the model ignores the image.
+
+"Captions" are the held-out records of stage 1, and "answers" are those of stage 2. Stage 2 is evaluated on
+both, because it may have forgotten how to write captions. The keys of eval.json:
+
+    stage                    the stage that was evaluated
+    captions_loss            loss of the reference answers with the correct image, in nats per token
+    captions_loss_shuffled   the same with a different image
+    captions_loss_blank      the same with a blank image
+    captions_image_match     "correct image more likely": fraction of the records whose reference answers are
+                             more likely with the correct image than with a different one; chance is 0.5
+    answers_loss, …          the same four numbers for the records of stage 2
+    image_match              mean of captions_image_match and answers_image_match over all records
+    objects_f1               F1 of the objects (color, shape) in the generated captions; only for the toy
+    caption_f1               the same for (color, shape, place)
+    objects_f1_shuffled, caption_f1_shuffled
+                             the same captions, compared with the reference answer to a different image
+    qa_exact                 fraction of the generated answers that equal the reference answer. It is measured
+                             only on questions whose kind is in the record ("kinds"), because other
+                             questions can have several correct answers.
+    qa_exact_shuffled        the same if each question is asked about a different image
+    qa_exact_by_kind, qa_exact_shuffled_by_kind
+                             the same for each kind of question
+    counts                   number of generated captions and answers, and of answers by kind
+"""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from data import IMAGE_TOKEN
+from sanity_check import generate_answers, held_out_batches, load_held_out, measure_grounding
+from support.devices import DTYPES, choose_device, choose_dtype
+from support.errors import UserError, run_script
+from support.files import make_writable_folder, write_json
+from support.settings import COUNT, POSITIVE
+from support.weights import load_trained, read_run
+from toy.world import PLACES, caption_of, objects_in
+
+# -- questions and generated answers -----------------------------------------------------------------------
+
+
+class Question(NamedTuple):
+    """One question of a held-out record."""
+    record: int  # number of the record in its dataset
+    turn: int  # 0 for the first question of the record
+    text: str
+    reference: str  # the reference answer
+    kind: str  # "" if the record does not name the kind
+
+
+def list_questions(dataset):
+    """Returns all questions of a ChatDataset, in order."""
+    questions = []
+    for i in range(len(dataset)):
+        record = dataset.records[i]
+        messages, kinds = dataset.messages(record), record.get("kinds")
+        pairs = list(zip(messages[::2], messages[1::2]))
+        if (not isinstance(kinds, list) or len(kinds) != len(pairs)
+                or not all(isinstance(kind, str) for kind in kinds)):
+            kinds = [""] * len(pairs)
+        for turn, ((question, answer), kind) in enumerate(zip(pairs, kinds)):
+            text = question["content"].removeprefix(IMAGE_TOKEN).strip()
+            questions.append(Question(i, turn, text, answer["content"], kind))
+    return questions
+
+
+def is_toy_caption(text):
+    """Returns True for a caption of the toy world, which can be rebuilt from the objects in it.
+
+    Other captions must not be scored with the toy's grammar: it finds no object in "a man on a horse". """
+    objects = {place: (color, shape) for color, shape, place in objects_in(text)}
+    scene = {place: objects[place] for place in PLACES if place in objects}
+    return len(scene) > 1 and caption_of(scene) == text
+
+
+def evenly_spaced(items, count):
+    """Returns `count` of the items at equal distances, or all items if there are fewer."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def answer_questions(model, template, dataset, questions, device, batch_size, max_new_tokens,
+                     different_image=False):
+    """Returns the generated answers as texts. With different_image=True, each question is asked about the
+    next image of the dataset."""
+    answers = []
+    for start in tqdm(range(0, len(questions), batch_size), "generating answers", leave=False, disable=None):
+        prompts = []
+        for question in questions[start:start + batch_size]:
+            prompt, _ = dataset.prompt(question.record, question.turn)
+            if different_image and prompt["pixel_values"] is not None:
+                prompt["pixel_values"] = next_image(dataset, question.record)
+            prompts.append(prompt)
+        answers += generate_answers(model, template, prompts, device, max_new_tokens)
+    return answers
+
+
+def next_image(dataset, i):
+    """Returns the first image after that of record i which is a different one, as pixel values."""
+    records = dataset.records
+    for j in range(i + 1, i + len(records)):
+        record = records[j % len(records)]
+        if records.image_name(record) not in (None, records.image_name(records[i])):
+            return dataset.pixel_values(record)
+    raise UserError(f"{records.records.path}: all held-out records have the same image; raise --held-out")
+
+
+# -- scores ------------------------------------------------------------------------------------------------
+
+
+def f1(generated, reference):
+    """Returns the F1 score, 2 · P · R / (P + R) = 2 · hits / (generated objects + reference objects).
+
+    Precision P and recall R are computed over all captions together.
+
+    Args: two lists of sets. Each set holds the objects in one caption. """
+    hits = sum(len(objects & correct) for objects, correct in zip(generated, reference))
+    return 2 * hits / max(1, sum(map(len, generated)) + sum(map(len, reference)))
+
+
+def score_captions(captions, references):
+    """Returns the F1 scores of captions of the toy world, as a dict."""
+    scores = {}
+    for name, length in (("objects_f1", 2), ("caption_f1", 3)):  # of (color, shape, place)
+        generated, reference = ([{phrase[:length] for phrase in objects_in(text)} for text in texts]
+                                for texts in (captions, references))
+        scores[name] = f1(generated, reference)
+        scores[f"{name}_shuffled"] = f1(generated, reference[1:] + reference[:1])
+    return scores
+
+
+def score_answers(questions, answers, suffix=""):
+    """Returns the fraction of answers that equal the reference answer, in total and by kind, as a dict."""
+    correct = {}  # {kind: [one bool per question]}
+    for question, answer in zip(questions, answers):
+        correct.setdefault(question.kind, []).append(answer == question.reference)
+    return {f"qa_exact{suffix}": sum(map(sum, correct.values())) / len(questions),
+            f"qa_exact{suffix}_by_kind": {kind: sum(correct[kind]) / len(correct[kind])
+                                          for kind in sorted(correct)}}
+
+
+def print_table(result):
+    """Prints the content of eval.json."""
+    rows = [("held-out records, with the", "correct image", "different image", "blank image")]
+    labels = {"objects_f1": "captions: F1 of color and shape", "caption_f1": "captions: F1 of color, shape, place",
+              "qa_exact": "answers: equal to the reference answer"}
+    for name in ("captions", "answers"):
+        if f"{name}_loss" in result:
+            rows.append((f"{name}: loss, nats per token",
+                         *(f"{result[f'{name}_loss{image}']:.3f}" for image in ("", "_shuffled", "_blank"))))
+    for key in labels.keys() & result.keys():
+        rows.append((labels[key], f"{result[key]:.3f}", f"{result[f'{key}_shuffled']:.3f}"))
+    for kind, fraction in result.get("qa_exact_by_kind", {}).items():
+        rows.append((f"    {kind} ({result['counts']['answers_by_kind'][kind]})", f"{fraction:.3f}",
+                     f"{result['qa_exact_shuffled_by_kind'][kind]:.3f}"))
+    for name, *cells in rows:
+        print(f"{name:<42}" + "".join(f"{cell:>17}" for cell in cells))
+    print(f"correct image more likely: {result['image_match']:.1%} (chance 50%)")
+
+
+# -- the command -------------------------------------------------------------------------------------------
+
+
+def open_held_out(run_json, template, image_processor, num_image_tokens):
+    """Returns the usable held-out records of a run as a ChatDataset. Raises UserError if fewer than two have
+    an image."""
+    dataset = load_held_out(run_json, template, image_processor, num_image_tokens)
+    if sum(dataset.records.image_name(record) is not None for record in dataset.records) < 2:
+        raise UserError(f"{dataset.records.records.path}: fewer than two usable held-out records have an "
+                        "image, so none can be evaluated with a different image")
+    return dataset
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default="runs/toy", help="folder of the run (default: runs/toy)")
+    parser.add_argument("--stage", type=int, choices=(1, 2), help="default: 2 if it is finished, else 1")
+    parser.add_argument("--batch-size", type=POSITIVE, default=32, help="records per batch (default: 32)")
+    parser.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="longest answer in tokens")
+    parser.add_argument("--count", type=COUNT, default=5, help="how many mistakes to print; if the answers "
+                        "cannot be scored, how many of them to generate and print (default: 5)")
+    parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+
+    device = choose_device(args.device)
+    stage = args.stage or (2 if (args.run / "stage2" / "run.json").exists() else 1)
+    model, template, image_processor, run_json = load_trained(args.run / f"stage{stage}", device,
+                                                              choose_dtype(args.precision, device))
+    make_writable_folder(args.run)
+    print(f"{args.run}/stage{stage}: {run_json['steps']:,} steps, {run_json['projector']} projector, "
+          f"{'LoRA adapter' if stage == 2 else 'no adapter'}")
+    processors = template, image_processor, model.num_image_tokens
+    datasets = {"captions" if stage == 1 else "answers": open_held_out(run_json, *processors)}
+    if stage == 2:
+        try:
+            datasets["captions"] = open_held_out(read_run(args.run / "stage1"), *processors)
+        except UserError as error:
+            print(f"The captions are left out, because stage 1's held-out records cannot be used: {error}")
+
+    result, examples, matches, records = {"stage": stage, "counts": {}}, [], 0, 0
+    for name, dataset in datasets.items():
+        # 1. With the reference answers. This can be measured on any data.
+        batches = held_out_batches(dataset, template.tokenizer.pad_token_id, args.batch_size)
+        measured = measure_grounding(model, batches, device, blank=True)
+        result |= {f"{name}_{key}": value for key, value in measured.items()}
+        count = sum(len(batch["input_ids"]) for batch in batches)
+        matches, records = matches + measured["image_match"] * count, records + count
+
+        # 2. With generated answers. They can be scored only if no other answer is correct.
+        questions = list_questions(dataset)
+        scored = [q for q in questions if (is_toy_caption(q.reference) if name == "captions" else q.kind)]
+        questions = scored or evenly_spaced(questions, args.count)
+        settings = dataset, questions, device, args.batch_size, args.max_new_tokens
+        answers = answer_questions(model, template, *settings)
+        result["counts"][name] = len(questions)
+        if scored and name == "captions":
+            result |= score_captions(answers, [question.reference for question in questions])
+        elif scored:
+            kinds = [question.kind for question in questions]
+            result["counts"]["answers_by_kind"] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+            different = answer_questions(model, template, *settings, different_image=True)
+            result |= score_answers(questions, answers) | score_answers(questions, different, "_shuffled")
+        pairs, title = list(zip(questions, answers)), f"{len(questions)} of the generated {name}"
+        if scored:
+            pairs = [(question, answer) for question, answer in pairs if answer != question.reference]
+            title = f"{len(pairs)} of {len(questions)} generated {name} differ from the reference answer"
+        examples.append((title, pairs[:args.count]))
+
+    result["image_match"] = matches / records
+    print_table(result)
+    for title, pairs in examples:
+        print(f"\n{title}{', for example' if pairs else ''}")
+        for question, answer in pairs:
+            print(f"  {question.text}\n    generated: {answer}\n    reference: {question.reference}")
+    write_json(args.run / "eval.json", result)
+    print(f"\nwrote {args.run / 'eval.json'}")
+
+
+if __name__ == "__main__":
+    run_script(main)
