@@ -1,210 +1,127 @@
-"""How much memory does training take? Computed from the configurations, and checked against measurements.
+"""Computes the peak memory of a training step on a GPU.
 
-    python bench/memory.py             the check on the mid geometry, fp32 (5 minutes on 2 cores); the table
-    python bench/memory.py --table     the table alone: seconds, nothing is measured
+    python -m bench.memory            checks the computation (10 minutes on 2 CPU cores), then prints the table
+    python -m bench.memory --table    prints the table for CLIP ViT-L/14 and TinyLlama-1.1B in fp16 or bf16
 
-The table is for the full geometry, CLIP ViT-L/14 and TinyLlama-1.1B, on a GPU: both stages, in half
-precision, at the length of the longest samples of their data sets, so that a run which fits here does not
-end on its thousandth step. It is computed, not measured; the check says how far the same function is off
-where it can be measured, and fails above 15%.
+The samples are as long as the longest of the real data, so that a run which starts does not run out of memory
+later. The table is computed, not measured. The check measures steps of a smaller model on the CPU in fp32
+(Linux only). It fails if the same computation differs from one of them by more than 15%.
+
+The table has two cases. TinyLlama has fewer key-value heads than heads. Before version 2.14, PyTorch has two
+CUDA kernels for such attention. Flash attention needs Linux and an A100, an RTX 30xx or a later GPU. On a T4,
+on an RTX 20xx and on Windows there is only the math kernel, which keeps all T×T attention weights in fp32.
 """
 
 import argparse
-import os
-import subprocess
 import sys
-from pathlib import Path
-from typing import NamedTuple
+from contextlib import nullcontext
+from itertools import product
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sides import LORA_R, Ours, build_ours, geometry, micro_batches, sample_of_turns
+from bench.speed import (LORA, Side, call_in_new_process, geometry, make_batches, process_memory,
+                         sample_of_turns)
 
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-CUDA_CONTEXT = 1.0  # GiB: CUDA's own, its libraries' workspaces, and what lies between the blocks
-CARDS = {"16 GB": 16e9 / 2**30, "8 GB": 8e9 / 2**30}  # what a card is sold as, in GiB; a T4 reports 14.6
-
-
-class Peak(NamedTuple):
-    """Bytes at the moment of the highest need, in its parts."""
-
-    frozen: float  # weights that do not change
-    trained: float  # projector and adapter, with their gradients and Adam's two moments
-    kept: float  # activations that the LLM's blocks keep for the backward pass
-    passing: float  # what comes and goes on top of these: logits, or one block's backward pass
-
-    @property
-    def total(self):
-        return sum(self)
+GIB = 2**30
+LONGEST = {1: (12, 40), 2: (240, 460)}  # {stage: tokens of all questions and of all answers of a sample}
+CUDA_CONTEXT = 1.0  # GiB for CUDA itself, its libraries, and gaps between tensors
+CARDS = {"8 GB": 7.4, "16 GB": 14.6, "24 GB": 22.3}  # GiB that PyTorch finds at least (14.6 on a T4)
 
 
-def peak_bytes(shape, stage, batch, positions, labelled, precision, checkpointing, on_gpu=True):
-    """Peak memory of a training step of ours.
+def peak_bytes(config, stage, batch, recompute, flash, size, on_gpu):
+    """Returns the peak memory of one of our training steps, in bytes.
 
-    Args:
-        batch: samples in the micro-batch. positions: of its longest, image included; the others are padded.
-        labelled: positions with a label, of all samples together.
-        checkpointing: of each block only the input is kept, and the rest computed once more.
-    """
-    vision, text = shape.vision, shape.text
-    d, mlp, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
-    kv = text.num_key_value_heads * (d // text.num_attention_heads)
-    c = BYTES[precision]  # of what is computed, and of frozen weights; what is trained is in fp32
-    rows = batch * positions
+    Args: batch: samples in the micro-batch, all of LONGEST length. recompute: --activation-checkpointing.
+    flash: False for the math kernel. size: bytes of a number in frozen weights and in matrix products."""
+    vision, text, rank = config.vision_config, config.text_config, LORA["r"]
+    d_v, d, mlp, layers = vision.hidden_size, text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    heads, kv = text.num_attention_heads, text.num_key_value_heads * text.head_dim
+    tokens = 1 + config.image_seq_length + sum(LONGEST[stage])
 
-    # The LLM: four matrices of attention, three of the MLP, embedding and head. CLIP: 12 · width² a block.
-    linear = {"q": (d, d), "k": (d, kv), "v": (d, kv), "o": (d, d), "gate": (d, mlp), "up": (d, mlp)}
-    linear["down"] = (mlp, d)
-    llm = layers * sum(i * o for i, o in linear.values()) + 2 * text.vocab_size * d
-    d_v = vision.hidden_size
-    clip_block = 4 * d_v**2 + 2 * d_v * vision.intermediate_size
-    clip = (vision.num_hidden_layers - 1) * clip_block + 3 * vision.patch_size**2 * d_v
-    frozen = c * (llm + clip)
+    # (inputs, outputs) of q, k, v, o, gate, up and down
+    linear = [(d, d), (d, kv), (d, kv), (d, d), (d, mlp), (d, mlp), (mlp, d)]
+    llm = layers * sum(i * o for i, o in linear) + 2 * text.vocab_size * d  # with embedding and head
+    clip = (vision.num_hidden_layers - 1) * (4 * d_v**2 + 2 * d_v * vision.intermediate_size)
+    trained = d_v * d + (layers * sum(rank * (i + o) for i, o in linear) if stage == 2 else 0)
+    weights = size * (llm + clip) + 4 * 4 * trained  # in fp32: weight, gradient, Adam's two moments
 
-    adapter = layers * sum(LORA_R * (i + o) for i, o in linear.values())
-    trained = (4 + 4 + 8) * (vision.hidden_size * d + (adapter if stage == 2 else 0))
+    # Next, what a block keeps for the backward pass, in bytes per token. A frozen linear layer keeps nothing,
+    # and neither does CLIP, because it runs without gradients.
+    block = 2 * 4 * d  # the inputs of both norms, in fp32
+    block += size * 3 * mlp  # gate, silu(gate) and up
+    # Attention keeps q, k, v and its output. The math kernel keeps q, k, v of every head and the attention
+    # weights, in fp32.
+    block += size * (2 * d + 2 * kv) if flash else 4 * (3 * d + heads * tokens)
+    if stage == 2:  # LoRA keeps the inputs of A and B, and the mask of dropout (on a CPU a float per element)
+        block += sum((size + (1 if on_gpu else 4)) * i + size * rank for i, _ in linear)
+    kept = layers * (size * d if recompute else block) + 4 * d
 
-    # What one block keeps for each position. CLIP keeps nothing: it runs under no_grad.
-    block = 2 * 4 * d  # both norms keep what they are given, in fp32
-    block += c * (2 * d + 2 * kv)  # attention: q and its result, k and v; no T×T scores (sdpa)
-    block += c * 3 * mlp  # SwiGLU: gate, silu(gate), up. Frozen linear layers keep nothing
-    if stage == 2:
-        # A trained A needs its input for its gradient: with dropout, each of the seven has its own. Beside it
-        # lies the mask: a byte for each element on a GPU, a whole float on a CPU.
-        mask = 1 if on_gpu else 4
-        block += sum((c + mask) * i + c * LORA_R for i, _ in linear.values())
-    kept = rows * (layers * (c * d if checkpointing else block) + 4 * d)
-
-    # On top of that, the larger of two moments. First, the loss: log-probabilities, their gradient, and that
-    # of the logits, all in fp32. Then, backward through a block: gradients of the MLP's inner vectors, in
-    # stage 2 also those that went through dropout; with checkpointing the block's own activations as well.
-    loss = 3 * 4 * labelled * text.vocab_size
-    backward = rows * (c * (3 * mlp + 2 * d) + (4 * mlp if stage == 2 else 0))
-    if checkpointing:
-        backward += rows * block
-    return Peak(frozen, trained, kept, max(loss, backward))
+    # The peak is at the loss or in the backward pass of a block, whichever needs more in addition.
+    loss = 3 * 4 * batch * LONGEST[stage][1] * text.vocab_size  # log-probabilities and two gradients
+    backward = size * (3 * mlp + 2 * d) + (4 * mlp if stage == 2 else 0)  # gradients in the MLP
+    if not flash:
+        backward = max(backward, 2 * 4 * heads * tokens)  # gradients of attention weights and scores
+    if recompute:
+        backward += block
+    return weights + batch * tokens * kept + max(loss, batch * tokens * backward)
 
 
-# -- measuring ---------------------------------------------------------------------------------------------
+def measure(stage, batch, recompute, flash):
+    """Returns the peak memory of a training step at mid geometry on the CPU, in bytes, without what the
+    process needed before (the libraries, and a step of a small model)."""
+    def step(side, config, stage, count):
+        sample = sample_of_turns(config, [LONGEST[stage]], np.random.default_rng(0))
+        side.step(make_batches([sample] * count, count))
+
+    cpu, small, config = torch.device("cpu"), geometry("toy"), geometry("mid")
+    step(Side("ours", small, 2, cpu, torch.float32), small, 1, 1)
+    before = process_memory("VmRSS")
+    side = Side("ours", config, stage, cpu, torch.float32)
+    if recompute:
+        side.model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+    with nullcontext() if flash else sdpa_kernel(SDPBackend.MATH):
+        step(side, config, 1, 1)  # creates Adam's moments
+        step(side, config, stage, batch)
+    return process_memory("VmHWM") - before
 
 
-def fresh_process_environment():
-    """Environment of a process whose memory is to be measured: freed tensors go back to the system at once.
-
-    glibc otherwise raises this threshold as it sees fit, and keeps what was freed below it.
-    """
-    return {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
-
-
-def peak_rss():
-    """The most bytes that this process had in memory (Linux; resource's figure includes the parent's)."""
-    return _status("VmHWM")
-
-
-def _status(name):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {name} in /proc/self/status")
+def check():
+    """Prints measured and computed peaks. Returns the largest relative difference."""
+    largest = 0
+    print("stage  micro-batch  checkpointing  attention  measured, GiB  computed, GiB")
+    for setting in product((1, 2), (1, 4), (False, True), (True, False)):
+        measured = call_in_new_process(measure, *setting)
+        computed = peak_bytes(geometry("mid"), *setting, size=4, on_gpu=False)
+        stage, batch, recompute, flash = setting
+        print(f"{stage:>5}  {batch:>11}  {'yes' if recompute else 'no':>13}  {'flash' if flash else 'math':>9}  "
+              f"{measured / GIB:>13.2f}  {computed / GIB:>6.2f} ({computed / measured - 1:+.0%})", flush=True)
+        largest = max(largest, abs(computed / measured - 1))
+    print(f"largest difference {largest:.1%}\n")
+    return largest
 
 
-def case(shape, stage):
-    """Samples as long as the longest of the stage's data set: [(question, answer), …] of each."""
-    if stage == 1:
-        turns = [(12, 40)]
-    else:
-        turns = [(40, 75), (50, 90), (45, 85), (55, 95), (50, 115)]
-    sample = sample_of_turns(shape, turns, np.random.default_rng(0))
-    positions = len(sample["input_ids"])
-    return sample, positions, sum(answer for _, answer in turns)
-
-
-def measure(name, stage, batch, checkpointing):
-    """Prints the peak over what the process had before, with the libraries loaded and warm."""
-    small = geometry("toy")
-    warm = Ours(build_ours(small, 2, "cpu", torch.float32), "cpu", torch.float32)
-    warm.step(micro_batches([case(small, 1)[0]], 1))
-    before = _status("VmRSS")
-
-    shape = geometry(name)
-    model = build_ours(shape, stage, "cpu", torch.float32)
-    if checkpointing:
-        model.checkpoint_activations()
-    side = Ours(model, "cpu", torch.float32)
-    side.step(micro_batches([case(shape, 1)[0]], 1))  # a small one: Adam's moments
-    side.step(micro_batches([case(shape, stage)[0]] * batch, batch))
-    print(peak_rss() - before)
-
-
-def check(name, bound=0.15):
-    """Prints measured and computed peaks; returns the largest deviation."""
-    shape, worst = geometry(name), 0
-    print(f"geometry {name}, fp32 on a CPU\n")
-    print("| stage | micro-batch | checkpointing | measured, GiB | computed, GiB | off by |")
-    print("|--|--|--|--|--|--|")
-    for stage in (1, 2):
-        _, positions, labelled = case(shape, stage)
-        for batch in (1, 4):
-            for checkpointing in (False, True):
-                words = [name, stage, batch, int(checkpointing)]
-                done = subprocess.run(
-                    [sys.executable, __file__, "--measure", *map(str, words)],
-                    env=fresh_process_environment(),
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    check=True,
-                )
-                measured = int(done.stdout.split()[-1])
-                computed = peak_bytes(
-                    shape, stage, batch, positions, batch * labelled, "fp32", checkpointing, on_gpu=False
-                ).total
-                off = computed / measured - 1
-                worst = max(worst, abs(off))
-                print(
-                    f"| {stage} | {batch} | {'yes' if checkpointing else 'no'} | {measured / 2**30:.2f} | "
-                    f"{computed / 2**30:.2f} | {off:+.0%} |",
-                    flush=True,
-                )
-    print(f"\nlargest deviation {worst:.1%} (bound {bound:.0%})")
-    return worst
-
-
-def table():
-    shape = geometry("full")
-    print("\nfull geometry on a GPU, computed: GiB at the peak; weights: of it, what no batch changes\n")
-    print("| stage | micro-batch | checkpointing | positions | fp16 / bf16 | weights | 16 GB | 8 GB |")
-    print("|--|--|--|--|--|--|--|--|")
-    for stage in (1, 2):
-        _, positions, labelled = case(shape, stage)
-        for batch in (1, 4, 16):
-            for checkpointing in (False, True):
-                # fp16 and bf16 need the same: fp16's loss scaler is one number.
-                peak = peak_bytes(shape, stage, batch, positions, batch * labelled, "fp16", checkpointing)
-                need = peak.total / 2**30
-                fits = ["yes" if need + CUDA_CONTEXT <= size else "no" for size in CARDS.values()]
-                print(
-                    f"| {stage} | {batch} | {'yes' if checkpointing else 'no'} | {positions} | {need:.1f} | "
-                    f"{(peak.frozen + peak.trained) / 2**30:.1f} | {' | '.join(fits)} |"
-                )
-    print(f"\nA setting fits if {CUDA_CONTEXT:.0f} GiB is left for CUDA itself.")
+def print_table():
+    print("peak in GiB, computed (in brackets the smallest card that has it)\n\n| stage | micro-batch | checkpointing "
+          "| flash attention | without: T4, RTX 20xx, Windows |\n|--|--|--|--|--|")
+    for stage, batch, recompute in product((1, 2), (1, 2, 4, 16), (False, True)):
+        cells = []
+        for flash in (True, False):
+            peak = peak_bytes(geometry("full"), stage, batch, recompute, flash, size=2, on_gpu=True) / GIB
+            card = next((name for name, gib in CARDS.items() if peak + CUDA_CONTEXT <= gib), "larger")
+            cells.append(f"{peak:.1f} ({card})")
+        print(f"| {stage} | {batch} | {'yes' if recompute else 'no'} | {' | '.join(cells)} |")
+    print(f"\nA card has enough memory if {CUDA_CONTEXT:.0f} GiB is left for CUDA itself.")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--table", action="store_true", help="only the table")
-    parser.add_argument("--geometry", choices=("toy", "mid"), default="mid", help="what is measured")
-    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)  # used by check()
-    args = parser.parse_args()
-    if args.measure:
-        name, stage, batch, checkpointing = args.measure
-        return measure(name, int(stage), int(batch), bool(int(checkpointing)))
-    worst = 0 if args.table else check(args.geometry)
-    table()
-    if worst > 0.15:
-        sys.exit("the computed figures are off by more than 15%")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the table without checking it")
+    largest = 0 if parser.parse_args().table else check()
+    print_table()
+    if largest > 0.15:
+        sys.exit("memory.py: computed and measured memory differ by more than 15%")
 
 
 if __name__ == "__main__":

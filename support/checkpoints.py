@@ -62,8 +62,8 @@ def open_stage_folder(folder, settings, world_size):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         before, progress = checkpoint["settings"], Progress(**checkpoint["progress"])
     except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0][:100]}): start again with --restart"
-                        ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise UserError(f"{path} is damaged ({reason}): start again with --restart") from error
     for name, value in vars(settings).items():
         if name not in MAY_CHANGE and before.get(name) != value:
             flag = "--" + name.replace("_", "-")

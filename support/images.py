@@ -83,7 +83,10 @@ class ImageStore:
         if self.members is not None:
             return True
         root = os.path.realpath(self.root)
-        return os.path.realpath(os.path.join(root, name)).startswith(root + os.sep)
+        try:
+            return os.path.realpath(os.path.join(root, name)).startswith(root + os.sep)
+        except ValueError:  # half of a UTF-16 pair, which no file name contains
+            return False
 
     def check(self, record, name):
         """Raises BadRecord if there is no such image."""

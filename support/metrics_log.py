@@ -77,9 +77,12 @@ class MetricsLog:
     def _write(self, step, **values):
         if self.file:
             line = json.dumps({"step": step, **values, "time": round(time.time(), 2)}, ensure_ascii=False)
-            self.file.write(line.encode("utf-8", "replace") + b"\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())  # a checkpoint stores the length of this file
+            try:
+                self.file.write(line.encode("utf-8", "replace") + b"\n")
+                self.file.flush()
+                os.fsync(self.file.fileno())  # a checkpoint stores the length of this file
+            except OSError as error:
+                raise UserError(f"cannot write {self.file.name}: {error.strerror}") from error
         if self.tracker:
             values.pop("generated", None)
             self.tracker.log(values, step=step)

@@ -93,5 +93,6 @@ def print_settings(settings, device, dtype):
 
 def next_command(script, settings):
     """Returns the command that continues with the run of these settings."""
-    flags = [] if settings.preset == "toy" else ["--preset", settings.preset]
+    has_presets = script != "sanity_check.py"  # which reads all settings from run.json
+    flags = ["--preset", settings.preset] if has_presets and settings.preset != "toy" else []
     return shlex.join(["python", script, *flags, "--run", str(settings.run)])

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -48,12 +49,17 @@ def load_image_processor(name):
     The Pillow implementation is asked for by name. Otherwise transformers would use torchvision where that is
     installed, and pixels would differ between machines.
     """
-    folder = find_pretrained(name)
+    folder, size = find_pretrained(name), load_vision_config(name).image_size
     try:
-        return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        pixel_values = image_processor(Image.new("RGB", (size, size)), return_tensors="pt")["pixel_values"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot read {folder}/preprocessor_config.json: {str(error).splitlines()[0]}"
                         ) from error
+    if pixel_values.shape != (1, 3, size, size):
+        raise UserError(f"{folder}/preprocessor_config.json makes images of another size than {size} × {size}, "
+                        "which the vision tower needs")
+    return image_processor
 
 
 def load_vision_tower(name, dtype):

@@ -9,114 +9,85 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from processes import SMALL, finish, metrics, start_all
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
-
-# One epoch over 17 samples, 8 in a step: two whole windows, and a last one with a single sample, of which the
+# One epoch of 17 samples, 8 in a step: two full steps, and a last one with a single sample, of which the
 # second of two processes gets nothing.
-ONE_EPOCH = [*SMALL, "--limit", "17", "--epochs", "1", "--warmup", "0", "--lr", "1", "--clip", "1e9"]
+ONE_EPOCH = [*SMALL, "--limit", "17", "--epochs", "1", "--warmup", "0", "--lr", "1", "--max-grad-norm", "1e9"]
 
 
 @pytest.fixture(scope="module")
 def large_batch(tmp_path_factory):
     folder = tmp_path_factory.mktemp("1x8")
-    finish(
-        "stage1_align",
-        ["--run", str(folder), *ONE_EPOCH, "--batch-size", "8", "--grad-accum", "1"],
-        folder / "log",
-        plain_sgd=True,
-    )
+    arguments = ["--run", str(folder), *ONE_EPOCH, "--batch-size", "8", "--grad-accum", "1"]
+    finish("stage1_align", arguments, folder / "log", plain_sgd=True)
     return folder
 
 
-@pytest.mark.parametrize("world, batch_size, grad_accum", [(1, 2, 4), (1, 4, 2), (2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize("world_size, batch_size, grad_accum", [(1, 2, 4), (1, 4, 2), (2, 4, 1), (2, 2, 2)])
 def test_micro_batches_and_processes_give_the_gradient_of_the_large_batch(
-    world, batch_size, grad_accum, large_batch, tmp_path
-):
-    """With plain SGD and lr 1 the weights moved by the sum of the gradients of all three steps, the partial
-    last one included. A mean of means would be off by some percent."""
-    finish(
-        "stage1_align",
-        [
-            "--run",
-            str(tmp_path),
-            *ONE_EPOCH,
-            "--batch-size",
-            str(batch_size),
-            "--grad-accum",
-            str(grad_accum),
-        ],
-        tmp_path / "log",
-        world=world,
-        plain_sgd=True,
-    )
+        world_size, batch_size, grad_accum, large_batch, tmp_path):
+    """With plain SGD and lr 1, the weights move by the sum of the gradients of all three steps, the partial
+    last one included. A mean of means would be wrong by some percent."""
+    arguments = ["--run", str(tmp_path), *ONE_EPOCH, "--batch-size", str(batch_size),
+                 "--grad-accum", str(grad_accum)]
+    finish("stage1_align", arguments, tmp_path / "log", world_size, plain_sgd=True)
     expected = load_file(large_batch / "stage1" / "projector.safetensors")
     found = load_file(tmp_path / "stage1" / "projector.safetensors")
     for name in expected:
-        largest = expected[name].abs().max()
+        largest = expected[name].abs().max().item()
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6 * largest)
     for ours, theirs in zip(metrics(tmp_path / "stage1"), metrics(large_batch / "stage1"), strict=True):
-        for key in ("step", "samples", "supervised_tokens"):
+        for key in ("step", "samples", "labeled_tokens"):
             assert ours.get(key) == theirs.get(key)
         if "grad_norm" in theirs:
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
 def children_of(pid):
-    """Process ids of a process's children, from the fourth field of /proc/<pid>/stat."""
-    parents = {
-        int(path.parent.name): int(path.read_text().rsplit(")", 1)[1].split()[1])
-        for path in Path("/proc").glob("[0-9]*/stat")
-    }
+    """Returns the ids of a process's children, from the fourth field of /proc/<pid>/stat."""
+    parents = {int(path.parent.name): int(path.read_text().rsplit(")", 1)[1].split()[1])
+               for path in Path("/proc").glob("[0-9]*/stat")}
     return sorted(child for child, parent in parents.items() if parent == pid)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers in Linux's /proc")
 def test_under_torchrun_a_killed_worker_comes_back_and_the_run_ends_as_if_unbroken(tmp_path):
-    """Stage 2, whose dropout gives every process random numbers of its own to restore."""
+    """In stage 2 each process draws its own dropout masks, so each has random numbers of its own to
+    restore."""
     arguments = [*SMALL, "--limit", "90", "--epochs", "2", "--batch-size", "2"]  # 24 steps of 2 × 2 × 2
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     finish("stage1_align", ["--run", str(unbroken), *SMALL, "--max-steps", "2"], tmp_path / "log")
     broken.mkdir()
     os.symlink(unbroken / "stage1", broken / "stage1")
-    finish("stage2_instruct", ["--run", str(unbroken), *arguments], tmp_path / "log", world=2)
+    finish("stage2_instruct", ["--run", str(unbroken), *arguments], tmp_path / "log", world_size=2)
 
     launcher = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "--max-restarts=1",
-            "--",  # without this, torchrun takes our --run for a part of its own --run-path
-            str(ROOT / "stage2_instruct.py"),
-            "--run",
-            str(broken),
-            *arguments,
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    while not list((broken / "stage2").glob("checkpoint-*")) and launcher.poll() is None:
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "--max-restarts=1",
+         "--",  # without this, torchrun takes our --run for a part of its own --run-path
+         str(REPOSITORY / "stage2_instruct.py"), "--run", str(broken), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (broken / "stage2" / "checkpoint.pt").exists() and launcher.poll() is None:
         time.sleep(0.01)
     os.kill(children_of(launcher.pid)[-1], signal.SIGKILL)
     output, _ = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, output[-3000:]
-    assert "resumed" in output
+    assert "resuming" in output
     for name in ("projector.safetensors", "adapter/adapter_model.safetensors"):
         assert (broken / "stage2" / name).read_bytes() == (unbroken / "stage2" / name).read_bytes()
     assert metrics(broken / "stage2") == metrics(unbroken / "stage2")
+    assert not (broken / "stage2" / "checkpoint.pt").exists()
 
 
-def test_a_run_of_two_processes_goes_on_with_one_from_the_same_sample(tmp_path):
+def test_a_run_of_two_processes_is_continued_by_one_from_the_same_sample(tmp_path):
     """Every sample of the epoch is seen once, however many processes share the work."""
     arguments = ["--run", str(tmp_path), *SMALL, "--limit", "60", "--epochs", "1", "--batch-size", "2"]
-    children = start_all("stage1_align", arguments, tmp_path / "log", world=2)
-    while not list((tmp_path / "stage1").glob("checkpoint-*")):
+    children = start_all("stage1_align", arguments, tmp_path / "log", world_size=2)
+    while not (tmp_path / "stage1" / "checkpoint.pt").exists():
         time.sleep(0.01)
         assert all(child.is_alive() for child in children), (tmp_path / "log").read_text()[-3000:]
     for child in children:
@@ -124,8 +95,9 @@ def test_a_run_of_two_processes_goes_on_with_one_from_the_same_sample(tmp_path):
     for child in children:
         child.join(60)
     assert [child.exitcode for child in children] == [128 + signal.SIGTERM] * 2
-    finish("stage1_align", [*arguments, "--resume"], tmp_path / "log")
+    # One process with twice the accumulation has the same effective batch.
+    finish("stage1_align", [*arguments, "--resume", "--grad-accum", "4"], tmp_path / "log")
     steps = [line for line in metrics(tmp_path / "stage1") if "samples" in line]
-    sizes = [b["samples"] - a["samples"] for a, b in zip(steps, steps[1:])]
-    assert steps[-1]["samples"] == 60
-    assert sizes[0] == 8 and sizes[-2] == 4  # 2 × 2 × 2 at first, then 2 × 2 × 1
+    assert [line["samples"] for line in steps] == [8, 16, 24, 32, 40, 48, 56, 60]
+    resumed = int((tmp_path / "log").read_text().split("at step ")[-1].split()[0].rstrip(":,"))
+    assert 3 <= resumed < 8

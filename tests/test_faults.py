@@ -1,30 +1,36 @@
 """What goes wrong while a run is under way ends in one sentence, and loses nothing."""
 
 import errno
+import io
 import json
 import os
+import pickle
 import shutil
 import signal
 import sys
 import time
-from pathlib import Path
+import zipfile
 
+import numpy as np
 import pytest
 import torch
+from conftest import N, REPOSITORY, draw
 from processes import SMALL, finish, metrics, start
-from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 import model
-import plumbing
-import runs
 import stage1_align
-
-ROOT = Path(__file__).resolve().parents[1]
+import toy.world
+from data import ChatDataset
+from support import metrics_log
+from support.errors import UserError, run_script
+from support.images import ImageStore
+from support.records import Records, RecordSet
 
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """Puts pytest's own back where a test has run a stage in this process."""
+    """Restores pytest's own handlers after a test that has run a stage in this process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
@@ -37,63 +43,52 @@ def wait_for(process, condition):
     assert process.is_alive(), "the run ended too early for this test"
 
 
-def failure(script, arguments, log, code=1):
-    """The sentence with which a script in a child process ends."""
-    process = start(script, arguments, log)
+def failure(script, arguments, log, max_file_size=None):
+    """Returns the sentence with which a script ends that runs in a child process."""
+    process = start(script, arguments, log, max_file_size=max_file_size)
     process.join(120)
     text = log.read_text()
-    assert process.exitcode == code, text[-3000:]
+    assert process.exitcode == 1, text[-3000:]
     assert "Traceback" not in text
     return text.strip().splitlines()[-1]
+
+
+def first_step_is_logged(folder):
+    path = folder / "metrics.jsonl"
+    return path.exists() and '"lr"' in path.read_text()
 
 
 # -- stopping ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_go_on(number, tmp_path):
-    process = start(
-        "stage1_align", ["--run", str(tmp_path), *SMALL, "--save-every", "9999"], tmp_path / "log"
-    )
-    wait_for(
-        process,
-        lambda: (
-            (tmp_path / "stage1" / "metrics.jsonl").exists()
-            and '"lr"' in (tmp_path / "stage1" / "metrics.jsonl").read_text()
-        ),
-    )
+def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_continue(number, tmp_path):
+    arguments = ["--run", str(tmp_path), *SMALL, "--save-every", "9999"]
+    process = start("stage1_align", arguments, tmp_path / "log")
+    wait_for(process, lambda: first_step_is_logged(tmp_path / "stage1"))
     os.kill(process.pid, number)
     process.join(60)
     assert process.exitcode == 128 + number
-    [checkpoint] = (tmp_path / "stage1").glob("checkpoint-*")
+    step = torch.load(tmp_path / "stage1" / "checkpoint.pt", weights_only=True)["progress"]["step"]
     last = (tmp_path / "log").read_text().strip().splitlines()[-1]
-    step = json.loads((checkpoint / "state.json").read_text())["step"]
-    assert f"stopped at step {step}" in last and "--resume" in last
+    assert f"at step {step} of" in last and "--resume" in last
     assert metrics(tmp_path / "stage1")[-1]["step"] == step
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path):
-    process = start(
-        "stage1_align",
-        ["--run", str(tmp_path), *SMALL, "--eval-every", "1", "--held-out", "240"],
-        tmp_path / "log",
-    )  # every step is followed by a long look, in which the signals come
-    wait_for(
-        process,
-        lambda: (
-            (tmp_path / "stage1" / "metrics.jsonl").exists()
-            and '"lr"' in (tmp_path / "stage1" / "metrics.jsonl").read_text()
-        ),
-    )
+    # Every step is followed by a long evaluation, in which the signals come.
+    arguments = ["--run", str(tmp_path), *SMALL, "--eval-every", "1", "--held-out", "240"]
+    process = start("stage1_align", arguments, tmp_path / "log")
+    wait_for(process, lambda: first_step_is_logged(tmp_path / "stage1"))
     os.kill(process.pid, signal.SIGINT)
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
     process.join(5)
     assert process.exitcode == 128 + signal.SIGINT
-    assert "stopped at step" not in (tmp_path / "log").read_text()
+    assert "saved" not in (tmp_path / "log").read_text()
 
 
-# -- going on, or not --------------------------------------------------------------------------------------
+# -- resuming, or not --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -101,56 +96,101 @@ def unfinished(tmp_path_factory):
     """A run that was stopped at its first checkpoint."""
     folder = tmp_path_factory.mktemp("unfinished")
     process = start("stage1_align", ["--run", str(folder), *SMALL], folder / "log")
-    wait_for(process, lambda: list((folder / "stage1").glob("checkpoint-*")))
+    wait_for(process, lambda: (folder / "stage1" / "checkpoint.pt").exists())
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
     return folder
 
 
 def test_an_unfinished_run_is_not_overwritten_by_accident(unfinished, tmp_path):
+    before = (unfinished / "stage1" / "checkpoint.pt").read_bytes()
     sentence = failure("stage1_align", ["--run", str(unfinished), *SMALL], tmp_path / "log")
     assert "unfinished run" in sentence and "--resume" in sentence and "--restart" in sentence
+    assert (unfinished / "stage1" / "checkpoint.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "flag, value",
-    [
-        ("--lr", "0.5"),
-        ("--seed", "3"),
-        ("--max-length", "99"),
-        ("--data", "toy/data/instruct.json"),
-        ("--precision", "bf16"),
-    ],
-)
+@pytest.mark.parametrize("flag, value", [("--lr", "0.5"), ("--seed", "3"), ("--max-length", "99"),
+                                         ("--data", "toy/data/instruct.json"), ("--precision", "bf16")])
 def test_resuming_with_another_setting_names_it(unfinished, flag, value, tmp_path):
-    sentence = failure(
-        "stage1_align", ["--run", str(unfinished), *SMALL, "--resume", flag, value], tmp_path / "log"
-    )
+    arguments = ["--run", str(unfinished), *SMALL, "--resume", flag, value]
+    sentence = failure("stage1_align", arguments, tmp_path / "log")
     assert "--resume" in sentence and flag in sentence and value in sentence
 
 
-def test_resuming_with_another_effective_batch_is_refused_and_another_cut_of_it_is_not(unfinished, tmp_path):
+def test_a_resumed_run_may_divide_its_effective_batch_differently_but_not_change_it(unfinished, tmp_path):
     shutil.copytree(unfinished / "stage1", tmp_path / "stage1")
     arguments = ["--run", str(tmp_path), *SMALL, "--resume", "--batch-size", "2"]
     assert "--grad-accum" in failure("stage1_align", [*arguments, "--grad-accum", "2"], tmp_path / "log")
     process = start("stage1_align", [*arguments, "--grad-accum", "4"], tmp_path / "log")
-    wait_for(process, lambda: "resumed" in (tmp_path / "log").read_text())
+    wait_for(process, lambda: "resuming" in (tmp_path / "log").read_text())
     process.kill()
     process.join()
 
 
-def test_a_finished_run_of_other_parts_is_not_overwritten(tmp_path):
-    finish("stage1_align", ["--run", str(tmp_path), *SMALL, "--max-steps", "0"], tmp_path / "log")
-    sentence = failure(
-        "stage1_align", ["--run", str(tmp_path), *SMALL, "--vision-layer", "-1"], tmp_path / "log"
-    )
-    assert "vision_layer" in sentence and "--run" in sentence
+def test_a_run_is_not_resumed_on_other_records(script, refusal, flags, drawn, tmp_path):
+    """Its order of samples would be lost."""
+    shutil.copy(drawn / "chat.json", tmp_path / "chat.json")
+    arguments = flags(1, data=tmp_path / "chat.json", max_steps=4, save_every=1, batch_size=2)
+    interrupt_after_step(2, script, arguments)
+    records = json.loads((tmp_path / "chat.json").read_text())
+    (tmp_path / "chat.json").write_text(json.dumps(records[1:]))
+    assert "records have changed" in refusal("stage1_align", *arguments, "--resume")
+    (tmp_path / "chat.json").write_text(json.dumps(records))
+    script("stage1_align", *arguments, "--resume")
 
 
-def test_another_chat_template_is_refused(tmp_path):
-    """The projector was trained to speak in one form; asked in another it would answer worse, and nobody
-    know."""
-    llm = shutil.copytree(ROOT / "toy" / "llama-chat", tmp_path / "llm")
+def interrupt_after_step(step, script, arguments):
+    """Runs stage 1 and interrupts it when it logs that step."""
+    log_step = metrics_log.MetricsLog.log_step
+
+    def interrupting(self, number, **values):
+        log_step(self, number, **values)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patches, pytest.raises(SystemExit) as stop:
+        patches.setattr(metrics_log.MetricsLog, "log_step", interrupting)
+        script("stage1_align", *arguments)
+    assert stop.value.code == 128 + signal.SIGTERM
+
+
+class Dangerous:
+    """Creates a file when it is unpickled."""
+
+    def __reduce__(self):
+        return open, ("created by a pickle", "w")
+
+
+def damaged_checkpoints(content):
+    yield "truncated", content[:len(content) // 2]
+    yield "a bit flipped in its pickle", content.replace(b"weights", b"weight\xff")
+    yield "empty", b""
+    yield "no checkpoint", b"<html>404</html>"
+    for name, value in (("a list", []), ("a dict", {}), ("without progress", {"settings": {}}),
+                        ("with other progress", {"settings": {}, "progress": {"steps": 1}})):
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        yield name, buffer.getvalue()
+    yield "a pickle", pickle.dumps(Dangerous(), protocol=2)
+    buffer = io.BytesIO()
+    torch.save(Dangerous(), buffer)
+    yield "a pickle in a checkpoint", buffer.getvalue()
+
+
+def test_a_damaged_checkpoint_is_refused_and_its_code_is_not_run(script, refusal, flags, tmp_path):
+    arguments = flags(1, max_steps=4, save_every=1, batch_size=2)
+    interrupt_after_step(2, script, arguments)
+    path = tmp_path / "runs" / "toy" / "stage1" / "checkpoint.pt"
+    for name, content in damaged_checkpoints(path.read_bytes()):
+        path.write_bytes(content)
+        sentence = refusal("stage1_align", *arguments, "--resume")
+        assert "checkpoint.pt is damaged" in sentence and "--restart" in sentence, name
+    assert not (tmp_path / "created by a pickle").exists()
+
+
+def test_another_chat_template_than_that_of_the_training_is_refused(tmp_path):
+    """A projector works best with the prompts it was trained with, and nothing would show the difference."""
+    llm = shutil.copytree(REPOSITORY / "toy" / "llama-chat", tmp_path / "llm")
     arguments = ["--run", str(tmp_path), *SMALL, "--llm", str(llm), "--max-steps", "0"]
     finish("stage1_align", arguments, tmp_path / "log")
     template = llm / "chat_template.jinja"
@@ -161,135 +201,254 @@ def test_another_chat_template_is_refused(tmp_path):
 # -- numbers -----------------------------------------------------------------------------------------------
 
 
-def test_a_non_finite_loss_stops_the_run_before_the_step_and_names_the_records(tmp_path, monkeypatch):
+@pytest.fixture
+def poisoned(monkeypatch):
+    """poisoned(condition, factor) multiplies the losses of a forward pass by `factor` if condition(number of
+    forward passes in train mode, whether the model is in train mode) is true."""
     forward, calls = model.Llava.forward, []
 
-    def poisoned(self, **batch):
-        losses = forward(self, **batch)
-        if not self.training:
-            return losses
-        calls.append(batch)
-        return losses * float("nan") if len(calls) == 3 else losses  # in the second step of two micro-batches
+    def poison(condition, factor):
+        calls.clear()
 
-    monkeypatch.setattr(model.Llava, "forward", poisoned)
+        def poisoned_forward(self, **batch):
+            calls.extend([batch] * self.training)
+            losses = forward(self, **batch)
+            return losses * factor if condition(len(calls), self.training) else losses
+
+        monkeypatch.setattr(model.Llava, "forward", poisoned_forward)
+
+    return poison
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_step_and_names_the_records(
+        tmp_path, monkeypatch, poisoned):
+    # The third micro-batch is in the second step of two.
+    poisoned(lambda number, training: training and number == 3, float("nan"))
     monkeypatch.setattr(sys, "argv", ["stage1_align.py", "--run", str(tmp_path), *SMALL, "--save-every", "1"])
-    with pytest.raises(plumbing.UserError, match="step 2: loss nan.*--lr.*GCC_train_") as error:
+    with pytest.raises(UserError, match="step 2: loss nan.*--lr.*GCC_train_") as error:
         stage1_align.main()
     assert str(error.value).count("GCC_train_") == 8
-    tensors = load_file(runs.newest_checkpoint(tmp_path / "stage1") / "tensors.safetensors")
-    assert all(bool(tensor.isfinite().all()) for name, tensor in tensors.items() if "rng" not in name)
+    checkpoint = torch.load(tmp_path / "stage1" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["progress"]["step"] == 1
+    assert all(weight.isfinite().all() for weight in checkpoint["weights"].values())
 
 
-def test_ten_overflows_in_a_row_stop_an_fp16_run_and_nine_do_not():
-    run = object.__new__(runs.Run)
-    run.failures, run.step = 0, 4
-    run.scaler = torch.amp.GradScaler("cpu", enabled=True)
-    window = type("Window", (), {"names": ["a", "b"]})
-    for _ in range(9):
-        run.check_finite(float("inf"), float("nan"), window)
-    run.check_finite(1.0, 1.0, window)  # recovered: counting starts anew
-    for _ in range(9):
-        run.check_finite(1.0, float("inf"), window)
-    with pytest.raises(plumbing.UserError, match="10 in a row.*a, b"):
-        run.check_finite(1.0, float("inf"), window)
+def test_ten_overflows_in_a_row_stop_an_fp16_run_and_nine_do_not(script, refusal, flags, tmp_path, poisoned):
+    arguments = flags(1, max_steps=20, precision="fp16")
+    # Nine, then one good step, after which the count begins again.
+    poisoned(lambda number, training: training and number not in (10, 20), float("inf"))
+    script("stage1_align", *arguments)
+    poisoned(lambda number, training: training and number != 5, float("inf"))
+    sentence = refusal("stage1_align", *arguments, "--restart")
+    assert "step 15: loss inf" in sentence and "drawn_0" in sentence
+
+
+def test_one_overflow_stops_a_run_in_fp32(refusal, flags, poisoned):
+    poisoned(lambda number, training: training and number == 3, float("inf"))
+    assert "step 3: loss inf" in refusal("stage1_align", *flags(1, max_steps=9))
+
+
+def test_a_model_whose_last_step_made_it_useless_is_not_saved_as_a_result(refusal, flags, tmp_path, poisoned):
+    poisoned(lambda number, training: number == 2 and not training, float("nan"))
+    assert "not finite" in refusal("stage1_align", *flags(1, max_steps=2))
+    folder = tmp_path / "runs" / "toy" / "stage1"
+    assert not (folder / "run.json").exists() and not (folder / "projector.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """learned(precision) returns the held-out losses before and after 40 steps of the toy."""
+    folder = tmp_path_factory.mktemp("precision")
+
+    def run(precision):
+        arguments = ["--run", str(folder / precision), *SMALL, "--max-steps", "40", "--held-out", "32",
+                     "--eval-every", "9999"]
+        if not (folder / precision).exists():
+            finish("stage1_align", [*arguments, "--precision", precision], folder / "log")
+        losses = [line["heldout_loss"] for line in metrics(folder / precision / "stage1")
+                  if "heldout_loss" in line]
+        return losses[0], losses[-1]
+
+    return run
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_learns_what_fp32_learns(precision, tmp_path):
-    """fp16 begins with overflows, since the first scale is too large: those steps are left out."""
-    losses = {}
-    for name in ("fp32", precision):
-        finish(
-            "stage1_align",
-            [
-                "--run",
-                str(tmp_path / name),
-                *SMALL,
-                "--max-steps",
-                "40",
-                "--precision",
-                name,
-                "--held-out",
-                "32",
-            ],
-            tmp_path / "log",
-        )
-        lines = [line for line in metrics(tmp_path / name / "stage1") if "heldout_loss" in line]
-        losses[name] = lines[-1]["heldout_loss"]
-        assert losses[name] < 0.8 * lines[0]["heldout_loss"]
-    assert losses[precision] == pytest.approx(losses["fp32"], rel=0.1)
+def test_half_precision_learns_what_fp32_learns(learned, precision):
+    """fp16 begins with overflows, because the first scale is too large. Those steps are skipped."""
+    before, after = learned(precision)
+    assert after < 0.8 * before
+    assert after == pytest.approx(learned("fp32")[1], rel=0.1)
 
 
 # -- resources ---------------------------------------------------------------------------------------------
 
 
-def test_out_of_memory_says_which_flags_to_lower_with_their_values(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["stage1_align.py", "--batch-size", "24", "--grad-accum", "3"])
-
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory\nmore"),
+    MemoryError(),
+], ids=["CUDA", "CPU", "Python"])
+def test_out_of_memory_says_which_flags_to_change(monkeypatch, error):
     def main():
-        plumbing.parse_settings("", stage1_align.PRESETS)
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
+        raise error
 
+    monkeypatch.setattr(sys, "argv", ["stage1_align.py"])
     with pytest.raises(SystemExit) as stop:
-        plumbing.launch(main)
-    for words in ("Tried to allocate 2.00 GiB", "--batch-size 24", "--grad-accum 3", "--max-length 256"):
+        run_script(main)
+    for words in ("out of memory", *str(error).splitlines()[:1], "--batch-size", "--grad-accum",
+                  "--activation-checkpointing", "--max-length"):
         assert words in stop.value.code
     assert "\n" not in stop.value.code
 
 
-def test_a_full_disk_is_noticed_before_the_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    monkeypatch.setattr(sys, "argv", ["stage1_align.py", "--run", str(tmp_path), *SMALL])
-    with pytest.raises(plumbing.UserError, match="disk has 0 MiB left"):
-        stage1_align.main()
+def test_a_bug_still_shows_its_traceback():
+    for bug in (ZeroDivisionError(), RuntimeError("some bug")):
+        def main():
+            raise bug
+
+        with pytest.raises(type(bug)):
+            run_script(main)
 
 
-def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_one_before(unfinished, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_one_before(unfinished, tmp_path):
+    """The child process may write only 60 kB to a file, and a checkpoint has 200 kB."""
     shutil.copytree(unfinished / "stage1", tmp_path / "stage1")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*checkpoint*/*")}
-
-    def full(tensors, path):
-        Path(path).write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(runs, "save_file", full)
-    monkeypatch.setattr(sys, "argv", ["stage1_align.py", "--run", str(tmp_path), *SMALL, "--resume"])
-    with pytest.raises(plumbing.UserError, match="No space left"):
-        stage1_align.main()
-    assert before and {path: path.read_bytes() for path in before} == before
-    assert runs.newest_checkpoint(tmp_path / "stage1").name in str(next(iter(before)))
+    before = (tmp_path / "stage1" / "checkpoint.pt").read_bytes()
+    assert len(before) > 100_000
+    arguments = ["--run", str(tmp_path), *SMALL, "--resume"]
+    sentence = failure("stage1_align", arguments, tmp_path / "log", max_file_size=60_000)
+    assert "cannot write" in sentence and "checkpoint.pt" in sentence
+    assert (tmp_path / "stage1" / "checkpoint.pt").read_bytes() == before
 
 
-# -- images ------------------------------------------------------------------------------------------------
+def test_a_disk_that_fills_up_while_the_result_is_written_is_one_sentence(tmp_path):
+    """Without a step there is no checkpoint, and the projector has 66 kB."""
+    arguments = ["--run", str(tmp_path), *SMALL, "--max-steps", "0"]
+    sentence = failure("stage1_align", arguments, tmp_path / "log", max_file_size=40_000)
+    assert "cannot write" in sentence and "projector.safetensors" in sentence
+    assert not (tmp_path / "stage1" / "run.json").exists()
+
+
+def test_a_disk_that_fills_up_while_the_log_is_written_is_one_sentence(refusal, flags, monkeypatch):
+    class FullDisk(io.FileIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(metrics_log, "open", FullDisk, raising=False)
+    sentence = refusal("stage1_align", *flags(1, max_steps=1))
+    assert "cannot write" in sentence and "metrics.jsonl" in sentence and "No space left" in sentence
+
+
+def test_a_folder_that_vanishes_during_the_run_is_one_sentence(refusal, flags, monkeypatch, tmp_path):
+    log_step = metrics_log.MetricsLog.log_step
+
+    def vanishing(self, *args, **values):
+        log_step(self, *args, **values)
+        shutil.rmtree(tmp_path / "runs")
+
+    monkeypatch.setattr(metrics_log.MetricsLog, "log_step", vanishing)
+    assert "cannot write" in refusal("stage1_align", *flags(1, max_steps=1))
+
+
+# -- images that cannot be decoded -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def half_an_image(tmp_path_factory):
-    """40 records in a folder of images, one of which is cut off in the middle: flags for stage 1."""
+    """A folder with 40 records in chat.json and their images in images/ and images.zip. One image is cut off
+    in the middle. Returns its record and the folder."""
     folder = tmp_path_factory.mktemp("data")
-    plumbing.find_file("toy/data/instruct.json")
-    records = json.loads((ROOT / "toy" / "data" / "instruct.json").read_text())[:40]
+    toy.world.draw_if_missing()
+    records = json.loads((REPOSITORY / "toy" / "data" / "instruct.json").read_text())[:40]
     (folder / "chat.json").write_text(json.dumps(records))
+    (folder / "images").mkdir()
     for record in records:
-        shutil.copy(ROOT / "toy" / "data" / "images" / record["image"], folder)
-    bad = folder / records[7]["image"]
+        shutil.copy(REPOSITORY / "toy" / "data" / "images" / record["image"], folder / "images")
+    bad = folder / "images" / records[7]["image"]
     bad.write_bytes(bad.read_bytes()[:700])
-    return records[7], ["--data", str(folder / "chat.json"), "--images", str(folder), *SMALL, "--epochs", "1"]
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        for path in (folder / "images").iterdir():
+            archive.write(path, path.name)
+    return records[7], folder
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_cannot_be_decoded_is_replaced_counted_and_named(half_an_image, workers, tmp_path):
-    record, flags = half_an_image
-    arguments = ["--run", str(tmp_path), *flags, "--allow-bad", "0.1", "--workers", str(workers)]
+@pytest.mark.parametrize("images, workers", [("images", 0), ("images", 2), ("images.zip", 0)])
+def test_an_image_that_cannot_be_decoded_is_replaced_named_and_counted_once(
+        half_an_image, images, workers, tmp_path):
+    record, folder = half_an_image
+    arguments = ["--run", str(tmp_path), *SMALL, "--data", str(folder / "chat.json"), "--epochs", "3",
+                 "--images", str(folder / images), "--allow-bad", "0.03", "--workers", str(workers)]
     finish("stage1_align", arguments, tmp_path / "log")
-    [line] = (tmp_path / "stage1" / "bad_images.txt").read_text().splitlines()
+    [line] = (tmp_path / "stage1" / "skipped.txt").read_text().splitlines()
     assert record["id"] in line and record["image"] in line
-    assert json.loads((tmp_path / "stage1" / "run.json").read_text())["bad_images"] == 1
-    assert "1 images could not be decoded" in (tmp_path / "log").read_text()
-    assert metrics(tmp_path / "stage1")[-2]["samples"] == 40
+    assert json.loads((tmp_path / "stage1" / "run.json").read_text())["skipped_images"] == 1
+    assert metrics(tmp_path / "stage1")[-2]["samples"] == 3 * 40
 
 
 def test_more_undecodable_images_than_allowed_stop_the_run(half_an_image, tmp_path):
-    record, flags = half_an_image
-    sentence = failure("stage1_align", ["--run", str(tmp_path), *flags], tmp_path / "log")
-    assert "1 images could not be decoded" in sentence and record["image"] in sentence
+    record, folder = half_an_image
+    arguments = ["--run", str(tmp_path), *SMALL, "--data", str(folder / "chat.json"), "--epochs", "1",
+                 "--images", str(folder / "images")]
+    sentence = failure("stage1_align", arguments, tmp_path / "log")
+    assert "1 images cannot be decoded" in sentence and record["image"] in sentence
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_of_broken_images_is_one_sentence_also_from_a_worker(
+        template, image_processor, tmp_path, monkeypatch, workers):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    records = [{"id": i, "image": f"{i}.png", "conversations": turns} for i in range(30)]
+    (tmp_path / "chat.json").write_text(json.dumps(records))
+    for i in range(30):
+        (tmp_path / f"{i}.png").write_text("<html>404</html>")
+    records = RecordSet(Records(tmp_path / "chat.json"), ImageStore(tmp_path), np.arange(30))
+    loader = DataLoader(ChatDataset(records, template, image_processor, N, 500), num_workers=workers,
+                        batch_size=None)
+    monkeypatch.setattr(sys, "argv", ["stage1_align.py"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: next(iter(loader)))
+    sentence = stop.value.code
+    assert sentence.startswith("stage1_align.py: 20 records in a row cannot be used; the last: record 19")
+    assert "\n" not in sentence and "19.png" in sentence
+
+
+@pytest.fixture
+def broken_held_out(drawn, tmp_path):
+    """Six held-out records. The image of the first is a web page, and the second is no conversation. Returns
+    the settings for flags()."""
+    records = json.loads((drawn / "instruct.json").read_text())[:6]
+    shutil.copytree(drawn / "images", tmp_path / "held out")
+    (tmp_path / "held out" / records[0]["image"]).write_text("<html>404</html>")
+    records[1]["conversations"] = []
+    (tmp_path / "heldout.json").write_text(json.dumps(records))
+    return dict(heldout_data=tmp_path / "heldout.json", heldout_images=tmp_path / "held out", held_out=6)
+
+
+def test_a_held_out_record_that_cannot_be_used_is_dropped_counted_and_named(
+        script, flags, broken_held_out, tmp_path, capsys):
+    arguments = flags(1, max_steps=1, allow_bad=0.2, **broken_held_out)
+    for check in (["--check-data"], []):
+        script("stage1_align", *arguments, *check)
+        out = capsys.readouterr().out
+        assert "6 records" in out and "4 usable" in out
+        assert "1 unusable: image cannot be decoded" in out and "'drawn_0'" in out and "red.png" in out
+        assert "1 unusable: no human turn with a gpt turn after it" in out and "'drawn_1'" in out
+    assert "8 samples to train on, 4 held out" in out
+    assert "reference: a blue picture" in out  # record 2 is the first that is left
+    script("stage2_instruct", *flags(2, max_steps=1, allow_bad=0.2, **broken_held_out))
+    capsys.readouterr()
+    for i in (0, 3):
+        script("sanity_check", "--sample", i, "--max-new-tokens", 2)
+        out = capsys.readouterr().out
+        assert f"held-out record {i} of 4: id drawn_{i + 2}," in out and "different image" in out
+        assert "'drawn_0'" in out
+    script("sanity_check", "--show-mask", 0)
+    assert "a blue picture" in capsys.readouterr().out
+
+
+def test_too_few_usable_held_out_records_are_refused(refusal, flags, broken_held_out, tmp_path):
+    assert "2 of 14 records cannot be used" in refusal("stage1_align", *flags(1, **broken_held_out))
+    records = json.loads((tmp_path / "heldout.json").read_text())[:3]
+    (tmp_path / "heldout.json").write_text(json.dumps(records))
+    sentence = refusal("stage1_align", *flags(1, **broken_held_out), "--allow-bad", "1", "--check-data")
+    assert "fewer than two usable held-out records have an image" in sentence

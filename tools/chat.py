@@ -7,8 +7,8 @@
     Ctrl-C         stops an answer; what was generated stays in the conversation
     Ctrl-D         ends the program, as does Ctrl-C while no answer is generated
 
-It loads stage 2 of the run if that is finished, else stage 1. The toy starts in about 5 seconds on 2 CPU cores.
-Nothing is written. Questions can also come from a pipe, one per line; then only the answers are printed.
+It loads stage 2 of the run if that is finished, else stage 1. With the toy, it starts in about 5 seconds on
+2 CPU cores. No file is written. Questions can also come from a pipe, one per line.
 
 A language model remembers nothing from one call to the next. For every answer, the chat template renders the
 whole conversation again, exactly like a training record of several turns (see data.py).
@@ -51,10 +51,10 @@ def load_image(path, image_processor):
 
 
 def drop_oldest_turns(messages, template, has_image, num_image_tokens, max_tokens):
-    """Returns (messages, ids of the prompt) without the oldest questions and answers, so that the prompt has at
+    """Returns (messages, ids of the prompt). It drops the oldest questions and answers until the prompt has at
     most `max_tokens` tokens. The last question always stays.
 
-    The image always stands before the first question, as in training. So it is never dropped. """
+    The image is never dropped. It stands before the first question that is left, as in training. """
     while True:
         first = f"{IMAGE_TOKEN}\n{messages[0]['content']}" if has_image else messages[0]["content"]
         ids = template.encode_prompt([{**messages[0], "content": first}, *messages[1:]], num_image_tokens)
@@ -64,29 +64,30 @@ def drop_oldest_turns(messages, template, has_image, num_image_tokens, max_token
 
 
 def answer_question(model, template, device, messages, question, pixel_values, max_new_tokens, temperature):
-    """Prints the answer to a question. Returns the conversation with question and answer appended, or unchanged
-    if no answer was generated."""
+    """Prints the answer to a question. Returns the conversation with question and answer appended, or
+    unchanged if no answer was generated."""
     context = model.llm.config.get_text_config().max_position_embeddings  # of prompt and answer, in tokens
     longer = messages + [{"role": "user", "content": template.escape(question)}]
     kept, ids = drop_oldest_turns(longer, template, pixel_values is not None, model.num_image_tokens,
                                   context - min(max_new_tokens, context // 2))
     if len(kept) < len(longer):
-        print(f"(The model can read {context} tokens. The first {(len(longer) - len(kept)) // 2} questions and "
-              "answers were dropped.)", flush=True)
+        print(f"(The model can read {context} tokens. The oldest questions and answers were dropped: "
+              f"{(len(longer) - len(kept)) // 2}.)", flush=True)
     if len(ids) >= context:
-        print(f"(The question has {len(ids)} tokens, but the model can read {context}. Ask a shorter one.)", flush=True)
+        print(f"(The model can read {context} tokens, but this prompt has {len(ids)}. Ask a shorter "
+              "question.)", flush=True)
         return messages
 
     batch = collate([{"input_ids": ids, "pixel_values": pixel_values}], template.tokenizer.pad_token_id)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     streamer = RecordingStreamer(template.tokenizer)
     try:
-        model.generate(**batch, end_token_ids=[template.end_token_id], streamer=streamer, temperature=temperature,
-                       max_new_tokens=min(max_new_tokens, context - len(ids)))
+        model.generate(**batch, end_token_ids=[template.end_token_id], temperature=temperature,
+                       max_new_tokens=min(max_new_tokens, context - len(ids)), streamer=streamer)
     except KeyboardInterrupt:
         streamer.end()  # prints the word that it holds back, and a newline
     answer = template.escape(template.decode(streamer.ids))
-    return kept + [{"role": "assistant", "content": answer}] if answer else messages
+    return [*kept, {"role": "assistant", "content": answer}] if answer else messages
 
 
 def converse(model, template, image_processor, device, pixel_values, max_new_tokens, temperature):
@@ -109,13 +110,13 @@ def converse(model, template, image_processor, device, pixel_values, max_new_tok
                 try:
                     pixel_values = load_image(path, image_processor)
                 except UserError as error:
-                    print(f"{error}. The conversation continues with the previous image.", flush=True)
+                    print(f"{error}. The conversation continues as before.", flush=True)
                     continue
                 messages = []  # the model was trained on one image per conversation
                 print(f"{path}: a new conversation", flush=True)
             elif line:
-                messages = answer_question(model, template, device, messages, line, pixel_values, max_new_tokens,
-                                           temperature)
+                messages = answer_question(model, template, device, messages, line, pixel_values,
+                                           max_new_tokens, temperature)
     if at_terminal:
         print()  # so that the shell's prompt gets a line of its own
 

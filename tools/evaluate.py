@@ -4,7 +4,7 @@
     python -m tools.evaluate --run runs/toy --stage 1
 
 The toy takes about 30 seconds on 2 CPU cores. The script prints a table and the first mistakes, and writes
-the numbers to <run>/eval.json. If the numbers are as good with a different image, the model ignores the image.
+the numbers to <run>/eval.json. If they are as good with a different image, the model ignores the image.
 
 "Captions" are the held-out records of stage 1, and "answers" are those of stage 2. Stage 2 is evaluated on
 both, because it may have forgotten how to write captions. The keys of eval.json:
@@ -151,14 +151,15 @@ def score_answers(questions, answers, suffix=""):
 def print_table(result):
     """Prints the content of eval.json."""
     rows = [("held-out records, with the", "correct image", "different image", "blank image")]
-    labels = {"objects_f1": "captions: F1 of color and shape", "caption_f1": "captions: F1 of color, shape, place",
-              "qa_exact": "answers: equal to the reference answer"}
     for name in ("captions", "answers"):
         if f"{name}_loss" in result:
             rows.append((f"{name}: loss, nats per token",
                          *(f"{result[f'{name}_loss{image}']:.3f}" for image in ("", "_shuffled", "_blank"))))
-    for key in labels.keys() & result.keys():
-        rows.append((labels[key], f"{result[key]:.3f}", f"{result[f'{key}_shuffled']:.3f}"))
+    for key, label in (("objects_f1", "captions: F1 of color and shape"),
+                       ("caption_f1", "captions: F1 of color, shape and place"),
+                       ("qa_exact", "answers: equal to the reference answer")):
+        if key in result:
+            rows.append((label, f"{result[key]:.3f}", f"{result[f'{key}_shuffled']:.3f}"))
     for kind, fraction in result.get("qa_exact_by_kind", {}).items():
         rows.append((f"    {kind} ({result['counts']['answers_by_kind'][kind]})", f"{fraction:.3f}",
                      f"{result['qa_exact_shuffled_by_kind'][kind]:.3f}"))

@@ -1,0 +1,98 @@
+"""What depends on what: five files at the top, and support/, which knows nothing of toy/ and tools/."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+
+import pytest
+from conftest import REPOSITORY
+
+TOP = ["data", "model", "sanity_check", "stage1_align", "stage2_instruct"]
+FOLDERS = ["support", "tools", "toy", "bench", "lessons"]
+FILES = sorted(path for pattern in ("*.py", *(f"{name}/*.py" for name in FOLDERS))
+               for path in REPOSITORY.glob(pattern))
+OPTIONAL = {"matplotlib", "readline"}  # packages that not everybody has
+
+
+def module_name(path):
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+
+
+SOURCES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+
+def imports(tree):
+    """Returns the names of all modules that are imported anywhere in a file."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "no relative imports"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def project_imports(name):
+    """Returns the modules of this project that a module imports."""
+    return {other for other in imports(SOURCES[name]) if other in SOURCES}
+
+
+def folders_imported(name):
+    return {other.split(".")[0] for other in imports(SOURCES[name])} & set(FOLDERS)
+
+
+def test_the_top_level_has_exactly_the_five_files():
+    assert [path.stem for path in sorted(REPOSITORY.glob("*.py"))] == TOP
+
+
+def test_the_model_imports_nothing_of_the_project():
+    assert project_imports("model") == set()
+
+
+def test_data_imports_only_the_model_and_support():
+    assert project_imports("data") - {"model"} <= {name for name in SOURCES if name.startswith("support.")}
+
+
+def test_support_and_the_sanity_check_know_nothing_of_toy_tools_and_bench():
+    for name in SOURCES:
+        if name.startswith("support.") or name == "sanity_check":
+            assert folders_imported(name) <= {"support"}, name
+            assert not {"stage1_align", "stage2_instruct"} & project_imports(name), name
+            assert name == "sanity_check" or "sanity_check" not in project_imports(name), name
+
+
+@pytest.mark.parametrize("stage", ["stage1_align", "stage2_instruct"])
+def test_the_stages_import_only_the_toys_drawing_from_outside_support(stage):
+    assert folders_imported(stage) == {"support", "toy"}
+    assert {name for name in project_imports(stage) if name.startswith("toy")} == {"toy.world"}
+    assert {name for name in project_imports(stage) if "." not in name} == {"data", "model", "sanity_check"}
+
+
+def test_nothing_is_imported_inside_a_function_except_an_optional_package():
+    for name, tree in SOURCES.items():
+        for function in ast.walk(tree):
+            if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                hidden = {other.split(".")[0] for other in imports(function)}
+                assert hidden <= OPTIONAL, f"{name}.{function.name}() imports {hidden}"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graph = {name: project_imports(name) for name in SOURCES}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(SOURCES)  # else it raises CycleError
+
+
+def test_each_module_of_support_can_be_imported_first():
+    names = [name for name in SOURCES if name.startswith("support.") or name in TOP]
+    code = f"""
+import sys
+import peft, torch, transformers  # once, because they take seconds
+for name in {names}:
+    __import__(name)
+    for other in {list(SOURCES) + FOLDERS}:
+        sys.modules.pop(other, None)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(names) >= 15
