@@ -1,26 +1,30 @@
 """From a JSON record to tensors: the chat template, the label mask, samples and batches.
 
-A record of LLaVA-CC3M-Pretrain-595K (stage 1). Those of LLaVA-Instruct-150K (stage 2) have more turns:
+A record of LLaVA-CC3M-Pretrain-595K (stage 1). The conversations of LLaVA-Instruct-150K have more turns:
 
     {"id": "GCC_train_002582585", "image": "GCC_train_002582585.jpg", "conversations": [
         {"from": "human", "value": "Provide a brief description of the given image.\\n<image>"},
         {"from": "gpt",   "value": "olive oil is a healthy ingredient used liberally ."}]}
 
-With TinyLlama's chat template and tokenizer it becomes the following tokens. A dot separates two tokens, ▁ is
-a space, <0x0A> is a newline, and the N image positions are shortened to two. The labels of the trained tokens
-are their own ids; all other labels are IGNORE_INDEX. So the model is trained on the answer and its end token.
+With TinyLlama's chat template and tokenizer it becomes these tokens, with two instead of N image positions.
+The label of a labeled token is its own id, and the label of an ignored token is IGNORE_INDEX. So the model is
+trained to generate the answer and the end token after it.
 
-    not trained  <s>·▁<·|·user·|·>·<0x0A>·<image>·<image>·<0x0A>·Pro·v·ide·▁a·▁brief·▁description·▁of·▁the
-                 ·▁given·▁image·.·</s>·<0x0A>·<·|·ass·istant·|·>·<0x0A>
-    trained      ol·ive·▁oil·▁is·▁a·▁health·y·▁ing·red·ient·▁used·▁liber·ally·▁.·</s>
-    not trained  <0x0A>
+    ·         separates two tokens
+    ▁         is a space
+    <0x0A>    is a newline
 
-Three rules hold for training and for inference alike, each in one place:
-  * The first token is <s>. ChatTemplate.tokenize() adds it if the template does not.
-  * Padding is known by its position, never by its id, because Llama's padding token *is* its end token.
-  * labels[t] is the token at position t. The shift by one position happens in Llava.forward().
+    ignored   <s>·▁<·|·user·|·>·<0x0A>·<image>·<image>·<0x0A>·Pro·v·ide·▁a·▁brief·▁description·▁of·▁the·▁given
+              ·▁image·.·</s>·<0x0A>·<·|·ass·istant·|·>·<0x0A>
+    labeled   ol·ive·▁oil·▁is·▁a·▁health·y·▁ing·red·ient·▁used·▁liber·ally·▁.·</s>
+    ignored   <0x0A>
 
-This file cannot be run. `python sanity_check.py --show-mask 0` prints a record with its mask in color.
+Three rules:
+  * The first token is the tokenizer's start token, here <s>. See ChatTemplate.tokenize().
+  * No code looks for padding by its id, because TinyLlama's padding token is also its end token.
+  * labels[t] belongs to the token at position t. Llava.forward() shifts by one.
+
+`python sanity_check.py --show-mask 0` prints a record with its labeled tokens in color.
 """
 
 import hashlib
@@ -44,8 +48,8 @@ IMAGE_TOKEN = "<image>"
 class ChatTemplate:
     """The LLM's tokenizer and chat template, and the labels that go with them.
 
-    The LLM was tuned with this template and answers after exactly these tokens. Training and inference render
-    text by the same functions, so the two cannot drift apart.
+    The LLM was tuned with its chat template. With other role markers its answers would be worse. Training and
+    inference render text by the same functions, so both produce the same prompts.
 
     Args:
         llm: folder of a chat model, or its name on the hub.
@@ -67,10 +71,10 @@ class ChatTemplate:
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         special = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self.special_token = re.compile("|".join(map(re.escape, special.values())))
-        self.end_ids = special.keys() - {self.image_token_id}  # every special token ends an answer
+        self.special_ids = special.keys() - {self.image_token_id}  # the first one after an answer ends it
         if self.tokenizer.pad_token_id is None:  # any token will do, because padding is known by its position
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        # Saved with the weights, because a model must be prompted with the template it was trained with.
+        # run.json stores this hash, because a model must be prompted with the template it was trained with.
         self.fingerprint = hashlib.sha256(self.tokenizer.chat_template.encode()).hexdigest()[:16]
         self.end_token_id = check_template(self, folder)
 
@@ -82,8 +86,8 @@ class ChatTemplate:
         """Returns (ids, offsets); offsets[t] is the range of characters that token t stands for.
 
         The whole text is tokenized at once. To tokenize question and answer separately and join the ids is a
-        common mistake: "olive" alone is ▁o·live, but after the newline of "<|assistant|>\\n" it is ol·ive.
-        The model would be trained on tokens that never occur at inference.
+        common mistake. "olive" alone is ▁o·live, but after the newline of "<|assistant|>\\n" it is ol·ive.
+        The LLM was tuned on the second form, so the separate pieces would train it on unusual tokens.
         """
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
@@ -111,12 +115,12 @@ class ChatTemplate:
         labels = [IGNORE_INDEX] * len(ids)
         t = 0
         for start, end in self.answer_spans(messages, text):
-            while t < len(ids) and offsets[t][0] < start:  # the question
+            while t < len(ids) and offsets[t][0] < start:  # skip everything before the answer
                 t += 1
-            while t < len(ids):  # the answer, up to the first special token after it
+            while t < len(ids):  # label the answer, up to the first special token after it
                 labels[t] = ids[t]
                 t += 1
-                if offsets[t - 1][0] >= end and ids[t - 1] in self.end_ids:
+                if offsets[t - 1][0] >= end and ids[t - 1] in self.special_ids:
                     break
         return ids, labels
 
@@ -128,15 +132,16 @@ class ChatTemplate:
         we render the conversation with a marker in place of every answer. The pieces between the markers are
         what the template writes around the answers, and their lengths give the positions.
         """
-        marker = "\ue000"  # a private-use character, which no template contains
+        marker = "\ue000"  # a private-use character, which should occur in no text
+        if marker in text:
+            raise ValueError("a text that contains the character U+E000")
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         pieces = self.render([{**message, "content": marker} if message["role"] == "assistant" else message
                               for message in messages]).split(marker)
         spans, rebuilt = [], pieces[0]
         for i, (answer, piece) in enumerate(zip(answers, pieces[1:])):
-            # Some templates write something between prompt and answer (Mistral a space, Qwen3 an empty
-            # thinking block). The prompt does not contain it, so the model has to generate it, and it is
-            # trained.
+            # Some templates write text between prompt and answer: Mistral a space, Qwen3 an empty thinking
+            # block. The prompt lacks this text, so the model must generate it. It is labeled.
             start = len(self.render(messages[:2 * i + 1], prompt=True))
             spans.append((start, len(rebuilt) + len(answer)))
             rebuilt += answer + piece
@@ -147,7 +152,8 @@ class ChatTemplate:
     def encode_prompt(self, messages, num_image_tokens):
         """Returns the ids of a conversation that ends with a question.
 
-        They are a prefix of what encode() returns for the same conversation with its answer.
+        They are a prefix of what encode() returns for the conversation with its answer. check_template() has
+        tested this on an example.
         """
         return self.tokenize(self.render(messages, prompt=True), num_image_tokens)[0]
 
@@ -155,11 +161,12 @@ class ChatTemplate:
         """Returns the record's turns as [{"role", "content"}], with the image at the front of its question.
 
         The reference does the same (preprocess_multimodal()): "<image>\\n" + question, wherever <image>
-        stood. A record without an image is plain text and is trained like any other.
+        stood. (Its stage-1 scripts drop the question. We keep it, as the paper does.) A record without an
+        image is plain text and is trained like any other.
         Raises BadRecord if the record is not a conversation that can be trained on.
         """
-        texts = check_turns(record, has_image)  # of the alternating human and gpt turns
-        # If no question names the image, it belongs to the first one.
+        texts = check_turns(record, has_image)  # [question, answer, question, answer, …]
+        # If no question contains <image>, the image is put in the first one.
         image_turn = next((i for i in range(0, len(texts), 2) if IMAGE_TOKEN in texts[i]), 0)
         messages = []
         for i, text in enumerate(texts):
@@ -171,9 +178,9 @@ class ChatTemplate:
         return messages
 
     def escape(self, text):
-        """Returns the text with special tokens broken up: "</s>" becomes "< /s>".
+        """Returns the text stripped and with special tokens broken up: "</s>" becomes "< /s>".
 
-        The tokenizer would take a literal "</s>" in a question or answer for the real end token.
+        The tokenizer would encode a literal "</s>" in a question or answer as the end token.
         """
         return self.special_token.sub(lambda match: match[0][0] + " " + match[0][1:], text.strip())
 
@@ -201,12 +208,12 @@ class ChatDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, i):
-        """Returns sample i, or the next one that works if its image cannot be decoded.
+        """Returns sample i, or the next one that works if it cannot be used. sample["skipped"] then says why.
 
-        sample["skipped"] then says why. (Everything else has been checked before; see check_records().)
+        Only an image that cannot be decoded should be the reason, because check_records() has found the rest.
         """
         skipped = []
-        for j in range(i, i + 20):  # give up after 20, because then the whole folder must be broken
+        for j in range(i, i + 20):  # after 20 bad records in a row, the image folder is probably broken
             record = self.records[j % len(self)]
             try:
                 ids, labels = self.tokens(record)
@@ -220,7 +227,10 @@ class ChatDataset(Dataset):
         return self.template.to_messages(record, has_image=self.records.image_name(record) is not None)
 
     def tokens(self, record):
-        """Returns (input_ids, labels), cut to max_length. Raises BadRecord if no answer is left."""
+        """Returns (input_ids, labels), cut after the last answer that fits into max_length tokens.
+
+        Raises BadRecord if none fits.
+        """
         try:
             ids, labels = self.template.encode(self.messages(record), self.num_image_tokens)
         except ValueError as error:
@@ -234,16 +244,17 @@ class ChatDataset(Dataset):
         return ids, labels
 
     def pixel_values(self, record):
-        """Returns the record's image as (3, H, W) fp32, or None if the record has no image."""
+        """Returns the record's image as (3, S, S) fp32, or None if the record has no image."""
         image = self.records.open_image(record)
         if image is None:
             return None
-        # Resizes, crops and normalizes as the vision tower expects. (1, 3, H, W) -> (3, H, W)
+        # Resizes, crops and normalizes as the vision tower expects. (1, 3, S, S) -> (3, S, S)
         return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
 
     def prompt(self, i, turn=0):
-        """Returns one question of record i as a prompt, and its reference answer:
-        ({"input_ids", "pixel_values"}, text). Raises BadRecord if the image cannot be decoded.
+        """Returns ({"input_ids", "pixel_values"}, reference answer) for one question of record i.
+
+        turn: 0 for the first question of the record. Raises BadRecord if the image cannot be decoded.
         """
         record = self.records[i]
         messages, pixel_values = self.messages(record), self.pixel_values(record)
@@ -270,10 +281,10 @@ def drop_last_turns(ids, labels, max_length):
 def collate(samples, pad_token_id, padding_side="right"):
     """Returns a batch of tensors from a list of samples or prompts.
 
-        input_ids       (B, T)
+        input_ids       (B, T) int64
         attention_mask  (B, T) bool, False on padding
-        pixel_values    (I, 3, H, W), the images of the samples that have one, in order; I may be 0
-        labels          (B, T), only for samples; prompts have none
+        pixel_values    (I, 3, S, S) fp32, the images of the samples that have one, in order; I may be 0
+        labels          (B, T) int64, only for samples; prompts have none
         skipped         a list of sentences, only for samples; see ChatDataset.__getitem__()
     """
     longest = max(len(sample["input_ids"]) for sample in samples)

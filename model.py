@@ -8,13 +8,16 @@ CLIP cuts the image into patches and returns one vector per patch (Z_v). The pro
 each of these vectors into the space of the LLM's token embeddings (H_v). From there on the LLM reads the
 image like text: nothing marks these positions as an image.
 
-This file is imported by the two stages and by sanity_check.py. It cannot be run.
-
-Sizes used in the comments, for CLIP ViT-L/14 with TinyLlama (and for the toy models):
-    B    samples in the batch             T   tokens of the longest sequence in the batch
-    I    images in the batch              N   patches per image: (image size / patch size)²      256 (9)
-    D_v  width of CLIP       1024 (128)   D   width of the LLM                                2048 (128)
-    K    labeled positions in the batch   V   size of the LLM's vocabulary                  32,000 (615)
+Sizes used in the comments:                                          CLIP ViT-L/14 + TinyLlama       toy
+    B    samples in the batch
+    T    tokens of the longest sequence in the batch
+    I    images in the batch
+    S    height and width of an image in pixels                                            224        96
+    N    patches of an image, (S / patch size)²                                            256         9
+    D_v  width of CLIP                                                                   1,024       128
+    D    width of the LLM                                                                2,048       128
+    V    size of the LLM's vocabulary                                                   32,000       615
+    K    labeled tokens in the batch, those that the loss is computed on
 
 "The reference" in the comments of this project is the authors' code, github.com/haotian-liu/LLaVA.
 """
@@ -26,7 +29,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-IGNORE_INDEX = -100  # the label of a position that is not trained; also cross_entropy's default
+IGNORE_INDEX = -100  # label of a position that the loss ignores; cross_entropy uses the same default
 
 # The seven linear layers of a block of Llama, Qwen, Mistral or Gemma: attention, then MLP.
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -43,7 +46,7 @@ class Llava(nn.Module):
     Args:
         vision_tower: a CLIPVisionModel or SiglipVisionModel. Its unused blocks are deleted.
         llm: a decoder-only language model of transformers.
-        image_token_id: the id in `input_ids` that marks a position for one image feature.
+        image_token_id: the id in `input_ids` whose positions are filled with image features, one each.
         projector: "linear" (the paper) or "mlp" (LLaVA-1.5: two layers with a GELU between them).
         vision_layer: the hidden state of the vision tower to use, counted from the end. LLaVA uses -2.
     Raises:
@@ -56,12 +59,10 @@ class Llava(nn.Module):
         self.image_token_id = image_token_id
         self.num_image_tokens = num_image_tokens(config)  # N
 
-        # LLaVA uses the hidden state before CLIP's last block. The last block costs 0.96 points on ScienceQA.
-        # The authors suspect that it describes more global properties of the image and the block before it
-        # more local ones (section 5.2). hidden_states[0] is the embedding and hidden_states[i] is the output
-        # of block i, so hidden_states[-2] is the output of the second-to-last block. The last block would be
-        # computed and discarded, so we delete it. After that, last_hidden_state equals the former
-        # hidden_states[vision_layer].
+        # LLaVA uses the features before CLIP's last block, which are 0.96 points better on ScienceQA. The
+        # authors suspect that they contain more local detail (section 5.2). hidden_states[0] is the embedding
+        # and hidden_states[i] the output of block i, so -2 is the output of the second-to-last block. The
+        # blocks after it are deleted. Then last_hidden_state is the hidden state that we want.
         num_blocks = config.num_hidden_layers + 1 + vision_layer
         if not 0 <= num_blocks <= config.num_hidden_layers:
             raise ValueError(f"vision layer {vision_layer} does not exist: this vision tower has the hidden "
@@ -85,13 +86,13 @@ class Llava(nn.Module):
         For each weight matrix W named in `config.target_modules`, the layer then computes (Hu et al.,
         arXiv:2106.09685)
 
-            h = W·x + (alpha / r) · B·A·x        A: (r, in), B: (out, r)
+            h = W·x + (alpha / r) · B·A·dropout(x)        A: (r, in), B: (out, r)
 
-        W stays frozen. B starts at zero, so before the first step the model still computes what stage 1 left.
-        A starts random, because with both at zero neither would ever get a gradient.
+        W stays frozen. B starts at zero, so before the first step the model gives the same output as after
+        stage 1. A starts random, because with both at zero neither would ever get a gradient.
 
-        The adapter is added to the LLM alone. On the whole model, the bare names q_proj and v_proj would
-        match CLIP's attention too, and peft would quietly train CLIP.
+        The adapter is added to the LLM alone. On the whole model, the names q_proj, k_proj and v_proj would
+        match CLIP's attention too. CLIP would get adapters that are saved but never receive a gradient.
         """
         self.llm = get_peft_model(self.llm, config)
 
@@ -111,18 +112,18 @@ class Llava(nn.Module):
         return "\n".join(rows)
 
     def train(self, mode=True):
-        """Puts only the trained components in train mode.
+        """Puts projector and LoRA adapter in train mode, and leaves CLIP and the LLM in eval mode.
 
-        `requires_grad_(False)` does not switch off dropout. If a plain model.train() reached the frozen CLIP
-        and LLM, they could return different features for the same image in every step. In the LLM only the
-        adapter follows `mode` (peft calls its modules lora_dropout, lora_A and lora_B).
+        `requires_grad_(False)` does not switch off dropout. If a plain model.train() reached the frozen
+        components, a model with dropout would return different features for the same image in every step.
         """
         super().train(False)
         self.training = mode
         self.projector.train(mode)
         for name, module in self.llm.named_modules():
-            # The block's own flag, not that of its layers: transformers recomputes activations (see
-            # --activation-checkpointing) only in a block that is in train mode.
+            # peft calls the adapter's modules lora_dropout, lora_A and lora_B. The exception are the LLM's
+            # blocks: with --activation-checkpointing, transformers recomputes only blocks whose own flag is
+            # True. The layers inside them stay in eval mode.
             if ".lora_" in name or isinstance(module, GradientCheckpointingLayer):
                 module.training = mode
         return self
@@ -130,11 +131,11 @@ class Llava(nn.Module):
     # -- forward -------------------------------------------------------------------------------------------
 
     def encode_images(self, pixel_values):
-        """Returns H_v, the image features in the LLM's space: (I, 3, H, W) -> (I, N, D). I may be 0.
+        """Returns H_v, the image features in the LLM's space: (I, 3, S, S) -> (I, N, D). I may be 0.
 
         Source: encode_images() in the reference's llava_arch.py.
         """
-        if len(pixel_values) == 0:  # a batch without images
+        if len(pixel_values) == 0:  # no images: zero features, so that embed() needs no special case
             z_v = torch.zeros(0, self.num_image_tokens, self.vision_tower.config.hidden_size,
                               device=pixel_values.device)
         else:
@@ -143,8 +144,9 @@ class Llava(nn.Module):
             # (I, 1 + N, D_v) -> (I, N, D_v): drop the class token, which comes first and belongs to no patch.
             # We count from the end because SigLIP has no class token.
             z_v = z_v[:, -self.num_image_tokens:]
-        # The projector's weights are fp32, so its input must be. (Autocast may lower both again.)
-        return self.projector(z_v.float())  # H_v = W · Z_v + b          (I, N, D)
+        # The projector's weights are fp32, so its input must be fp32 too. (Under autocast, both are converted
+        # to half precision for the product.)
+        return self.projector(z_v.float())  # the linear one: H_v = W · Z_v + b        (I, N, D)
 
     def embed(self, input_ids, pixel_values):
         """Returns inputs_embeds: token embeddings, with H_v at the image positions. (B, T) -> (B, T, D)
@@ -155,38 +157,40 @@ class Llava(nn.Module):
         written N image ids per image, so ids, labels and mask keep their shapes.
         """
         is_image = input_ids == self.image_token_id  # (B, T)
-        # The LLM's embedding table has no row for the image id. Look up id 0, which is overwritten below.
+        # The LLM's embedding table may have no row for the image id. Look up id 0; it is overwritten below.
         inputs_embeds = self.llm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # (B, T, D)
         image_features = self.encode_images(pixel_values).to(inputs_embeds.dtype)  # (I, N, D)
         if is_image.sum() != image_features.shape[0] * image_features.shape[1]:
             raise ValueError(f"{is_image.sum()} image positions in input_ids, but {image_features.shape[0]} "
                              f"images with {image_features.shape[1]} features each")
-        # Fills the True positions row by row, left to right, with the features in the same order. Batches
-        # without images take this path too. Otherwise nothing in such a batch would require a gradient in
-        # stage 1, and backward() would fail.
+        # Fills the True positions row by row, left to right, with the features in the same order. A batch
+        # without images takes this path too. In stage 1 only image_features requires a gradient, and without
+        # it backward() would fail.
         return inputs_embeds.masked_scatter(is_image[:, :, None], image_features)
 
     def forward(self, input_ids, labels, pixel_values, attention_mask):
         """Returns the loss of each labeled token, unreduced: (K,) fp32, in nats.
 
-        Equation 3 of the paper is their sum, -Σ log p(x_t | x_<t, image). The training loop adds them up and
-        divides by the number of labeled tokens in the whole effective batch, which only it knows.
+        Their sum is the negative logarithm of equation 3: -Σ log p(x_t | x_<t, image). The training loop adds
+        them up over the effective batch and divides by its number of labeled tokens.
 
         Args:
-            input_ids, labels: (B, T), padded on the right. Labels are IGNORE_INDEX except on answers.
-            pixel_values: (I, 3, H, W). attention_mask: (B, T); not used, see below.
+            input_ids, labels: (B, T) int64, padded on the right. labels is IGNORE_INDEX except on answers.
+            pixel_values: (I, 3, S, S).
+            attention_mask: (B, T); not used, see below. collate() makes it, and generate() needs it.
         """
-        # The shift happens here and nowhere else: the output at position t predicts the token at t + 1.
+        # The output at position t predicts the token at t + 1, so the targets are the labels, shifted by one.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # (B, T) -> (B·T,)
         labeled = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # (K,)
 
         # No mask is needed. Padding is on the right, and in a causal model no token attends to what follows
-        # it. Without a mask, PyTorch can choose a causal kernel that skips half of the T×T attention scores.
+        # it. Without a mask, transformers asks PyTorch for a causal kernel, which can skip half of the T×T
+        # attention scores.
         inputs_embeds = self.embed(input_ids, pixel_values)  # (B, T, D)
         hidden = self.llm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=None,
                                         use_cache=False).last_hidden_state  # (B, T, D)
-        # The LLM's head is applied to the K labeled positions only. With V = 32,000, the logits of all B·T
-        # positions would need more memory than the rest of the forward pass.
+        # Only the K labeled tokens need logits. For each, a row of V = 32,000 fp32 numbers takes 128 kB, and
+        # the loss needs several copies of it.
         logits = self.llm.get_output_embeddings()(hidden.flatten(0, 1)[labeled])  # (K, D) -> (K, V)
         return F.cross_entropy(logits.float(), targets[labeled], reduction="none")
 
@@ -195,12 +199,13 @@ class Llava(nn.Module):
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, pixel_values, end_token_ids, max_new_tokens=128,
                  temperature=0.0, streamer=None):
-        """Returns the ids of the answers, (B, up to max_new_tokens). Short rows end in repeated end tokens.
+        """Returns the ids of the answers, (B, up to max_new_tokens). A row that ends early is filled up with
+        end_token_ids[0].
 
         Args:
-            input_ids, attention_mask: (B, T), padded on the *left*, so that the last position of every row is
-                the end of its prompt and predicts the first token of its answer.
-            pixel_values: (I, 3, H, W).
+            input_ids, attention_mask: (B, T) int64 and bool, padded on the *left*, so that the last position
+                of every row is the end of its prompt and predicts the first token of its answer.
+            pixel_values: (I, 3, S, S).
             end_token_ids: list of the ids that end an answer.
             temperature: 0 takes the most likely token. Above 0 samples from softmax(logits / temperature).
             streamer: an object with put(ids) and end(), such as transformers' TextStreamer (for B = 1).
@@ -208,7 +213,7 @@ class Llava(nn.Module):
         decoder, head = self.llm.get_decoder(), self.llm.get_output_embeddings()
         end_token_ids = torch.tensor(end_token_ids, device=input_ids.device)
         inputs_embeds = self.embed(input_ids, pixel_values)  # (B, T, D)
-        # Each row counts its positions from its first real token: [pad, pad, a, b] -> [0, 0, 0, 1]
+        # Each row counts its positions after its padding: [pad, pad, a, b] -> [0, 0, 0, 1]
         position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, T)
         cache = DynamicCache()  # keys and values of all earlier positions, in every block
         finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # (B,)
@@ -218,7 +223,7 @@ class Llava(nn.Module):
             # attends to the cached keys and values.
             hidden = decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=True,
                              position_ids=position_ids, past_key_values=cache).last_hidden_state
-            logits = head(hidden[:, -1])  # (B, T or 1, D) -> (B, V): only the last position is needed
+            logits = head(hidden[:, -1])  # (B, T, D), later (B, 1, D) -> (B, V): the last position is enough
             if temperature > 0:
                 probabilities = torch.softmax(logits.float() / temperature, dim=-1)  # (B, V)
                 new_ids = torch.multinomial(probabilities, 1).squeeze(1)  # (B,)

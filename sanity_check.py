@@ -2,14 +2,14 @@
 
     python sanity_check.py --sample 0       a held-out record: PROMPT, GENERATED and the REFERENCE answer
     python sanity_check.py --image photo.jpg --question "What is this?"
-    python sanity_check.py --show-mask 0    a held-out record, with the tokens marked that are trained
+    python sanity_check.py --show-mask 0    a held-out record with its labeled tokens marked
 
-It takes a few seconds for the toy. It loads stage 2 of the run if that is finished, else stage 1 (--stage 1
-asks for it). For a held-out record it also prints the loss of the reference answers with the correct image, a
-different image and a blank image. If the three are equal, the model ignores the image. Only held-out records
-are used, because a memorized caption of a training image would look as good as one of what the model sees.
+It takes a few seconds for the toy. It loads stage 2 of the run if that is finished, else stage 1. (--stage 1
+loads stage 1 in any case.) --sample also prints the loss of the reference answers with the correct image, a
+different image and a blank image. If the three are equal for many records, the model ignores the image.
+--sample uses held-out records, because a good answer about a training image may be memorized.
 
-Both stages import the functions of section 1 and measure the same things during training.
+During training, both stages call the functions of section 1 on all held-out records.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from support.weights import load_trained
 def held_out_batches(dataset, pad_token_id, batch_size):
     """Returns the records of a ChatDataset that have an image, as a list of training batches.
 
-    np.array_split makes batches of nearly equal size, because a last batch of one record would contain no
-    different image.
+    A last batch of one record would contain no different image. So np.array_split makes batches of nearly
+    equal size, with at most 2 · batch_size - 1 records.
     """
     samples = [dataset[i] for i in range(len(dataset))]
     samples = [sample for sample in samples if sample["pixel_values"] is not None]
@@ -49,7 +49,7 @@ def held_out_batches(dataset, pad_token_id, batch_size):
 def record_losses(model, batch, device):
     """Returns -log p(answers | questions, image) of each record, in nats, summed over its tokens: (B,)."""
     tensors = {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
-    losses = model(**tensors)  # (K,), row after row
+    losses = model(**tensors)  # (K,), in the order of the records
     tokens_per_record = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1).tolist()
     return torch.stack([record.sum() for record in losses.split(tokens_per_record)]).cpu().double()  # (B,)
 
@@ -57,15 +57,17 @@ def record_losses(model, batch, device):
 def measure_grounding(model, batches, device, blank=False):
     """Measures how much the held-out answers depend on the image.
 
-    A falling loss does not show that a model uses the image. It can learn what captions sound like and ignore
-    the image. So every record is evaluated with the correct image and with a different one, that of the
-    previous record in its batch. Only a model that uses the image does worse with the different image.
+    A falling loss does not show that a model uses the image, because it also falls while the model learns the
+    style of the captions. So every record is evaluated with the correct image and with a different one, the
+    image of the previous record in the batch. Only a model that uses the image does worse with a different
+    one.
 
     Args:
         batches: from held_out_batches(). blank: evaluate with a blank image too.
     Returns: a dict.
         loss, loss_shuffled, loss_blank: nats per token with the correct, a different and a blank image.
-        image_match: fraction of records whose answers are more likely with the correct image. Chance is 0.5.
+        image_match: fraction of records whose answers are more likely with the correct image. A tie counts
+            half, so chance is 0.5.
     """
     was_training = model.training
     model.eval()
@@ -81,12 +83,14 @@ def measure_grounding(model, batches, device, blank=False):
         tokens += (batch["labels"][:, 1:] != IGNORE_INDEX).sum().item()
     model.train(was_training)
     correct, different = torch.cat(correct), torch.cat(different)  # (records,)
+    wins = (correct < different).double() + 0.5 * (correct == different)  # (records,)
     measured = {"loss": correct.sum().item() / tokens, "loss_shuffled": different.sum().item() / tokens,
-                "image_match": (correct < different).double().mean().item()}
-    return {**measured, "loss_blank": torch.cat(blanks).sum().item() / tokens} if blank else measured
+                "image_match": wins.mean().item()}
+    if blank:
+        measured["loss_blank"] = torch.cat(blanks).sum().item() / tokens
+    return measured
 
 
-@torch.no_grad()
 def generate_answers(model, template, prompts, device, max_new_tokens=128, temperature=0.0):
     """Returns the model's answers, as texts, to a list of prompts (see ChatDataset.prompt())."""
     batch = collate(prompts, template.tokenizer.pad_token_id, padding_side="left")
@@ -114,8 +118,8 @@ def print_answer(model, template, prompt, device, max_new_tokens, temperature):
                    temperature=temperature, streamer=streamer)
 
 
-def mark_trained(ids, labels, template, color):
-    """Returns a sample as text with the trained tokens marked: in green if `color`, else in [[ ]]."""
+def mark_labeled(ids, labels, template, color):
+    """Returns a sample as text with the labeled tokens marked: in green if `color`, else in [[ ]]."""
     on, off = ("\033[1;32m", "\033[0m") if color else ("[[", "]]")
     text, t = "", 0
     while t < len(ids):
@@ -137,20 +141,23 @@ def print_losses(model, held_out, i, pad_token_id, device):
     """Prints the loss of record i with the correct image, a different image and a blank image."""
     batch = collate([held_out[i]], pad_token_id)
     correct = batch["pixel_values"]  # (1, 3, H, W)
-    images = {"correct image": correct, "blank image": torch.zeros_like(correct)}
+    images = {"correct image": correct}
+    name = held_out.records.image_name(held_out.records[i])
     for j in range(len(held_out)):
-        different = held_out.pixel_values(held_out.records[j])
-        if j != i and different is not None:
-            images["different image"] = different[None]
+        if held_out.records.image_name(held_out.records[j]) not in (None, name):
+            images["different image"] = held_out.pixel_values(held_out.records[j])[None]
             break
+    images["blank image"] = torch.zeros_like(correct)
     tokens = (batch["labels"] != IGNORE_INDEX).sum().item()
     print(f"loss of the reference answers of this record ({tokens} tokens), nats per token, with the")
     losses = {name: record_losses(model, {**batch, "pixel_values": pixels}, device).item() / tokens
               for name, pixels in images.items()}
     for name, loss in losses.items():
         print(f"  {name:<18}{loss:.3f}")
-    if max(losses.values()) - losses["correct image"] < 0.01:  # nats: each token is at most 1% more likely
-        print("The image makes no difference: the model ignores it.")
+    if max(abs(loss - losses["correct image"]) for loss in losses.values()) < 0.01:  # nats per token
+        print("The image makes almost no difference for this record. Look at several records.")
+    elif losses["correct image"] > min(losses.values()):
+        print("The reference answers of this record are less likely with the correct image.")
 
 
 def main():
@@ -161,8 +168,8 @@ def main():
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--sample", type=COUNT, default=0, metavar="N", help="answer held-out record N")
     what.add_argument("--image", metavar="FILE", help="answer a question about your own image")
-    what.add_argument("--show-mask", type=COUNT, metavar="N", help="mark the trained tokens of record N")
-    parser.add_argument("--question", help="with --image (default: ask for a brief description)")
+    what.add_argument("--show-mask", type=COUNT, metavar="N", help="mark the labeled tokens of record N")
+    parser.add_argument("--question", help="question about --image; default: ask for a brief description")
     parser.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="longest answer in tokens")
     parser.add_argument("--temperature", type=REAL, default=0.0,
                         help="0 takes the most likely token; above 0 samples")
@@ -170,7 +177,7 @@ def main():
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     if args.question is not None and args.image is None:
-        raise UserError("--question needs --image; a held-out record brings its own question")
+        raise UserError("--question needs --image, because a held-out record has its own question")
 
     device = choose_device(args.device)
     stage = args.stage or (2 if (args.run / "stage2" / "run.json").exists() else 1)
@@ -189,7 +196,8 @@ def main():
         messages = [{"role": "user", "content": f"{IMAGE_TOKEN}\n{question}"}]
         prompt = {"input_ids": template.encode_prompt(messages, model.num_image_tokens),
                   "pixel_values": image_processor(image, return_tensors="pt")["pixel_values"][0]}  # (3, H, W)
-        return print_answer(model, template, prompt, *answer_settings)
+        print_answer(model, template, prompt, *answer_settings)
+        return
 
     held_out = load_held_out(run, template, image_processor, model.num_image_tokens)
     i = args.sample if args.show_mask is None else args.show_mask
@@ -197,8 +205,9 @@ def main():
         raise UserError(f"there is no held-out record {i}: they are numbered 0 to {len(held_out) - 1}")
     if args.show_mask is not None:
         sample = held_out[i]
-        print(f"trained tokens are {'green' if sys.stdout.isatty() else 'in [[ ]]'}")
-        return print(mark_trained(sample["input_ids"], sample["labels"], template, sys.stdout.isatty()))
+        print(f"labeled tokens are {'green' if sys.stdout.isatty() else 'in [[ ]]'}")
+        print(mark_labeled(sample["input_ids"], sample["labels"], template, sys.stdout.isatty()))
+        return
     record = held_out.records[i]
     print(f"held-out record {i} of {len(held_out)}: id {record.get('id')}, "
           f"image {held_out.records.image_name(record)}")

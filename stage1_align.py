@@ -1,14 +1,15 @@
 """Stage 1: feature alignment (paper, section 4.2, "Stage 1: Pre-training for Feature Alignment").
 
 CLIP and the LLM are frozen. Only the projector between them is trained, on image-caption pairs. It learns to
-turn what CLIP says about a patch into vectors that the LLM can read like tokens. The LLM has to stay frozen,
-because a random projector would send it gradients that damage what it knows.
+turn each of CLIP's features into a vector that the LLM can read like a token's embedding. The LLM stays
+frozen because the projector starts at random. Its first vectors mean nothing to the LLM, and training the LLM
+on them would adapt it to noise.
 
     python stage1_align.py                      the toy: about 1.5 minutes on 2 CPU cores, final loss 0.02
     python stage1_align.py --preset tinyllama   the real models and data, see docs/real_data.md
 
 Writes projector.safetensors, run.json and metrics.jsonl to <run>/stage1/. Continue with stage2_instruct.py.
-`diff stage1_align.py stage2_instruct.py` shows what the two stages have in common and where they differ.
+`diff stage1_align.py stage2_instruct.py` shows where the two stages differ.
 """
 
 import math
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader
 import toy.world
 from data import ChatDataset, ChatTemplate, collate
 from model import IGNORE_INDEX, Llava, num_image_tokens
-from sanity_check import generate_answers, held_out_batches, mark_trained, measure_grounding
+from sanity_check import generate_answers, held_out_batches, mark_labeled, measure_grounding
 from support import checkpoints
 from support.check_records import count_skipped_images, drop_unusable_records
 from support.devices import choose_dtype
@@ -45,7 +46,8 @@ PRESETS = {
         # the data
         data="toy/data/chat.json", images="toy/data/images.zip",
         heldout_data="toy/data/heldout_chat.json", heldout_images="toy/data/heldout.zip", held_out=240,
-        limit=0, max_length=256, allow_bad=0.01, workers=0,
+        limit=0,  # no limit
+        max_length=256, allow_bad=0.01, workers=0,
         # the optimization
         lr=1e-2, batch_size=32, grad_accum=1, epochs=2, max_steps=None, warmup=0.03, max_grad_norm=1.0,
         # the machine and the log
@@ -58,7 +60,7 @@ PRESETS = {
         data="data/LLaVA-CC3M-Pretrain-595K/chat.json", images="data/LLaVA-CC3M-Pretrain-595K/images.zip",
         heldout_data=None, heldout_images=None, held_out=256,
         limit=0, max_length=2048, allow_bad=0.01, workers=2,
-        # As in the paper: lr 2e-3, an effective batch of 128 (here 16 × 8), one epoch, cosine, 3% warm-up.
+        # The paper has the same learning rate, schedule and effective batch, 128 = 16 × 8. Clipping is ours.
         lr=2e-3, batch_size=16, grad_accum=8, epochs=1, max_steps=None, warmup=0.03, max_grad_norm=1.0,
         precision="auto", device="auto", seed=0, eval_every=250, save_every=100, log_every=10, tracker=None,
     ),
@@ -67,19 +69,19 @@ PRESETS = {
 
 def main():
     args = parse_settings(__doc__, PRESETS)
-    processes = Processes(args.device)  # just this one, unless torchrun has started several
+    processes = Processes(args.device)  # one process, or several if torchrun has started this script
     device, dtype = processes.device, choose_dtype(args.precision, processes.device)
     print_settings(args, device, dtype)
     folder = Path(args.run) / "stage1"
     checkpoint = None
     if not args.check_data:
         checkpoint = checkpoints.open_stage_folder(folder, args, processes.world_size)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # every process must start with the same random weights
 
     # -- 2. data -------------------------------------------------------------------------------------------
 
     if args.preset == "toy":
-        toy.world.draw_if_missing()  # 12,240 pictures, about 10 s, once
+        toy.world.draw_if_missing()  # draws 12,240 pictures before the first run (about 10 s)
     train_set, held_out_set = open_records(args.data, args.images, args.heldout_data, args.heldout_images,
                                            args.held_out, args.limit, args.seed)
     template = ChatTemplate(args.llm)
@@ -93,56 +95,64 @@ def main():
     held_out = ChatDataset(held_out_set, template, image_processor, n_image, args.max_length)
     pad_token_id = template.tokenizer.pad_token_id
     heldout_batches = held_out_batches(held_out, pad_token_id, args.batch_size)
-    print("a sample; the tokens in [[ ]] are trained:")
-    print(mark_trained(dataset[0]["input_ids"], dataset[0]["labels"], template, color=False))
+    print("a sample; the tokens in [[ ]] are labeled:")
+    print(mark_labeled(*dataset.tokens(train_set[0]), template, color=False))
 
     # -- 3. model ------------------------------------------------------------------------------------------
 
-    # Frozen weights are never updated, so half precision is enough on a GPU. It takes half the memory.
+    # Frozen weights are never updated, so half precision is enough on a GPU, and halves their memory.
     clip = load_vision_tower(args.vision_tower, dtype)
     llm = load_language_model(args.llm, dtype)
     try:
         model = Llava(clip, llm, template.image_token_id, args.projector, args.vision_layer).to(device)
     except ValueError as error:
         raise UserError(f"--vision-layer: {error}") from error
-    # What is trained is kept in fp32, because lr · gradient is often too small to change a half-precision
-    # number.
+    # The projector was created in fp32 and stays in fp32. bf16 has about three significant digits, so an
+    # update much smaller than the weight would often leave the weight unchanged.
     model.projector.requires_grad_(True)
     if args.activation_checkpointing:
+        # transformers' older name for it. With use_reentrant=False, the input of a block need not require a
+        # gradient.
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     print(model.parameter_table())
 
     # -- 4. optimizer --------------------------------------------------------------------------------------
 
-    trained = list(model.trainable().values())
-    optimizer = torch.optim.AdamW([{"params": trained, "peak_lr": args.lr}], weight_decay=0.0, fused=True)
-    # fp16 cannot represent numbers below 6e-8, so most gradients would become zero. The scaler multiplies the
-    # loss, and with it every gradient, by a large number, and divides it out again before the step. bf16 and
-    # fp32 have a larger range. For them the scaler is disabled, and its calls below do nothing.
+    parameters = list(model.trainable().values())
+    # "peak_lr" is our own key, for the schedule below. fused=True updates all tensors in one kernel.
+    optimizer = torch.optim.AdamW([{"params": parameters, "peak_lr": args.lr}], weight_decay=0.0, fused=True)
+    # fp16 rounds numbers below 3e-8 to zero, so small gradients would vanish on their way back. The scaler
+    # multiplies the loss by a large number, which scales every gradient, and unscale_() divides the gradients
+    # by it before the step. bf16 and fp32 have a larger range. For them the scaler is disabled: scale()
+    # returns the loss unchanged, and step() only calls optimizer.step().
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # -- 5. the loop ---------------------------------------------------------------------------------------
 
-    progress, fingerprint = checkpoints.Progress(), train_set.fingerprint()
+    progress = checkpoints.Progress()
+    fingerprint = train_set.fingerprint()  # a resumed run must see the same records
     if checkpoint:
         progress = checkpoints.restore(checkpoint, model, optimizer, scaler, fingerprint, processes)
     elif processes.rank == 0:
-        checkpoints.discard_results(folder)  # of an earlier run
-    # plans[k] lists the micro-batches of one optimizer step, and each micro-batch lists its samples.
-    plans, sizes = plan_steps(lengths, args.batch_size, args.grad_accum, args.epochs, args.max_steps,
-                              args.seed, processes.rank, processes.world_size, progress.samples,
-                              progress.step)
-    total_steps = progress.step + len(plans)
+        checkpoints.discard_results(folder)  # those of an earlier run
+    # steps[k] lists the micro-batches of one optimizer step of this process, and each micro-batch lists its
+    # samples. step_sizes[k] is the number of samples of that step in all processes.
+    steps, step_sizes = plan_steps(
+        lengths, args.batch_size, args.grad_accum, args.epochs, args.max_steps, args.seed, processes.rank,
+        processes.world_size, samples_done=progress.samples, steps_done=progress.step)
+    total_steps = progress.step + len(steps)
     loader = DataLoader(
-        dataset, batch_sampler=[micro_batch for plan in plans for micro_batch in plan],
+        dataset, batch_sampler=[indices for step in steps for indices in step],
         collate_fn=partial(collate, pad_token_id=pad_token_id), num_workers=args.workers,
-        # Workers prepare one whole step ahead, so that the next step need not wait.
+        # Each worker prepares as many micro-batches in advance as one optimizer step needs.
         prefetch_factor=max(2, args.grad_accum) if args.workers else None,
         worker_init_fn=checkpoints.ignore_signals_in_worker, pin_memory=device.type == "cuda",
-        generator=torch.Generator())  # else the loader would draw a seed from the global generator
-    micro_batches = iter(loader)
+        # Otherwise the loader draws a seed from the global generator, and a resumed run would continue with
+        # other random numbers.
+        generator=torch.Generator())
+    loaded = iter(loader)
     print(f"batch: {args.batch_size} (micro-batch) × {args.grad_accum} (accumulation) × "
-          f"{processes.world_size} (processes) = {max(sizes, default=0)} samples per step\n"
+          f"{processes.world_size} (processes) = {max(step_sizes, default=0)} samples per step\n"
           f"data: {len(dataset):,} samples to train on, {len(held_out):,} held out; {total_steps:,} steps")
     log = MetricsLog(folder, processes.rank, checkpoint, total_steps, args)
 
@@ -159,57 +169,58 @@ def main():
     warmup_steps = max(1, round(args.warmup * total_steps))
     if progress.step == 0:
         progress.before = evaluate()
-    for plan, size in zip(plans, sizes):
+    for step, step_size in zip(steps, step_sizes):
         # Linear warm-up, because Adam's first updates are about as large as lr however small the gradient is.
-        # Then half a cosine, down to zero.
+        # Then half a cosine, towards zero.
         done = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)  # 0 … 1
         factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
         started = time.perf_counter()
-        batches = [next(micro_batches) for _ in plan]  # see collate() for what a batch contains
+        micro_batches = [next(loaded) for _ in step]  # see collate() for what they contain
         seconds_waiting = time.perf_counter() - started
-        skipped = [sentence for batch in batches for sentence in batch.pop("skipped")]
+        skipped = [sentence for batch in micro_batches for sentence in batch.pop("skipped")]
         count_skipped_images(progress.skipped, skipped, folder, args.allow_bad, len(dataset))
 
-        # The loss is the mean over all labeled tokens of the effective batch:
+        # The loss is the mean over all n labeled tokens of the effective batch:
         #     L = 1/n · Σ over micro-batches Σ over their labeled tokens  -log p(x_t | x_<t, image)
-        # The usual loss.mean() / grad_accum is a mean of means. A token in a micro-batch of short answers
-        # would then count more than one among long answers, and accumulation would not equal a large batch.
-        n = processes.sum(sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches))
+        # With the usual loss.mean() / grad_accum, every micro-batch has the same weight. A token in a
+        # micro-batch with few labeled tokens would then count more than one in a micro-batch with many, and
+        # the result would depend on how the batch is split.
+        n = processes.sum(sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in micro_batches))
         loss = torch.zeros((), device=device)
-        for batch in batches:
+        for batch in micro_batches:
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            # Autocast computes matrix products in half precision, and keeps in fp32 what needs its range.
+            # Autocast runs matrix products in half precision, and operations such as the loss in fp32.
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 losses = model(**batch)  # (K,)
             micro_loss = losses.sum() / n
-            # Gradients flow back through the frozen LLM, which stores none for its own weights, into the
-            # projector. There they add up over the micro-batches.
+            # backward() computes gradients through the frozen LLM, but stores none for its weights. It adds
+            # the projector's gradients to those of the previous micro-batches.
             scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()  # .item() would wait for the GPU in every micro-batch
+            loss += micro_loss.detach()  # stays on the device, because Python needs it only once per step
 
-        # With several processes, each has the gradient of its part of the batch, already divided by the n of
-        # all. So the sum is the full gradient. (DistributedDataParallel does the same but takes the mean.)
-        processes.sum_gradients(trained)
+        # Every process has divided its loss by the n of all processes. So the sum of their gradients is the
+        # gradient of the effective batch. (DistributedDataParallel would take the mean.)
+        processes.sum_gradients(parameters)
         loss = processes.sum(loss)
-        scaler.unscale_(optimizer)  # before clipping, because the norm must be that of the true gradient
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-        # One NaN in the weights ruins the run, so stop before the step. In fp16 a gradient may overflow now
-        # and then. scaler.step() then skips the step, and scaler.update() lowers the scale.
-        progress.overflows = 0 if math.isfinite(loss + grad_norm) else progress.overflows + 1
-        if progress.overflows >= (10 if scaler.is_enabled() else 1):
-            ids = [str(train_set[i].get("id")) for micro_batch in plan for i in micro_batch]
+        scaler.unscale_(optimizer)  # so that the true gradient is clipped
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        # A NaN would spoil all weights, so stop before the step. In fp16, an overflow now and then is normal:
+        # scaler.step() skips the step, and scaler.update() lowers the scale. Ten in a row are not normal.
+        progress.bad_steps = 0 if math.isfinite(loss + grad_norm) else progress.bad_steps + 1
+        if progress.bad_steps >= (10 if scaler.is_enabled() else 1):
+            ids = [str(train_set[i].get("id")) for indices in step for i in indices]
             raise UserError(f"step {progress.step + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try a "
-                            f"lower --lr or --precision fp32, or look at its records: {', '.join(ids[:16])}")
+                            f"lower --lr, or look at the records of this step: {', '.join(ids[:16])}")
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
         progress.step += 1
-        progress.samples += size
-        log.count_step(size, seconds_waiting)
+        progress.samples += step_size
+        log.count_step(step_size, seconds_waiting)
         if progress.step % args.log_every == 0 or progress.step == total_steps:
             log.log_step(progress.step, loss=loss, lr=optimizer.param_groups[0]["lr"], grad_norm=grad_norm,
                          labeled_tokens=n, samples=progress.samples)
@@ -228,7 +239,7 @@ def main():
     after = evaluate()
     log.close()
     if not math.isfinite(after["loss"]):
-        raise UserError("the held-out loss is not finite, so nothing was saved as a result; try a lower --lr")
+        raise UserError("the held-out loss is not finite, so the result was not saved; try a lower --lr")
     if processes.rank == 0:
         save_result(folder, 1, model, template, vars(args), progress.step, after, len(progress.skipped))
         checkpoints.discard_checkpoint(folder)

@@ -1,6 +1,6 @@
 """Stage 2: visual instruction tuning (paper, section 4.2, "Stage 2: Fine-tuning End-to-End").
 
-CLIP stays frozen. The projector of stage 1 is trained further, and the LLM is trained with it, on
+CLIP stays frozen. This stage continues to train the projector of stage 1, and also trains the LLM, on
 conversations about images. The paper trains all weights of the LLM. Here the LLM gets a LoRA adapter, so that
 one small GPU is enough (the reference offers the same in scripts/v1_5/finetune_lora.sh).
 
@@ -8,7 +8,7 @@ one small GPU is enough (the reference offers the same in scripts/v1_5/finetune_
     python stage2_instruct.py --preset tinyllama   the real models and data, see docs/real_data.md
 
 Reads <run>/stage1/. Writes projector.safetensors, adapter/, run.json and metrics.jsonl to <run>/stage2/.
-Continue with sanity_check.py. The comments explain only what is new; stage1_align.py explains the rest.
+Continue with sanity_check.py. The comments explain what is new; stage1_align.py explains the rest.
 """
 
 import math
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 import toy.world
 from data import ChatDataset, ChatTemplate, collate
 from model import IGNORE_INDEX, LORA_TARGETS, Llava, num_image_tokens
-from sanity_check import generate_answers, held_out_batches, mark_trained, measure_grounding
+from sanity_check import generate_answers, held_out_batches, mark_labeled, measure_grounding
 from support import checkpoints
 from support.check_records import count_skipped_images, drop_unusable_records
 from support.devices import choose_dtype
@@ -47,7 +47,8 @@ PRESETS = {
         # the data
         data="toy/data/instruct.json", images="toy/data/images",
         heldout_data="toy/data/heldout_instruct.json", heldout_images="toy/data/heldout.zip", held_out=240,
-        limit=0, max_length=256, allow_bad=0.01, workers=0,
+        limit=0,  # no limit
+        max_length=256, allow_bad=0.01, workers=0,
         # the optimization
         lr=1.5e-3, projector_lr=5e-4, lora_r=16, lora_alpha=32, lora_dropout=0.05,
         batch_size=32, grad_accum=1, epochs=1, max_steps=None, warmup=0.03, max_grad_norm=1.0,
@@ -61,9 +62,9 @@ PRESETS = {
         data="data/LLaVA-Instruct-150K/llava_instruct_150k.json", images="data/coco/train2017.zip",
         heldout_data=None, heldout_images=None, held_out=256,
         limit=0, max_length=2048, allow_bad=0.01, workers=2,
-        # As in the reference's LoRA script: lr 2e-4, projector 2e-5, an effective batch of 128 (here 4 × 32),
-        # one epoch. It uses r = 128 and alpha = 256. Here r is 16, which needs an eighth of the memory for
-        # the adapter and its optimizer; alpha / r is 2 in both.
+        # The reference's LoRA script has the same learning rates and effective batch, 128 = 4 × 32, but r =
+        # 128 and alpha = 256. With r = 16 and alpha = 32, alpha / r is the same, and the adapter and its
+        # optimizer need an eighth of the memory.
         lr=2e-4, projector_lr=2e-5, lora_r=16, lora_alpha=32, lora_dropout=0.05,
         batch_size=4, grad_accum=32, epochs=1, max_steps=None, warmup=0.03, max_grad_norm=1.0,
         precision="auto", device="auto", seed=0, eval_every=250, save_every=100, log_every=10, tracker=None,
@@ -73,24 +74,25 @@ PRESETS = {
 
 def main():
     args = parse_settings(__doc__, PRESETS)
-    processes = Processes(args.device)  # just this one, unless torchrun has started several
+    processes = Processes(args.device)  # one process, or several if torchrun has started this script
     device, dtype = processes.device, choose_dtype(args.precision, processes.device)
     print_settings(args, device, dtype)
-    stage1, folder = Path(args.run) / "stage1", Path(args.run) / "stage2"
-    stage1_run = read_run(stage1)
-    check_same_models(stage1_run, args, stage1)
+    stage1_folder, folder = Path(args.run) / "stage1", Path(args.run) / "stage2"
+    stage1_run = read_run(stage1_folder)
+    check_same_models(stage1_run, args, stage1_folder)
     checkpoint = None
     if not args.check_data:
         checkpoint = checkpoints.open_stage_folder(folder, args, processes.world_size)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # every process must start with the same random weights
 
     # -- 2. data -------------------------------------------------------------------------------------------
 
     if args.preset == "toy":
-        toy.world.draw_if_missing()  # 12,240 pictures, about 10 s, once
+        toy.world.draw_if_missing()  # draws 12,240 pictures before the first run (about 10 s)
     train_set, held_out_set = open_records(args.data, args.images, args.heldout_data, args.heldout_images,
                                            args.held_out, args.limit, args.seed)
     template = ChatTemplate(args.llm)
+    check_same_template(stage1_run, template, stage1_folder)
     n_image = num_image_tokens(load_vision_config(args.vision_tower))  # N
     train_set, lengths, held_out_set = drop_unusable_records(train_set, held_out_set, template, n_image,
                                                              args.max_length, args.allow_bad)
@@ -101,8 +103,8 @@ def main():
     held_out = ChatDataset(held_out_set, template, image_processor, n_image, args.max_length)
     pad_token_id = template.tokenizer.pad_token_id
     heldout_batches = held_out_batches(held_out, pad_token_id, args.batch_size)
-    print("a sample; the tokens in [[ ]] are trained:")
-    print(mark_trained(dataset[0]["input_ids"], dataset[0]["labels"], template, color=False))
+    print("a sample; the tokens in [[ ]] are labeled:")
+    print(mark_labeled(*dataset.tokens(train_set[0]), template, color=False))
 
     # -- 3. model ------------------------------------------------------------------------------------------
 
@@ -112,21 +114,22 @@ def main():
         model = Llava(clip, llm, template.image_token_id, args.projector, args.vision_layer).to(device)
     except ValueError as error:
         raise UserError(f"--vision-layer: {error}") from error
-    check_same_template(stage1_run, template, stage1)
-    load_projector(model, stage1 / "projector.safetensors")
+    load_projector(model, stage1_folder / "projector.safetensors")
     model.projector.requires_grad_(True)
-    # peft creates the matrices A and B, makes them trainable, and keeps them in fp32 even where W is in half
-    # precision. The table below shows it.
+    # peft creates LoRA's A and B, makes them trainable, and keeps them in fp32 even if W is in half
+    # precision. The printed table shows it.
     model.add_lora(LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
                               target_modules=LORA_TARGETS, task_type="CAUSAL_LM"))
     torch.manual_seed(args.seed + processes.rank)  # each process draws different dropout masks
     if args.activation_checkpointing:
+        # transformers' older name for it. With use_reentrant=False, the input of a block need not require a
+        # gradient.
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     print(model.parameter_table())
 
     # -- 4. optimizer --------------------------------------------------------------------------------------
 
-    trained = list(model.trainable().values())
+    parameters = list(model.trainable().values())
     adapter = [parameter for name, parameter in model.trainable().items() if ".lora_" in name]
     # The projector has already been trained, so it gets a smaller learning rate than the new adapter.
     optimizer = torch.optim.AdamW([{"params": adapter, "peak_lr": args.lr},
@@ -136,24 +139,27 @@ def main():
 
     # -- 5. the loop ---------------------------------------------------------------------------------------
 
-    progress, fingerprint = checkpoints.Progress(), train_set.fingerprint()
+    progress = checkpoints.Progress()
+    fingerprint = train_set.fingerprint()  # a resumed run must see the same records
     if checkpoint:
         progress = checkpoints.restore(checkpoint, model, optimizer, scaler, fingerprint, processes)
     elif processes.rank == 0:
-        checkpoints.discard_results(folder)  # of an earlier run
-    plans, sizes = plan_steps(lengths, args.batch_size, args.grad_accum, args.epochs, args.max_steps,
-                              args.seed, processes.rank, processes.world_size, progress.samples,
-                              progress.step)
-    total_steps = progress.step + len(plans)
+        checkpoints.discard_results(folder)  # those of an earlier run
+    steps, step_sizes = plan_steps(
+        lengths, args.batch_size, args.grad_accum, args.epochs, args.max_steps, args.seed, processes.rank,
+        processes.world_size, samples_done=progress.samples, steps_done=progress.step)
+    total_steps = progress.step + len(steps)
     loader = DataLoader(
-        dataset, batch_sampler=[micro_batch for plan in plans for micro_batch in plan],
+        dataset, batch_sampler=[indices for step in steps for indices in step],
         collate_fn=partial(collate, pad_token_id=pad_token_id), num_workers=args.workers,
         prefetch_factor=max(2, args.grad_accum) if args.workers else None,
         worker_init_fn=checkpoints.ignore_signals_in_worker, pin_memory=device.type == "cuda",
-        generator=torch.Generator())  # else the loader would draw a seed from the global generator
-    micro_batches = iter(loader)
+        # Otherwise the loader draws a seed from the global generator, and a resumed run would continue with
+        # other random numbers.
+        generator=torch.Generator())
+    loaded = iter(loader)
     print(f"batch: {args.batch_size} (micro-batch) × {args.grad_accum} (accumulation) × "
-          f"{processes.world_size} (processes) = {max(sizes, default=0)} samples per step\n"
+          f"{processes.world_size} (processes) = {max(step_sizes, default=0)} samples per step\n"
           f"data: {len(dataset):,} samples to train on, {len(held_out):,} held out; {total_steps:,} steps")
     log = MetricsLog(folder, processes.rank, checkpoint, total_steps, args)
 
@@ -170,46 +176,46 @@ def main():
     warmup_steps = max(1, round(args.warmup * total_steps))
     if progress.step == 0:
         progress.before = evaluate()
-    for plan, size in zip(plans, sizes):
+    for step, step_size in zip(steps, step_sizes):
         done = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)  # 0 … 1
         factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
         started = time.perf_counter()
-        batches = [next(micro_batches) for _ in plan]  # see collate() for what a batch contains
+        micro_batches = [next(loaded) for _ in step]  # see collate() for what they contain
         seconds_waiting = time.perf_counter() - started
-        skipped = [sentence for batch in batches for sentence in batch.pop("skipped")]
+        skipped = [sentence for batch in micro_batches for sentence in batch.pop("skipped")]
         count_skipped_images(progress.skipped, skipped, folder, args.allow_bad, len(dataset))
 
-        n = processes.sum(sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches))
+        n = processes.sum(sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in micro_batches))
         loss = torch.zeros((), device=device)
-        for batch in batches:
+        for batch in micro_batches:
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 losses = model(**batch)  # (K,)
             micro_loss = losses.sum() / n
-            # Gradients flow back through the frozen W of every layer into A and B beside it, and at the image
-            # positions on into the projector.
+            # Gradients flow back through the frozen weights into LoRA's A and B, and through the image
+            # positions into the projector.
             scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()  # .item() would wait for the GPU in every micro-batch
+            loss += micro_loss.detach()  # stays on the device, because Python needs it only once per step
 
-        processes.sum_gradients(trained)
+        processes.sum_gradients(parameters)
         loss = processes.sum(loss)
-        scaler.unscale_(optimizer)  # before clipping, because the norm must be that of the true gradient
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-        progress.overflows = 0 if math.isfinite(loss + grad_norm) else progress.overflows + 1
-        if progress.overflows >= (10 if scaler.is_enabled() else 1):
-            ids = [str(train_set[i].get("id")) for micro_batch in plan for i in micro_batch]
+        scaler.unscale_(optimizer)  # so that the true gradient is clipped
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        progress.bad_steps = 0 if math.isfinite(loss + grad_norm) else progress.bad_steps + 1
+        if progress.bad_steps >= (10 if scaler.is_enabled() else 1):
+            ids = [str(train_set[i].get("id")) for indices in step for i in indices]
             raise UserError(f"step {progress.step + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try a "
-                            f"lower --lr or --precision fp32, or look at its records: {', '.join(ids[:16])}")
+                            f"lower --lr, or look at the records of this step: {', '.join(ids[:16])}")
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
         progress.step += 1
-        progress.samples += size
-        log.count_step(size, seconds_waiting)
+        progress.samples += step_size
+        log.count_step(step_size, seconds_waiting)
         if progress.step % args.log_every == 0 or progress.step == total_steps:
             lr, projector_lr = (group["lr"] for group in optimizer.param_groups)
             log.log_step(progress.step, loss=loss, lr=lr, projector_lr=projector_lr, grad_norm=grad_norm,
@@ -229,7 +235,7 @@ def main():
     after = evaluate()
     log.close()
     if not math.isfinite(after["loss"]):
-        raise UserError("the held-out loss is not finite, so nothing was saved as a result; try a lower --lr")
+        raise UserError("the held-out loss is not finite, so the result was not saved; try a lower --lr")
     if processes.rank == 0:
         save_result(folder, 2, model, template, vars(args), progress.step, after, len(progress.skipped))
         checkpoints.discard_checkpoint(folder)

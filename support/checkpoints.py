@@ -30,7 +30,7 @@ class Progress:
     step: int = 0  # optimizer steps taken
     samples: int = 0  # samples seen, over all processes
     before: dict = None  # the held-out measurement before the first step
-    overflows: int = 0  # steps in a row whose gradient was not finite
+    bad_steps: int = 0  # steps in a row whose loss or gradient was not finite
     skipped: list = field(default_factory=list)  # sentences about images that could not be decoded
 
 

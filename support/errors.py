@@ -40,6 +40,8 @@ def run_script(main):
     transformers.logging.disable_progress_bar()  # the bar of loading weights
     # peft 0.21 asks transformers 5 for an attribute by its old name. The user can do nothing about it.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # The new name, activation_checkpointing_enable, is missing in older versions of transformers 5.
+    warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
     script = Path(sys.argv[0]).name
     try:
         main()

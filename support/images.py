@@ -16,7 +16,7 @@ from support.errors import BadRecord, UserError
 from support.files import WorkerFile
 
 # Formats that Pillow decodes by itself. (EPS, for example, would start Ghostscript.)
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "MPO"]
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO"]
 MAX_FILE_BYTES = 256 * 2**20
 ORIENTATION = 0x112  # the EXIF tag that says how a camera was held
 TRANSPOSE = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,

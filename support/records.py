@@ -112,21 +112,34 @@ class RecordSet:
 def open_records(data, images, heldout_data, heldout_images, held_out, limit, seed):
     """Returns (training, held-out) RecordSets.
 
-    Without `heldout_data`, the first `held_out` records of a seeded shuffle are held out, and `limit` counts
-    the records after them. So the held-out records are the same for every limit.
+    Without `heldout_data`, records of `data` are held out: the first `held_out` ones of a seeded shuffle that
+    have different images. Other records of these images are left out, so no held-out image is trained on.
+    `limit` counts training records, so the held-out records are the same for every limit. 0 is no limit.
     """
     records, images = Records(find_file(data)), ImageStore(find_file(images))
     order = np.random.default_rng(seed).permutation(len(records))
     if heldout_data:
         other = Records(find_file(heldout_data))
         other_images = ImageStore(find_file(heldout_images))
-        held_out_set = RecordSet(other, other_images, np.arange(len(other))[:held_out])
-    else:
-        held_out_set, order = RecordSet(records, images, order[:held_out]), order[held_out:]
-        if len(order) == 0:
-            raise UserError(f"{data} has {len(records)} records and --held-out {held_out} keeps all of them, "
-                            "so none is left to train on")
-    return RecordSet(records, images, order[:limit or None]), held_out_set
+        heldout_records = RecordSet(other, other_images, np.arange(len(other))[:held_out])
+        return RecordSet(records, images, order[:limit or None]), heldout_records
+    heldout, heldout_names, train = [], set(), []
+    for i in order:
+        record = records[i]
+        name = str(record.get("image") or record.get("id") or i)
+        if name in heldout_names:
+            continue
+        if len(heldout) < held_out:
+            heldout.append(i)
+            heldout_names.add(name)
+        elif not limit or len(train) < limit:
+            train.append(i)
+        else:
+            break
+    if not train:
+        raise UserError(f"{data} has {len(records)} records and --held-out {held_out} keeps all of them, so "
+                        "none is left to train on")
+    return RecordSet(records, images, np.array(train)), RecordSet(records, images, np.array(heldout))
 
 
 def check_turns(record, has_image):

@@ -57,8 +57,8 @@ def load_image_processor(name):
         raise UserError(f"cannot read {folder}/preprocessor_config.json: {str(error).splitlines()[0]}"
                         ) from error
     if pixel_values.shape != (1, 3, size, size):
-        raise UserError(f"{folder}/preprocessor_config.json makes images of another size than {size} × {size}, "
-                        "which the vision tower needs")
+        raise UserError(f"{folder}/preprocessor_config.json makes images of another size than {size} × "
+                        f"{size}, which the vision tower needs")
     return image_processor
 
 
@@ -189,7 +189,8 @@ def load_trained(folder, device, dtype):
     load_projector(model, Path(folder) / "projector.safetensors")
     if run["stage"] == 2:
         load_adapter(model, Path(folder) / "adapter")
-        # W + (alpha / r)·B·A has the shape of W, so the adapter can be added to W once and costs nothing
-        # afterwards.
-        model.llm = model.llm.merge_and_unload(safe_merge=True)
+        if dtype == torch.float32:
+            # W + (alpha / r)·B·A has the shape of W, so the adapter can be added to W once and costs nothing
+            # afterwards. In half precision, small parts of B·A would be rounded away.
+            model.llm = model.llm.merge_and_unload(safe_merge=True)
     return model.to(device).eval(), template, image_processor, run

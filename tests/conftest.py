@@ -307,9 +307,9 @@ def watched(monkeypatch):
             seen["model"] = make_model(*args)
             return seen["model"]
 
-        def watching_plan(*args):  # called after the weights are restored and before the first evaluation
+        def watching_plan(*args, **named):  # after weights are restored and before the first evaluation
             seen["before"] = {name: p.detach().clone() for name, p in seen["model"].named_parameters()}
-            return plan_steps(*args)
+            return plan_steps(*args, **named)
 
         def watching_clip(parameters, *args):
             parameters = list(parameters)

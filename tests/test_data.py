@@ -21,7 +21,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from data import IGNORE_INDEX, IMAGE_TOKEN, ChatDataset, ChatTemplate, collate
 from support.check_records import check_records
-from support.errors import UserError
+from support.errors import BadRecord, UserError
 from support.files import WorkerFile
 from support.images import ImageStore, decode_image
 from support.records import Records, RecordSet
@@ -275,6 +275,13 @@ def test_half_an_emoji_in_a_text_makes_that_record_unusable_and_no_other(dataset
     assert checked.usable.indices.tolist() == [1] and "text that is not Unicode" in checked.failures
     sample = dataset[0]
     assert sample["input_ids"] == dataset[1]["input_ids"] and len(sample["skipped"]) == 1
+
+
+def test_the_character_that_marks_answers_makes_a_record_unusable(dataset_of):
+    for turns in (("\ue000", "A cat ."), ("Who?", "A \ue000 ."), ("\ue000", "\ue000")):
+        record = record_of(*turns)
+        with pytest.raises(BadRecord, match=r"U\+E000"):
+            dataset_of([record]).tokens(record)
 
 
 def test_a_question_of_a_later_turn_is_asked_with_the_image_in_front(dataset_of, template):

@@ -156,20 +156,19 @@ ANSWERS = st.one_of(st.sampled_from([letter for letter in LETTERS if letter.stri
 def test_labels_of_short_answers_are_exactly_the_answer_and_its_end_token(llm, turns):
     """A search for the answer "s" would also find it in "</s>", and the newline after it would be trained."""
     template = template_of(llm)
+    texts = [text for turn in turns for text in turn]
     record = {"id": 1, "conversations": [{"from": ("human", "gpt")[i % 2], "value": text}
-                                         for i, text in enumerate(text for turn in turns for text in turn)]}
+                                         for i, text in enumerate(texts)]}
     messages = template.to_messages(record, has_image=False)
-    begin, before, between, thoughts, end, after = WRITTEN[llm.name.rstrip("0")]
-    text, trained = begin, []
+    begin, before, between, opening, end, after = WRITTEN[llm.name.rstrip("0")]
+    text, trained = begin, []  # trained: first character and end of what should be trained
     for i in range(0, len(messages), 2):
-        question, answer = messages[i]["content"], messages[i + 1]["content"]
-        if thoughts.strip() and i + 2 < len(messages):  # only before the last answer
-            answer_begins = ""
-        else:
-            answer_begins = thoughts
-        text += before + question + between
-        trained.append((len(text), len(text + answer_begins + answer + end)))
-        text += answer_begins + answer + end + after
+        text += before + messages[i]["content"] + between
+        answer = messages[i + 1]["content"] + end
+        if "<think>" not in opening or i + 2 == len(messages):  # Qwen3: only before the last answer
+            answer = opening + answer
+        trained.append((len(text), len(text + answer)))
+        text += answer + after
     assert template.render(messages) == text
 
     ids, labels = template.encode(messages, 4)

@@ -53,6 +53,12 @@ def palette():
     return Image.new("RGB", (3, 3), RED).convert("P", palette=Image.Palette.ADAPTIVE)
 
 
+def two_pictures():
+    """Returns what some cameras and phones write: a JPEG with a second picture behind it."""
+    second = Image.new("RGB", (16, 16), "blue")
+    return saved(Image.new("RGB", (16, 16), RED), "MPO", save_all=True, append_images=[second])
+
+
 UNUSUAL = {  # name: (file, size, color of the top left pixel)
     "1×1": (saved(Image.new("RGB", (1, 1), RED), "PNG"), (1, 1), RED),
     "RGBA": (saved(Image.new("RGBA", (3, 3), (*RED, 90)), "PNG"), (3, 3), RED),
@@ -64,7 +70,14 @@ UNUSUAL = {  # name: (file, size, color of the top left pixel)
     "16-bit-gray": (sixteen_bit(0x8080), (5, 5), (128, 128, 128)),
     "EXIF-rotated": (exif_rotated(), (2, 4), RED),
     "animated-GIF": (animated(), (6, 6), RED),
+    "MPO": (two_pictures(), (16, 16), RED),
 }
+
+
+def test_every_supported_format_is_known_to_pillow():
+    """An unknown one would end the search of Image.open() with a KeyError."""
+    Image.init()
+    assert set(images.FORMATS) <= set(Image.OPEN)
 
 
 @pytest.mark.parametrize("file, size, top_left", UNUSUAL.values(), ids=UNUSUAL)
@@ -173,6 +186,8 @@ def test_broken_and_outside_and_missing_images_are_one_sentence_about_the_record
     expected = "decoded" if name in BROKEN else "missing" if name in MISSING else "outside"
     assert expected in error.value.reason or name == "\ud800.jpg"  # a folder cannot look it up
     assert (name in store) == (name in BROKEN)
+    if name in ("text.jpg", "empty.jpg", "vector.png", "script.eps"):
+        assert "it is not an image in a supported format" in sentence
     if name in BROKEN:  # the same sentence every time, so that an image is counted once
         with pytest.raises(BadRecord) as again:
             store.open(RECORD, name)

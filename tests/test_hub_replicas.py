@@ -50,7 +50,7 @@ def shrink_llm(config):
 
 
 @pytest.fixture(scope="module")
-def replicas(real, tmp_path_factory):
+def world(real, tmp_path_factory):
     """A folder with clip/ and llm/, and with records about the photos in the formats of both data sets."""
     folder = tmp_path_factory.mktemp("replicas")
     for name, source, *how in (("clip", real.clip, CLIPConfig, CLIPModel, shrink_clip),
@@ -74,10 +74,10 @@ def replicas(real, tmp_path_factory):
 
 
 def test_both_stages_and_the_sanity_check_run_on_photos_and_the_loss_falls(
-        script, replicas, tmp_path, capsys):
+        script, world, tmp_path, capsys):
     def flags(data, **changes):
-        values = {"preset": "tinyllama", "vision_tower": replicas / "clip", "llm": replicas / "llm",
-                  "data": replicas / data, "images": PHOTOS, "held_out": 2, "batch_size": 3, "grad_accum": 2,
+        values = {"preset": "tinyllama", "vision_tower": world / "clip", "llm": world / "llm",
+                  "data": world / data, "images": PHOTOS, "held_out": 2, "batch_size": 3, "grad_accum": 2,
                   "epochs": 12, "precision": "fp32", "device": "cpu", "workers": 0, "log_every": 1,
                   "run": "photos", **changes}
         return [word for name, value in values.items() for word in ("--" + name.replace("_", "-"), value)]
