@@ -216,34 +216,34 @@ class ChatDataset(Dataset):
         for j in range(i, i + 20):  # after 20 bad records in a row, the image folder is probably broken
             record = self.records[j % len(self)]
             try:
-                ids, labels = self.tokens(record)
-                return {"input_ids": ids, "labels": labels, "pixel_values": self.pixel_values(record),
+                ids, labels = self.encode(record)
+                return {"input_ids": ids, "labels": labels, "pixel_values": self.load_pixel_values(record),
                         "skipped": skipped}
             except BadRecord as error:
                 skipped.append(str(error))
         raise UserError(f"20 records in a row cannot be used; the last: {skipped[-1]}")
 
-    def messages(self, record):
+    def to_messages(self, record):
         return self.template.to_messages(record, has_image=self.records.image_name(record) is not None)
 
-    def tokens(self, record):
+    def encode(self, record):
         """Returns (input_ids, labels), cut after the last answer that fits into max_length tokens.
 
         Raises BadRecord if none fits.
         """
         try:
-            ids, labels = self.template.encode(self.messages(record), self.num_image_tokens)
+            ids, labels = self.template.encode(self.to_messages(record), self.num_image_tokens)
         except ValueError as error:
             raise BadRecord(record, str(error)) from error
         if len(ids) > self.max_length:
             has_image = self.template.image_token_id in ids
-            ids, labels = drop_last_turns(ids, labels, self.max_length)
+            ids, labels = cut_after_last_whole_answer(ids, labels, self.max_length)
             if not ids or (has_image and self.template.image_token_id not in ids):
                 raise BadRecord(record, "too long for --max-length",
                                 f"not even its first answer fits into {self.max_length} tokens")
         return ids, labels
 
-    def pixel_values(self, record):
+    def load_pixel_values(self, record):
         """Returns the record's image as (3, S, S) fp32, or None if the record has no image."""
         image = self.records.open_image(record)
         if image is None:
@@ -251,13 +251,13 @@ class ChatDataset(Dataset):
         # Resizes, crops and normalizes as the vision tower expects. (1, 3, S, S) -> (3, S, S)
         return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
 
-    def prompt(self, i, turn=0):
+    def make_prompt(self, i, turn=0):
         """Returns ({"input_ids", "pixel_values"}, reference answer) for one question of record i.
 
         turn: 0 for the first question of the record. Raises BadRecord if the image cannot be decoded.
         """
         record = self.records[i]
-        messages, pixel_values = self.messages(record), self.pixel_values(record)
+        messages, pixel_values = self.to_messages(record), self.load_pixel_values(record)
         question, answer = (message["content"] for message in messages[2 * turn:2 * turn + 2])
         if pixel_values is not None and not question.startswith(IMAGE_TOKEN):
             question = f"{IMAGE_TOKEN}\n{question}"
@@ -265,7 +265,7 @@ class ChatDataset(Dataset):
         return {"input_ids": ids, "pixel_values": pixel_values}, answer
 
 
-def drop_last_turns(ids, labels, max_length):
+def cut_after_last_whole_answer(ids, labels, max_length):
     """Returns (ids, labels) cut after the last answer that fits completely, or ([], []) if none fits.
 
     The reference cuts at max_length. That can leave half an answer without its end token.

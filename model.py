@@ -35,7 +35,7 @@ IGNORE_INDEX = -100  # label of a position that the loss ignores; cross_entropy 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def num_image_tokens(vision_config):
+def count_patches(vision_config):
     """Returns N, the number of patches of one image."""
     return (vision_config.image_size // vision_config.patch_size) ** 2
 
@@ -57,7 +57,7 @@ class Llava(nn.Module):
         super().__init__()
         config = vision_tower.config
         self.image_token_id = image_token_id
-        self.num_image_tokens = num_image_tokens(config)  # N
+        self.num_image_tokens = count_patches(config)  # N
 
         # LLaVA uses the features before CLIP's last block, which are 0.96 points better on ScienceQA. The
         # authors suspect that they contain more local detail (section 5.2). hidden_states[0] is the embedding

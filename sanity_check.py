@@ -33,7 +33,7 @@ from support.weights import load_trained
 # -- 1. does the image matter? -----------------------------------------------------------------------------
 
 
-def held_out_batches(dataset, pad_token_id, batch_size):
+def make_heldout_batches(dataset, pad_token_id, batch_size):
     """Returns the records of a ChatDataset that have an image, as a list of training batches.
 
     A last batch of one record would contain no different image. So np.array_split makes batches of nearly
@@ -63,7 +63,7 @@ def measure_grounding(model, batches, device, blank=False):
     one.
 
     Args:
-        batches: from held_out_batches(). blank: evaluate with a blank image too.
+        batches: from make_heldout_batches(). blank: evaluate with a blank image too.
     Returns: a dict.
         loss, loss_shuffled, loss_blank: nats per token with the correct, a different and a blank image.
         image_match: fraction of records whose answers are more likely with the correct image. A tie counts
@@ -92,7 +92,7 @@ def measure_grounding(model, batches, device, blank=False):
 
 
 def generate_answers(model, template, prompts, device, max_new_tokens=128, temperature=0.0):
-    """Returns the model's answers, as texts, to a list of prompts (see ChatDataset.prompt())."""
+    """Returns the model's answers, as texts, to a list of prompts (see ChatDataset.make_prompt())."""
     batch = collate(prompts, template.tokenizer.pad_token_id, padding_side="left")
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     was_training = model.training
@@ -137,15 +137,15 @@ def shorten_image(text, count):
     return text.replace(IMAGE_TOKEN * count, f"{IMAGE_TOKEN}×{count}") if count else text
 
 
-def print_losses(model, held_out, i, pad_token_id, device):
+def print_losses(model, heldout_dataset, i, pad_token_id, device):
     """Prints the loss of record i with the correct image, a different image and a blank image."""
-    batch = collate([held_out[i]], pad_token_id)
+    batch = collate([heldout_dataset[i]], pad_token_id)
     correct = batch["pixel_values"]  # (1, 3, H, W)
     images = {"correct image": correct}
-    name = held_out.records.image_name(held_out.records[i])
-    for j in range(len(held_out)):
-        if held_out.records.image_name(held_out.records[j]) not in (None, name):
-            images["different image"] = held_out.pixel_values(held_out.records[j])[None]
+    name = heldout_dataset.records.image_name(heldout_dataset.records[i])
+    for j in range(len(heldout_dataset)):
+        if heldout_dataset.records.image_name(heldout_dataset.records[j]) not in (None, name):
+            images["different image"] = heldout_dataset.load_pixel_values(heldout_dataset.records[j])[None]
             break
     images["blank image"] = torch.zeros_like(correct)
     tokens = (batch["labels"] != IGNORE_INDEX).sum().item()
@@ -199,34 +199,34 @@ def main():
         print_answer(model, template, prompt, *answer_settings)
         return
 
-    held_out = load_held_out(run, template, image_processor, model.num_image_tokens)
+    heldout_dataset = load_heldout_dataset(run, template, image_processor, model.num_image_tokens)
     i = args.sample if args.show_mask is None else args.show_mask
-    if i >= len(held_out):
-        raise UserError(f"there is no held-out record {i}: they are numbered 0 to {len(held_out) - 1}")
+    if i >= len(heldout_dataset):
+        raise UserError(f"there is no held-out record {i}: they are numbered 0 to {len(heldout_dataset) - 1}")
     if args.show_mask is not None:
-        sample = held_out[i]
+        sample = heldout_dataset[i]
         print(f"labeled tokens are {'green' if sys.stdout.isatty() else 'in [[ ]]'}")
         print(mark_labeled(sample["input_ids"], sample["labels"], template, sys.stdout.isatty()))
         return
-    record = held_out.records[i]
-    print(f"held-out record {i} of {len(held_out)}: id {record.get('id')}, "
-          f"image {held_out.records.image_name(record)}")
-    prompt, reference = held_out.prompt(i)
+    record = heldout_dataset.records[i]
+    print(f"held-out record {i} of {len(heldout_dataset)}: id {record.get('id')}, "
+          f"image {heldout_dataset.records.image_name(record)}")
+    prompt, reference = heldout_dataset.make_prompt(i)
     print_answer(model, template, prompt, *answer_settings)
     print(f"REFERENCE\n{reference}\n")
     if prompt["pixel_values"] is not None:
-        print_losses(model, held_out, i, template.tokenizer.pad_token_id, device)
+        print_losses(model, heldout_dataset, i, template.tokenizer.pad_token_id, device)
 
 
-def load_held_out(run, template, image_processor, num_image_tokens):
+def load_heldout_dataset(run, template, image_processor, num_image_tokens):
     """Returns the ChatDataset of a run's usable held-out records. `run` is its run.json."""
     settings = run["settings"]
     names = ("data", "images", "heldout_data", "heldout_images", "held_out", "limit", "seed")
-    _, held_out_set = open_records(**{name: settings[name] for name in names})
+    _, heldout_records = open_records(**{name: settings[name] for name in names})
     max_length = settings["max_length"]
-    checked = check_records(held_out_set, template, num_image_tokens, max_length, decode=True)
+    checked = check_records(heldout_records, template, num_image_tokens, max_length, decode=True)
     if checked.failures:
-        print_checked(held_out_set, checked)
+        print_checked(heldout_records, checked)
     return ChatDataset(checked.usable, template, image_processor, num_image_tokens, max_length)
 
 

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 
 import toy.world
 from data import ChatDataset, ChatTemplate, collate
-from model import IGNORE_INDEX, LORA_TARGETS, Llava, num_image_tokens
-from sanity_check import generate_answers, held_out_batches, mark_labeled, measure_grounding
+from model import IGNORE_INDEX, LORA_TARGETS, Llava, count_patches
+from sanity_check import generate_answers, make_heldout_batches, mark_labeled, measure_grounding
 from support import checkpoints
 from support.check_records import count_skipped_images, drop_unusable_records
 from support.devices import choose_dtype
@@ -89,22 +89,24 @@ def main():
 
     if args.preset == "toy":
         toy.world.draw_if_missing()  # draws 12,240 pictures before the first run (about 10 s)
-    train_set, held_out_set = open_records(args.data, args.images, args.heldout_data, args.heldout_images,
-                                           args.held_out, args.limit, args.seed)
+    train_records, heldout_records = open_records(
+        args.data, args.images, args.heldout_data, args.heldout_images, args.held_out, args.limit, args.seed)
     template = ChatTemplate(args.llm)
     check_same_template(stage1_run, template, stage1_folder)
-    n_image = num_image_tokens(load_vision_config(args.vision_tower))  # N
-    train_set, lengths, held_out_set = drop_unusable_records(train_set, held_out_set, template, n_image,
-                                                             args.max_length, args.allow_bad)
+    num_image_tokens = count_patches(load_vision_config(args.vision_tower))  # N
+    # lengths[i] is the approximate number of tokens of training record i.
+    train_records, lengths, heldout_records = drop_unusable_records(
+        train_records, heldout_records, template, num_image_tokens, args.max_length, args.allow_bad)
     if args.check_data:
         return
     image_processor = load_image_processor(args.vision_tower)
-    dataset = ChatDataset(train_set, template, image_processor, n_image, args.max_length)
-    held_out = ChatDataset(held_out_set, template, image_processor, n_image, args.max_length)
+    train_dataset, heldout_dataset = (
+        ChatDataset(records, template, image_processor, num_image_tokens, args.max_length)
+        for records in (train_records, heldout_records))
     pad_token_id = template.tokenizer.pad_token_id
-    heldout_batches = held_out_batches(held_out, pad_token_id, args.batch_size)
+    heldout_batches = make_heldout_batches(heldout_dataset, pad_token_id, args.batch_size)
     print("a sample; the tokens in [[ ]] are labeled:")
-    print(mark_labeled(*dataset.tokens(train_set[0]), template, color=False))
+    print(mark_labeled(*train_dataset.encode(train_records[0]), template, color=False))
 
     # -- 3. model ------------------------------------------------------------------------------------------
 
@@ -140,7 +142,7 @@ def main():
     # -- 5. the loop ---------------------------------------------------------------------------------------
 
     progress = checkpoints.Progress()
-    fingerprint = train_set.fingerprint()  # a resumed run must see the same records
+    fingerprint = train_records.fingerprint()  # a resumed run must see the same records
     if checkpoint:
         progress = checkpoints.restore(checkpoint, model, optimizer, scaler, fingerprint, processes)
     elif processes.rank == 0:
@@ -150,7 +152,7 @@ def main():
         processes.world_size, samples_done=progress.samples, steps_done=progress.step)
     total_steps = progress.step + len(steps)
     loader = DataLoader(
-        dataset, batch_sampler=[indices for step in steps for indices in step],
+        train_dataset, batch_sampler=[indices for step in steps for indices in step],
         collate_fn=partial(collate, pad_token_id=pad_token_id), num_workers=args.workers,
         prefetch_factor=max(2, args.grad_accum) if args.workers else None,
         worker_init_fn=checkpoints.ignore_signals_in_worker, pin_memory=device.type == "cuda",
@@ -160,15 +162,16 @@ def main():
     loaded = iter(loader)
     print(f"batch: {args.batch_size} (micro-batch) × {args.grad_accum} (accumulation) × "
           f"{processes.world_size} (processes) = {max(step_sizes, default=0)} samples per step\n"
-          f"data: {len(dataset):,} samples to train on, {len(held_out):,} held out; {total_steps:,} steps")
+          f"data: {len(train_dataset):,} samples to train on, {len(heldout_dataset):,} held out; "
+          f"{total_steps:,} steps")
     log = MetricsLog(folder, processes.rank, checkpoint, total_steps, args)
 
     def evaluate():
         """Measures the held-out loss with the correct and with a different image, and logs one answer."""
         measured = measure_grounding(model, heldout_batches, device)
-        prompt, reference = held_out.prompt(0)
+        prompt, reference = heldout_dataset.make_prompt(0)
         generated = generate_answers(model, template, [prompt], device, max_new_tokens=64)[0]
-        log.log_held_out(progress.step, measured, generated, reference)
+        log.log_heldout(progress.step, measured, generated, reference)
         return measured
 
     model.train()
@@ -186,7 +189,7 @@ def main():
         micro_batches = [next(loaded) for _ in step]  # see collate() for what they contain
         seconds_waiting = time.perf_counter() - started
         skipped = [sentence for batch in micro_batches for sentence in batch.pop("skipped")]
-        count_skipped_images(progress.skipped, skipped, folder, args.allow_bad, len(dataset))
+        count_skipped_images(progress.skipped, skipped, folder, args.allow_bad, len(train_dataset))
 
         n = processes.sum(sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in micro_batches))
         loss = torch.zeros((), device=device)
@@ -206,7 +209,7 @@ def main():
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         progress.bad_steps = 0 if math.isfinite(loss + grad_norm) else progress.bad_steps + 1
         if progress.bad_steps >= (10 if scaler.is_enabled() else 1):
-            ids = [str(train_set[i].get("id")) for indices in step for i in indices]
+            ids = [str(train_records[i].get("id")) for indices in step for i in indices]
             raise UserError(f"step {progress.step + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try a "
                             f"lower --lr, or look at the records of this step: {', '.join(ids[:16])}")
         scaler.step(optimizer)

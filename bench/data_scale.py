@@ -3,7 +3,7 @@
     python -m bench.data_scale    about 2 minutes on 2 CPU cores, 230 MB of temporary files, Linux only
 
 Prints three figures with their bounds, and fails if one is above its bound: the time to open the file with
-support.records.Records, divided by the time of json.loads; the memory that Records holds, divided by the size
+support.records.RecordFile, divided by the time of json.loads; the memory that Records holds, divided by the size
 of the file; and how much the memory of 8 processes grows when all of them read all records, as DataLoader
 workers do. Memory is the proportional set size: a page that k processes share counts as 1/k in each.
 """
@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from support.records import Records
+from support.records import RecordFile
 
 WORKERS = 8
 WORDS = ("olive oil is a healthy ingredient used liberally in this part of the world , says person at an event "
@@ -48,7 +48,7 @@ def proportional_set_size(pid="self"):
 def measure_opening(path, reader):
     """Returns the seconds in which `reader` opens the file, and the bytes that the result holds."""
     before, started = proportional_set_size(), time.perf_counter()
-    result = Records(path) if reader == "Records" else json.loads(path.read_text(encoding="utf-8"))
+    result = RecordFile(path) if reader == "Records" else json.loads(path.read_text(encoding="utf-8"))
     seconds, held = time.perf_counter() - started, proportional_set_size() - before
     print(f"  {reader}: {len(result):,} records in {seconds:.2f} s, holds {held / 1e6:.0f} MB", flush=True)
     return seconds, held
@@ -93,7 +93,7 @@ def main():
             ratios.append(seconds / json_seconds)
         figures = {"time / time of json.loads, median of 3": (sorted(ratios)[1], 1.5),
                    "memory / size of the file": (held / size, 2.0),
-                   "growth in the workers": (measure_growth(Records(path), context), 0.1)}
+                   "growth in the workers": (measure_growth(RecordFile(path), context), 0.1)}
     for name, (value, bound) in figures.items():
         print(f"{name}: {value:.3f} (bound {bound})")
     sys.exit(any(value > bound for value, bound in figures.values()))

@@ -40,7 +40,7 @@ from transformers import (CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaF
                           LlavaForConditionalGeneration)
 
 from data import collate
-from model import IGNORE_INDEX, LORA_TARGETS, Llava, num_image_tokens
+from model import IGNORE_INDEX, LORA_TARGETS, Llava, count_patches
 from support.devices import DTYPES, choose_device, choose_dtype
 from support.step_batches import plan_steps
 
@@ -67,7 +67,7 @@ def geometry(name):
     vision = CLIPVisionConfig(**dict(zip(SIZES, clip)), image_size=image_size, patch_size=patch_size)
     text = LlamaConfig(**dict(zip(SIZES, llm)), num_key_value_heads=key_value_heads, vocab_size=vocabulary)
     return LlavaConfig(vision_config=vision, text_config=text, projector_hidden_act="linear",
-                       image_token_index=vocabulary - 1, image_seq_length=num_image_tokens(vision))
+                       image_token_index=vocabulary - 1, image_seq_length=count_patches(vision))
 
 
 def draw_sample(config, stage, rng):

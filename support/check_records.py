@@ -18,31 +18,31 @@ class Checked(NamedTuple):
     shortened: int  # how many records lose turns to --max-length
 
 
-def drop_unusable_records(train_set, held_out_set, template, num_image_tokens, max_length, allow_bad):
-    """Checks both RecordSets, prints what it finds, and returns the usable records: (train_set, lengths,
-    held_out_set). lengths[i] is the approximate number of tokens of training record i.
+def drop_unusable_records(train_records, heldout_records, template, num_image_tokens, max_length, allow_bad):
+    """Checks both RecordSets, prints what it finds, and returns the usable records: (train_records, lengths,
+    heldout_records). lengths[i] is the approximate number of tokens of training record i.
 
     Training images are only looked up, because opening 595,375 of them takes long. Held-out images are opened
     too. Raises UserError if more than the fraction `allow_bad` of all records is unusable.
     """
-    train = check_records(train_set, template, num_image_tokens, max_length)
-    print_checked(train_set, train)
-    held_out = check_records(held_out_set, template, num_image_tokens, max_length, decode=True)
-    print_checked(held_out_set, held_out)
-    total = len(train_set) + len(held_out_set)
-    bad = total - len(train.usable) - len(held_out.usable)
+    train = check_records(train_records, template, num_image_tokens, max_length)
+    print_checked(train_records, train)
+    heldout = check_records(heldout_records, template, num_image_tokens, max_length, decode=True)
+    print_checked(heldout_records, heldout)
+    total = len(train_records) + len(heldout_records)
+    bad = total - len(train.usable) - len(heldout.usable)
     if bad > allow_bad * total or not len(train.usable):
         hint = ""
         for missing in train.failures.get("image missing", [])[:1]:
             name = missing.split(": ")[-1].split(" is not in ")[0].strip("'")
-            root = train_set.images.likely_root(name)
+            root = train_records.images.likely_root(name)
             hint = f" (is --images wrong? {name} is in {root})" if root else " (is --images wrong?)"
         raise UserError(f"{bad:,} of {total:,} records cannot be used, more than --allow-bad {allow_bad} "
                         f"allows{hint}")
-    if sum(held_out.usable.image_name(record) is not None for record in held_out.usable) < 2:
-        raise UserError(f"{held_out_set.records.path}: fewer than two usable held-out records have an image, "
+    if sum(heldout.usable.image_name(record) is not None for record in heldout.usable) < 2:
+        raise UserError(f"{heldout_records.file.path}: fewer than two usable held-out records have an image, "
                         "so none can be evaluated with a different image; raise --held-out")
-    return train.usable, train.lengths, held_out.usable
+    return train.usable, train.lengths, heldout.usable
 
 
 def check_records(records, template, num_image_tokens, max_length, decode=False):
@@ -58,12 +58,12 @@ def check_records(records, template, num_image_tokens, max_length, decode=False)
     for i in tqdm(range(len(records)), desc="checking the data", unit="record", leave=False, disable=None):
         record = records[i]
         try:
-            name, messages = records.image_name(record), dataset.messages(record)
+            name, messages = records.image_name(record), dataset.to_messages(record)
             if name is not None:
                 records.images.open(record, name) if decode else records.images.check(record, name)
             num_bytes = sum(len(message["content"].encode()) + overhead for message in messages)
             if num_bytes > max_length - num_image_tokens:
-                length = len(dataset.tokens(record)[0])
+                length = len(dataset.encode(record)[0])
                 shortened += length < len(template.encode(messages, num_image_tokens)[0])
             usable.append(i)
             # English text has about four bytes per token.
@@ -75,7 +75,7 @@ def check_records(records, template, num_image_tokens, max_length, decode=False)
 
 def print_checked(records, checked):
     """Prints how many of the records are usable, and why the others are not."""
-    print(f"checked {len(records):,} records of {records.records.path}: {len(checked.usable):,} usable, of "
+    print(f"checked {len(records):,} records of {records.file.path}: {len(checked.usable):,} usable, of "
           f"which {checked.shortened:,} lose turns to --max-length")
     for reason, sentences in checked.failures.items():
         print(f"  {len(sentences):,} unusable: {reason}")

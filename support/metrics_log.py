@@ -60,7 +60,7 @@ class MetricsLog:
             print(f"step {step} of {self.bar.total}: {state}", flush=True)
         self._start_interval()
 
-    def log_held_out(self, step, measured, generated, reference):
+    def log_heldout(self, step, measured, generated, reference):
         """Logs an evaluation: what measure_grounding() returned, and one answer beside its reference
         answer."""
         measured_values = {f"heldout_{name}": value for name, value in measured.items()}

@@ -2,7 +2,7 @@
 out.
 
 595,375 records as Python dicts need gigabytes. Each DataLoader worker would also copy them page by page,
-because reading an object changes its reference count. So Records keeps only the position of each record in
+because reading an object changes its reference count. So RecordFile keeps only the position of each record in
 the file, in one NumPy array that all workers share, and parses a record when it is asked for.
 """
 
@@ -18,7 +18,7 @@ from support.files import WorkerFile, find_file
 from support.images import ImageStore
 
 
-class Records:
+class RecordFile:
     """The records of a JSON file, which must be a list of objects: `records[i]` is a dict."""
 
     def __init__(self, path):
@@ -70,24 +70,24 @@ class Records:
 class RecordSet:
     """Some of the records of a file, with their images.
 
-    Args: records: a Records. images: an ImageStore. indices: which records, in this order.
+    Args: file: a RecordFile. images: an ImageStore. indices: which records, in this order.
     """
 
-    def __init__(self, records, images, indices):
-        self.records, self.images, self.indices = records, images, indices
+    def __init__(self, file, images, indices):
+        self.file, self.images, self.indices = file, images, indices
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, i):
-        return self.records[self.indices[i]]
+        return self.file[self.indices[i]]
 
     def subset(self, positions):
-        return RecordSet(self.records, self.images, self.indices[positions])
+        return RecordSet(self.file, self.images, self.indices[positions])
 
     def fingerprint(self):
         """Returns a hash of where the records are in their file. It changes if records come, go or move."""
-        return hashlib.sha256(self.records.spans[self.indices].tobytes()).hexdigest()[:16]
+        return hashlib.sha256(self.file.spans[self.indices].tobytes()).hexdigest()[:16]
 
     def image_name(self, record):
         """Returns the file name of the record's image, or None if it has no image.
@@ -116,10 +116,10 @@ def open_records(data, images, heldout_data, heldout_images, held_out, limit, se
     have different images. Other records of these images are left out, so no held-out image is trained on.
     `limit` counts training records, so the held-out records are the same for every limit. 0 is no limit.
     """
-    records, images = Records(find_file(data)), ImageStore(find_file(images))
+    records, images = RecordFile(find_file(data)), ImageStore(find_file(images))
     order = np.random.default_rng(seed).permutation(len(records))
     if heldout_data:
-        other = Records(find_file(heldout_data))
+        other = RecordFile(find_file(heldout_data))
         other_images = ImageStore(find_file(heldout_images))
         heldout_records = RecordSet(other, other_images, np.arange(len(other))[:held_out])
         return RecordSet(records, images, order[:limit or None]), heldout_records

@@ -24,7 +24,7 @@ from support.check_records import check_records
 from support.errors import BadRecord, UserError
 from support.files import WorkerFile
 from support.images import ImageStore, decode_image
-from support.records import Records, RecordSet
+from support.records import RecordFile, RecordSet
 from support.step_batches import plan_steps
 from support.weights import load_image_processor
 
@@ -228,7 +228,7 @@ def dataset_of(tmp_path, template, image_processor):
 
     def make(records, max_length=500):
         (tmp_path / "chat.json").write_text(json.dumps(records))
-        records = RecordSet(Records(tmp_path / "chat.json"), ImageStore(tmp_path / "images"),
+        records = RecordSet(RecordFile(tmp_path / "chat.json"), ImageStore(tmp_path / "images"),
                             np.arange(len(records)))
         return ChatDataset(records, template, image_processor, N, max_length)
 
@@ -240,16 +240,16 @@ LONG = record_of("<image>\nWhat is it?", "olive oil .", "Where?", "on a table ."
 
 
 def test_a_conversation_that_is_too_long_loses_whole_last_turns(dataset_of, template):
-    ids, labels = dataset_of([LONG]).tokens(LONG)
+    ids, labels = dataset_of([LONG]).encode(LONG)
     ends = [t for t, label in enumerate(labels) if label == template.end_token_id]
     for max_length in range(ends[0] + 1, len(ids)):
         whole = sum(end < max_length for end in ends)  # answers that fit with their end token
-        short_ids, short_labels = dataset_of([LONG], max_length).tokens(LONG)
+        short_ids, short_labels = dataset_of([LONG], max_length).encode(LONG)
         assert len(short_ids) <= max_length
         assert short_ids == ids[:ends[whole - 1] + 1] and short_labels == labels[:ends[whole - 1] + 1]
         assert short_ids.count(template.image_token_id) == N
     with pytest.raises(UserError, match="'one'.*--max-length"):
-        dataset_of([LONG], ends[0]).tokens(LONG)
+        dataset_of([LONG], ends[0]).encode(LONG)
 
 
 def test_a_record_whose_image_would_be_cut_away_is_refused(dataset_of):
@@ -257,9 +257,9 @@ def test_a_record_whose_image_would_be_cut_away_is_refused(dataset_of):
     record = record_of("Hello?", "Hi .", "What is this?\n<image>", "A red circle on a table .",
                        image="red.png")
     dataset = dataset_of([record], max_length=40)
-    assert len(dataset_of([record]).tokens(record)[0]) > 40
+    assert len(dataset_of([record]).encode(record)[0]) > 40
     with pytest.raises(UserError, match="--max-length"):
-        dataset.tokens(record)
+        dataset.encode(record)
 
 
 def test_a_record_without_an_image_is_only_text(dataset_of, template):
@@ -281,11 +281,11 @@ def test_the_character_that_marks_answers_makes_a_record_unusable(dataset_of):
     for turns in (("\ue000", "A cat ."), ("Who?", "A \ue000 ."), ("\ue000", "\ue000")):
         record = record_of(*turns)
         with pytest.raises(BadRecord, match=r"U\+E000"):
-            dataset_of([record]).tokens(record)
+            dataset_of([record]).encode(record)
 
 
 def test_a_question_of_a_later_turn_is_asked_with_the_image_in_front(dataset_of, template):
-    prompt, reference = dataset_of([LONG]).prompt(0, turn=1)
+    prompt, reference = dataset_of([LONG]).make_prompt(0, turn=1)
     assert reference == "on a table ." and prompt["pixel_values"].shape == (3, 28, 28)
     assert prompt["input_ids"] == template.encode_prompt([user("<image>\nWhere?")], N)
 
@@ -294,7 +294,8 @@ def test_padding_is_masked_by_its_position_so_end_tokens_stay_although_they_are_
     conversations = [user("Who?"), assistant("A cat .")], [user("Who is it, then?"), assistant("I .")]
     samples = [dict(zip(("input_ids", "labels"), template.encode(messages, N)), pixel_values=None)
                for messages in conversations]
-    # Cut after the end token, as drop_last_turns() does. The last token of the row is then the padding token.
+    # Cut after the end token, as cut_after_last_whole_answer() does. The row's last token is then the
+    # padding token.
     samples[0] = {key: value and value[:-1] for key, value in samples[0].items()}
     assert samples[0]["input_ids"][-1] == template.tokenizer.pad_token_id
     batch = collate(samples, template.tokenizer.pad_token_id)
@@ -358,7 +359,7 @@ VALUE = [{"id": 1, "text": 'olive é 🙂 " ] } \\'}, {"id": 2, "nested": {"a": 
 def test_records_are_those_of_json(tmp_path, text):
     path = tmp_path / "chat.json"
     path.write_bytes(text.encode())
-    records = Records(path)
+    records = RecordFile(path)
     assert [records[i] for i in range(len(records))] == VALUE
     again = pickle.loads(pickle.dumps(records))  # with its file open already, as a spawned worker gets it
     assert [again[i] for i in (2, 0)] == [VALUE[2], VALUE[0]]
@@ -424,7 +425,7 @@ def test_loader_workers_share_a_zip_without_disturbing_each_other(drawn, templat
     # A spawned worker must import everything, so there is only one.
     workers, samples = {"fork": (2, 200), "spawn": (1, 24)}[method]
     indices = np.random.default_rng(0).integers(0, 8, samples)
-    records = RecordSet(Records(drawn / "chat.json"), ImageStore(drawn / "images.zip"), indices)
+    records = RecordSet(RecordFile(drawn / "chat.json"), ImageStore(drawn / "images.zip"), indices)
     dataset = ChatDataset(records, template, image_processor, N, 500)
     expected = [dataset[i] for i in range(len(dataset))]  # this opens the files before the workers start
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=method)

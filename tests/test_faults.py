@@ -25,7 +25,7 @@ from data import ChatDataset
 from support import metrics_log
 from support.errors import UserError, run_script
 from support.images import ImageStore
-from support.records import Records, RecordSet
+from support.records import RecordFile, RecordSet
 
 
 @pytest.fixture(autouse=True)
@@ -401,7 +401,7 @@ def test_a_folder_of_broken_images_is_one_sentence_also_from_a_worker(
     (tmp_path / "chat.json").write_text(json.dumps(records))
     for i in range(30):
         (tmp_path / f"{i}.png").write_text("<html>404</html>")
-    records = RecordSet(Records(tmp_path / "chat.json"), ImageStore(tmp_path), np.arange(30))
+    records = RecordSet(RecordFile(tmp_path / "chat.json"), ImageStore(tmp_path), np.arange(30))
     loader = DataLoader(ChatDataset(records, template, image_processor, N, 500), num_workers=workers,
                         batch_size=None)
     monkeypatch.setattr(sys, "argv", ["stage1_align.py"])

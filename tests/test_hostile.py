@@ -16,7 +16,7 @@ from data import IGNORE_INDEX
 from support import images
 from support.errors import BadRecord, UserError
 from support.images import ImageStore, decode_image
-from support.records import Records, RecordSet
+from support.records import RecordFile, RecordSet
 
 RECORD = {"id": "a"}
 RED = (250, 20, 20)
@@ -201,7 +201,7 @@ def test_broken_and_outside_and_missing_images_are_one_sentence_about_the_record
 def test_a_record_with_an_odd_id_and_no_image_is_only_text(broken, identity, tmp_path):
     (tmp_path / "chat.json").write_text(json.dumps([{"id": identity}]))
     for kind in ("images", "images.zip"):
-        records = RecordSet(Records(tmp_path / "chat.json"), ImageStore(broken / kind), np.arange(1))
+        records = RecordSet(RecordFile(tmp_path / "chat.json"), ImageStore(broken / kind), np.arange(1))
         assert records.image_name(records[0]) is None
 
 
@@ -329,7 +329,7 @@ NOT_RECORDS = {  # name: (content, what the sentence says)
 def test_a_file_that_is_no_list_of_records_is_refused_in_one_sentence(tmp_path, content, message):
     (tmp_path / "chat.json").write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
-        Records(tmp_path / "chat.json")
+        RecordFile(tmp_path / "chat.json")
     assert "chat.json" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -337,7 +337,7 @@ def test_a_byte_order_mark_and_characters_of_any_length_do_not_shift_the_records
     content = [{"id": "ü€😀"}, {"id": "b", "x": ["𝄞", {"y": None}]}, {"id": "c"}]
     text = "\ufeff" + json.dumps(content, ensure_ascii=False)
     (tmp_path / "chat.json").write_bytes(text.encode())
-    records = Records(tmp_path / "chat.json")
+    records = RecordFile(tmp_path / "chat.json")
     assert [records[i] for i in range(len(records))] == content
 
 

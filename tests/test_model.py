@@ -14,7 +14,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, CLIPModel, CLIPVi
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data import IGNORE_INDEX, collate
-from model import LORA_TARGETS, num_image_tokens
+from model import LORA_TARGETS, count_patches
 from support.errors import UserError
 from support.weights import load_trained, save_result
 
@@ -137,7 +137,7 @@ def test_deleting_clips_last_blocks_changes_no_feature(tiny, parts, image_proces
         expected = whole(pixel_values, output_hidden_states=True).hidden_states[vision_layer][:, 1:]
         torch.testing.assert_close(model.encode_images(pixel_values), model.projector(expected))
     assert len(model.vision_tower.encoder.layers) == 4 + vision_layer  # three blocks, and the embeddings
-    assert model.num_image_tokens == num_image_tokens(model.vision_tower.config) == N
+    assert model.num_image_tokens == count_patches(model.vision_tower.config) == N
 
 
 def test_ids_with_positions_for_another_number_of_features_are_refused(tiny, batch):

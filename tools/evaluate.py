@@ -37,7 +37,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data import IMAGE_TOKEN
-from sanity_check import generate_answers, held_out_batches, load_held_out, measure_grounding
+from sanity_check import generate_answers, make_heldout_batches, load_heldout_dataset, measure_grounding
 from support.devices import DTYPES, choose_device, choose_dtype
 from support.errors import UserError, run_script
 from support.files import make_writable_folder, write_json
@@ -62,7 +62,7 @@ def list_questions(dataset):
     questions = []
     for i in range(len(dataset)):
         record = dataset.records[i]
-        messages, kinds = dataset.messages(record), record.get("kinds")
+        messages, kinds = dataset.to_messages(record), record.get("kinds")
         pairs = list(zip(messages[::2], messages[1::2]))
         if (not isinstance(kinds, list) or len(kinds) != len(pairs)
                 or not all(isinstance(kind, str) for kind in kinds)):
@@ -96,7 +96,7 @@ def answer_questions(model, template, dataset, questions, device, batch_size, ma
     for start in tqdm(range(0, len(questions), batch_size), "generating answers", leave=False, disable=None):
         prompts = []
         for question in questions[start:start + batch_size]:
-            prompt, _ = dataset.prompt(question.record, question.turn)
+            prompt, _ = dataset.make_prompt(question.record, question.turn)
             if different_image and prompt["pixel_values"] is not None:
                 prompt["pixel_values"] = next_image(dataset, question.record)
             prompts.append(prompt)
@@ -110,8 +110,8 @@ def next_image(dataset, i):
     for j in range(i + 1, i + len(records)):
         record = records[j % len(records)]
         if records.image_name(record) not in (None, records.image_name(records[i])):
-            return dataset.pixel_values(record)
-    raise UserError(f"{records.records.path}: all held-out records have the same image; raise --held-out")
+            return dataset.load_pixel_values(record)
+    raise UserError(f"{records.file.path}: all held-out records have the same image; raise --held-out")
 
 
 # -- scores ------------------------------------------------------------------------------------------------
@@ -174,9 +174,9 @@ def print_table(result):
 def open_held_out(run_json, template, image_processor, num_image_tokens):
     """Returns the usable held-out records of a run as a ChatDataset. Raises UserError if fewer than two have
     an image."""
-    dataset = load_held_out(run_json, template, image_processor, num_image_tokens)
+    dataset = load_heldout_dataset(run_json, template, image_processor, num_image_tokens)
     if sum(dataset.records.image_name(record) is not None for record in dataset.records) < 2:
-        raise UserError(f"{dataset.records.records.path}: fewer than two usable held-out records have an "
+        raise UserError(f"{dataset.records.file.path}: fewer than two usable held-out records have an "
                         "image, so none can be evaluated with a different image")
     return dataset
 
@@ -212,7 +212,7 @@ def main():
     result, examples, matches, records = {"stage": stage, "counts": {}}, [], 0, 0
     for name, dataset in datasets.items():
         # 1. With the reference answers. This can be measured on any data.
-        batches = held_out_batches(dataset, template.tokenizer.pad_token_id, args.batch_size)
+        batches = make_heldout_batches(dataset, template.tokenizer.pad_token_id, args.batch_size)
         measured = measure_grounding(model, batches, device, blank=True)
         result |= {f"{name}_{key}": value for key, value in measured.items()}
         count = sum(len(batch["input_ids"]) for batch in batches)

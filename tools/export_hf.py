@@ -28,7 +28,7 @@ from transformers import (AutoModelForImageTextToText, AutoProcessor, Generation
                           LlavaForConditionalGeneration, LlavaProcessor)
 
 from data import IMAGE_TOKEN, collate
-from sanity_check import load_held_out
+from sanity_check import load_heldout_dataset
 from support.devices import DTYPES, choose_device
 from support.errors import UserError, run_script
 from support.files import atomic_write, delete, find_pretrained
@@ -153,14 +153,14 @@ def build_hf_processor(model, template, image_processor):
 @torch.no_grad()
 def run_ours(model, template, held_out, i, device):
     """Returns what the run computes for the first question of held-out record i, as a dict."""
-    prompt, _ = held_out.prompt(i)
+    prompt, _ = held_out.make_prompt(i)
     batch = collate([prompt], template.tokenizer.pad_token_id, padding_side="left")
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     answer = model.generate(**batch, end_token_ids=[template.end_token_id], max_new_tokens=NEW_TOKENS)
     ids = torch.cat([batch["input_ids"], answer], dim=1)
     logits = model.llm(inputs_embeds=model.embed(ids, batch["pixel_values"])).logits  # of prompt and answer
     record = held_out.records[i]
-    question = held_out.messages(record)[0]["content"].removeprefix(f"{IMAGE_TOKEN}\n")
+    question = held_out.to_messages(record)[0]["content"].removeprefix(f"{IMAGE_TOKEN}\n")
     return {"image": held_out.records.open_image(record), "question": question, "prompt": prompt["input_ids"],
             "pixel_values": prompt["pixel_values"], "answer": answer[0].tolist(), "logits": logits[0].cpu()}
 
@@ -218,7 +218,7 @@ def export(args, folder):
                                                               torch.float32)
     print(f"{args.run}/stage{stage}: {run_json['steps']:,} steps, {run_json['projector']} projector, "
           f"{'LoRA adapter' if stage == 2 else 'no adapter'}")
-    held_out = load_held_out(run_json, template, image_processor, model.num_image_tokens)
+    held_out = load_heldout_dataset(run_json, template, image_processor, model.num_image_tokens)
     expected = [run_ours(model, template, held_out, i, device)
                 for i in range(min(args.samples, len(held_out)))]
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from data import IMAGE_TOKEN, collate
-from sanity_check import generate_answers, load_held_out
+from sanity_check import generate_answers, load_heldout_dataset
 from support.devices import DTYPES, choose_device, choose_dtype
 from support.errors import UserError, run_script
 from support.files import atomic_write
