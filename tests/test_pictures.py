@@ -1,5 +1,4 @@
-"""The pictures: attention comes from the rows and columns it should, sheets have a cell for each sample, and
-curves are drawn where they can be."""
+"""The pictures: attention is read at the right positions, sheets have a cell per example, curves are drawn."""
 
 import json
 import sys
@@ -10,91 +9,70 @@ import torch
 from conftest import N, draw
 from PIL import Image
 
-import pictures
+from support.errors import UserError
+from tools import pictures
 
 
-def asked(template, image_processor, colour="red"):
+@pytest.fixture
+def prompt(template, image_processor):
     messages = [{"role": "user", "content": "<image>\nWhat object is shown?"}]
-    return {
-        "input_ids": template.encode_prompt(messages, N),
-        "pixel_values": image_processor(draw(colour)),
-    }
+    pixel_values = image_processor(draw("red"), return_tensors="pt")["pixel_values"][0]
+    return {"input_ids": template.encode_prompt(messages, N), "pixel_values": pixel_values}
 
 
-# -- attention ---------------------------------------------------------------------------------------------
-
-
-def test_attention_is_that_of_the_position_before_each_token_to_the_image(tiny):
-    model, template, image_processor = tiny()
-    prompt = asked(template, image_processor)
+def test_attention_is_that_of_the_position_before_each_token_to_the_image(tiny, prompt):
+    model, template, _ = tiny()
     answer = template.tokenizer("a cat .", add_special_tokens=False)["input_ids"]
-    words, maps, layer = pictures.attention_to_image(
-        model, template, prompt, answer + [template.end_token_id], layer=2
-    )
+    words, maps, layer = pictures.attention_to_image(model, template, prompt, answer + [template.end_token_id], 2)
     assert words == ["a", "cat"] and maps.shape == (2, 2, 2) and layer == 2
-    assert model.llm.config._attn_implementation == "sdpa"  # as it was
+    assert model.llm.config._attn_implementation == "sdpa"  # restored
 
-    # The same by a route of its own: whole model, one head after the other, tokens by their own texts.
+    # The same numbers from the complete model, with the tokens of "cat" found by their text.
     ids = prompt["input_ids"] + answer
     model.llm.set_attn_implementation("eager")
     with torch.no_grad():
-        embeds = model.embed(torch.tensor([ids]), prompt["pixel_values"][None])
-        weights = model.llm(inputs_embeds=embeds, output_attentions=True).attentions[1][0]  # (heads, T, T)
-    torch.testing.assert_close(weights.sum(dim=2), torch.ones(weights.shape[:2]))
-    assert weights.triu(1).abs().max() == 0  # nobody looks ahead
+        inputs_embeds = model.embed(torch.tensor([ids]), prompt["pixel_values"][None])
+        weights = model.llm(inputs_embeds=inputs_embeds, output_attentions=True).attentions[1][0]  # (heads, T, T)
     first = ids.index(template.image_token_id)
-    assert ids[first : first + N] == [template.image_token_id] * N
-    pieces = [template.tokenizer.decode(answer[: t + 1]).split() for t in range(len(answer))]
-    cat = [t for t, said in enumerate(pieces) if len(said) == 2 and t >= 1]
+    texts = [template.tokenizer.decode(answer[:t + 1]).split() for t in range(len(answer))]
+    cat = [t for t, text in enumerate(texts) if len(text) == 2 and t >= 1]
     for i, tokens in enumerate([[0], cat]):
         rows = [len(prompt["input_ids"]) + t - 1 for t in tokens]
-        mean = weights[:, rows, first : first + N].mean(dim=(0, 1))
-        torch.testing.assert_close(maps[i].flatten(), mean)
+        torch.testing.assert_close(maps[i].flatten(), weights[:, rows, first:first + N].mean(dim=(0, 1)))
     assert (maps.sum(dim=(1, 2)) < 1).all()
 
 
-def test_the_layer_that_differs_most_from_word_to_word_is_chosen(tiny, monkeypatch):
-    model, template, image_processor = tiny()
-    prompt = asked(template, image_processor)
+def test_the_layer_that_differs_most_from_word_to_word_is_chosen(tiny, prompt, monkeypatch):
+    model, template, _ = tiny()
     answer = template.tokenizer("a cat", add_special_tokens=False)["input_ids"]
     length, first = len(prompt["input_ids"] + answer), prompt["input_ids"].index(template.image_token_id)
-    sink = torch.zeros(1, 4, length, length)
-    sink[..., first] = 0.9  # much, but always the same patch
-    looks = torch.zeros(1, 4, length, length)
-    looks[..., ::2, first] = looks[..., 1::2, first + 1] = 0.2  # little, but now here, now there
-    decoder = SimpleNamespace(attentions=(sink, looks, sink))
+    constant = torch.zeros(1, 4, length, length)
+    constant[..., first] = 0.9  # much attention, but always to the same patch
+    varied = torch.zeros(1, 4, length, length)
+    varied[..., ::2, first] = varied[..., 1::2, first + 1] = 0.2  # less attention, to different patches
+    decoder = SimpleNamespace(attentions=(constant, varied, constant))
     monkeypatch.setattr(model.llm, "get_decoder", lambda: lambda **_: decoder)
     assert pictures.attention_to_image(model, template, prompt, answer)[2] == 2
     assert pictures.attention_to_image(model, template, prompt, answer, layer=3)[2] == 3
-    with pytest.raises(pictures.UserError, match="1 to 3"):
+    with pytest.raises(UserError, match="1 to 3"):
         pictures.attention_to_image(model, template, prompt, answer, layer=4)
 
 
-def test_the_picture_under_the_heat_is_what_the_model_was_shown(image_processor):
+def test_the_bright_patch_is_the_one_with_the_attention_and_little_attention_is_dark():
+    image = Image.new("RGB", (480, 480), "white")
+    centers = {"top left": (120, 120), "top right": (360, 120), "bottom left": (120, 360)}
+    bright = pictures.brighten(image, torch.tensor([[0.0, 0.5], [0.0, 0.0]]))
+    light = {name: sum(bright.getpixel(center)) for name, center in centers.items()}
+    assert max(light, key=light.get) == "top right"
+    dim = pictures.brighten(image, torch.tensor([[0.0, 0.01], [0.0, 0.0]]))
+    assert sum(dim.getpixel(centers["top right"])) < 0.6 * light["top right"]
+
+
+def test_the_visible_image_is_what_the_crop_leaves(image_processor):
     wide = Image.new("RGB", (90, 30), "red")
-    wide.paste(Image.new("RGB", (30, 30), (10, 200, 90)), (30, 0))  # the centre, all that the crop leaves
-    shown = pictures.shown_image(image_processor(wide), image_processor)
-    assert shown.size == (28, 28) and shown.getpixel((14, 14)) == (10, 200, 90)
-    hot = pictures.heat(shown, torch.tensor([[0.0, 0.1], [0.0, 0.0]]))
-    light = {place: sum(hot.getpixel(place)) for place in ((120, 120), (360, 120), (120, 360), (360, 360))}
-    assert max(light, key=light.get) == (360, 120)  # x, y: the second patch is to the right, not below
-
-
-# -- sheets ------------------------------------------------------------------------------------------------
-
-
-def test_a_sheet_has_a_cell_for_each_sample_and_marks_that_need_no_colour(tmp_path, monkeypatch):
-    marks = []
-    monkeypatch.setattr(pictures, "draw_mark", lambda draw, mark, *_: marks.append(mark))
-    samples = [(draw("red"), "What?", "It is red.", "It is red.", True)] * 3
-    samples += [(draw("blue"), "What? " * 50, "", "x" * 500, False), (draw("white"), "?", "a", "b", None)]
-    pictures.contact_sheet(tmp_path / "sheet.png", "five", samples)
-    assert [mark for mark in marks if mark] == ["right"] * 3 + ["wrong"]
-    sheet = Image.open(tmp_path / "sheet.png").convert("RGB")
-    assert sheet.width == 1080
-    colours = {colour: count for count, colour in sheet.getcolors(1 << 24)}
-    area = 336 * 252  # a picture of 4:3 in a cell
-    assert colours[(220, 30, 30)] > 2.4 * area * 0.8 and colours[(30, 60, 220)] > 0.8 * area * 0.8
+    wide.paste(Image.new("RGB", (30, 30), (10, 200, 90)), (30, 0))  # the center
+    pixel_values = image_processor(wide, return_tensors="pt")["pixel_values"][0]
+    assert pictures.visible_image(pixel_values, image_processor).getpixel((240, 240)) == (10, 200, 90)
 
 
 def test_lines_are_no_wider_than_their_cell():
@@ -103,90 +81,41 @@ def test_lines_are_no_wider_than_their_cell():
     assert len(lines) == 8 and lines[-1].endswith("…")
     assert all(font.getlength(line) <= 200 for line in lines)
     assert pictures.wrap("", font, 200) == [""]
-    assert pictures.spread(list(range(10)), 4) == [0, 2, 5, 7] and pictures.spread([1], 12) == [1]
 
 
-def test_the_sanity_check_draws_a_sheet_and_attention(script, flags, tmp_path, capsys):
+def test_a_sheet_and_attention_are_drawn_and_wrong_paths_are_one_sentence(script, flags, tmp_path, monkeypatch):
+    marks = []
+    draw_mark = pictures.draw_mark
+    monkeypatch.setattr(pictures, "draw_mark", lambda draw, mark, *rest: marks.append(mark) or
+                        draw_mark(draw, mark, *rest))
     script("stage1_align", *flags(1, max_steps=0))
-    script("sanity_check", "--sheet", "sheet.png", "--count", 3, "--max-new-tokens", 4)
-    assert "with 3 held-out samples" in capsys.readouterr().out
-    draw("green").save(tmp_path / "mine.png")
-    own = ("--image", "mine.png", "--question", "What object is shown?", "--layer", 1)
-    for words in (("--sample", 1), own):
-        script("sanity_check", "--attention", "attention.png", "--max-new-tokens", 6, *words)
-        assert Image.open(tmp_path / "attention.png").width == 1080
-    for wrong, named in (
-        (("--sheet", tmp_path), str(tmp_path)),  # not replaced by a picture
-        (("--attention", "nowhere/a.png"), "nowhere"),
-        (("--sheet", "a.png", "--image", "mine.png"), "--image"),
-        (("--hf", "somewhere", "--eval"), "--run"),
-        (("--hf", "somewhere"), "--chat"),
-    ):
+    script("tools.pictures", "--sheet", "sheet.png", "--count", 3, "--max-new-tokens", 4)
+    assert Image.open(tmp_path / "sheet.png").width == pictures.WIDTH
+    assert "tick" not in marks and "cross" not in marks  # these captions have more than one correct wording
+    script("tools.pictures", "--attention", "attention.png", "--max-new-tokens", 6, "--sample", 1)
+    assert Image.open(tmp_path / "attention.png").width == pictures.WIDTH
+    for wrong, name in ((("--sheet", tmp_path), str(tmp_path)), (("--attention", "nowhere/a.png"), "nowhere"),
+                        (("--attention", "a.png", "--sample", 99), "0 to 3")):
         with pytest.raises(SystemExit) as error:
-            script("sanity_check", *wrong)
-        assert named in error.value.code and "\n" not in error.value.code
-    assert (tmp_path / "mine.png").exists()
+            script("tools.pictures", *wrong)
+        assert name in error.value.code and "\n" not in error.value.code
 
 
-# -- curves ------------------------------------------------------------------------------------------------
-
-
-def write_metrics(run, *stages):
-    for stage in stages:
-        (run / f"stage{stage}").mkdir(parents=True)
-        held = {"heldout_loss": 1.0, "heldout_loss_shuffled": 2.0, "heldout_image_match": 0.9}
-        lines = [{"step": 0, **held}, {"step": 1, "loss": 3.0}, {"step": 1, **held}]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (run / f"stage{stage}" / "metrics.jsonl").write_text(text)
-
-
-def test_curves_of_both_stages_are_drawn_without_a_window(tmp_path):
+def test_curves_of_both_stages_are_drawn_if_matplotlib_is_installed(tmp_path):
     pytest.importorskip("matplotlib")
-    write_metrics(tmp_path / "run", 1)
-    pictures.draw_curves(tmp_path / "run")
-    width = Image.open(tmp_path / "run" / "curves.png").width
-    write_metrics(tmp_path / "run", 2)
-    assert str(tmp_path / "run" / "curves.png") in pictures.draw_curves(tmp_path / "run")
-    assert Image.open(tmp_path / "run" / "curves.png").width == 2 * width
-    assert "matplotlib.pyplot" not in sys.modules
-    (tmp_path / "run" / "stage1" / "metrics.jsonl").write_text('{"step": ')
-    assert pictures.draw_curves(tmp_path / "run").startswith("no ")  # a sentence, and no traceback
+    for stage in ("stage1", "stage2"):
+        (tmp_path / stage).mkdir()
+        heldout = {"heldout_loss": 1.0, "heldout_loss_shuffled": 2.0, "heldout_image_match": 0.9}
+        lines = [{"step": 0, **heldout}, {"step": 1, "loss": 3.0}, {"step": 1, **heldout}]
+        (tmp_path / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pictures.draw_curves(tmp_path / "curves.png", tmp_path)
+    assert Image.open(tmp_path / "curves.png").width > 1000
+    (tmp_path / "stage1" / "metrics.jsonl").write_text('{"step": ')
+    with pytest.raises(UserError, match="metrics.jsonl"):
+        pictures.draw_curves(tmp_path / "curves.png", tmp_path)
 
 
-def test_without_matplotlib_training_ends_as_well_and_says_what_to_install(
-    script, flags, tmp_path, monkeypatch, capsys
-):
-    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
-        monkeypatch.setitem(sys.modules, name, None)  # import raises ImportError
-    script("stage1_align", *flags(1, max_steps=1))
-    out = capsys.readouterr().out
-    assert out.count("pip install matplotlib") == 1
-    assert (tmp_path / "runs" / "toy" / "stage1" / "run.json").exists()
-    assert not (tmp_path / "runs" / "toy" / "curves.png").exists()
-
-
-def test_tensorboard_gets_the_metrics_or_is_refused_at_once(script, flags, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(SystemExit) as error:
-        script("stage1_align", *flags(1, max_steps=1, llm="nobody/nothing"), "--tensorboard")
-    assert "pip install tensorboard" in error.value.code
-
-    class Writer:
-        written = []
-
-        def __init__(self, folder, purge_step):
-            self.written.append((str(folder), purge_step))
-
-        def add_scalar(self, *values):
-            self.written.append(values)
-
-        def close(self):
-            self.written.append("closed")
-
-    monkeypatch.setattr("runs.summary_writer", lambda: Writer)
-    script("stage1_align", *flags(1, max_steps=1), "--tensorboard")
-    lines = (tmp_path / "runs" / "toy" / "stage1" / "metrics.jsonl").read_text().splitlines()
-    for line in map(json.loads, lines):
-        name = "loss" if "loss" in line else "heldout_loss"
-        assert (name, line[name], line["step"]) in Writer.written
-    assert Writer.written[-1] == "closed"
+def test_without_matplotlib_the_curves_say_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)  # import raises ImportError
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        pictures.draw_curves(tmp_path / "curves.png", tmp_path)

@@ -1,0 +1,164 @@
+"""tools.evaluate: which numbers it writes, and on which data it leaves some of them out."""
+
+import json
+import re
+import shutil
+
+import pytest
+from conftest import REPOSITORY
+
+from tools import evaluate
+from tools.evaluate import evenly_spaced, f1, is_toy_caption, score_captions
+
+TOY = ["--precision", "fp32", "--device", "cpu", "--workers", "0", "--batch-size", "4"]
+LOSSES = ("loss", "loss_shuffled", "loss_blank", "image_match")
+F1 = {"objects_f1", "caption_f1", "objects_f1_shuffled", "caption_f1_shuffled"}
+EXACT = {"qa_exact", "qa_exact_shuffled", "qa_exact_by_kind", "qa_exact_shuffled_by_kind"}
+CAPTIONS, ANSWERS = ({f"{name}_{loss}" for loss in LOSSES} for name in ("captions", "answers"))
+
+
+@pytest.fixture(scope="module")
+def toy_data():
+    """The committed held-out records of the toy world, which serve as training records too: these tests need
+    no good model, and so the training pictures need not be drawn."""
+    folder = REPOSITORY / "toy" / "data"
+    return {stage: ["--data", folder / f"heldout_{name}.json", "--images", folder / "heldout.zip",
+                    "--heldout-data", folder / f"heldout_{name}.json"]
+            for stage, name in ((1, "chat"), (2, "instruct"))}
+
+
+def evaluate_run(script, run, *words):
+    script("tools.evaluate", "--run", run, "--device", "cpu", "--max-new-tokens", 4, *words)
+    return json.loads((run / "eval.json").read_text())
+
+
+def train(script, flags, run, stages=(1, 2), **data):
+    """Runs the stages without a step on the tiny models; data is {"instruct": path} or {"chat": path}."""
+    for stage, name, script_name in ((1, "chat", "stage1_align"), (2, "instruct", "stage2_instruct")):
+        if stage in stages:
+            changes = {"data": data[name], "heldout_data": data[name]} if name in data else {}
+            script(script_name, *flags(stage, max_steps=0, run=run, **changes))
+    return run
+
+
+# -- the toy -----------------------------------------------------------------------------------------------
+
+
+def documented_keys():
+    """Returns the keys of eval.json that the docstring lists."""
+    text = evaluate.__doc__.split("The keys of eval.json:")[1]
+    listed = re.findall(r"^    (\w+(?:, \w+)*)(?:, …)?(?:  |$)", text, flags=re.MULTILINE)
+    return {key for line in listed for key in line.split(", ")}
+
+
+def test_every_key_of_eval_json_is_documented():
+    expected = {"stage", "counts", "image_match"} | CAPTIONS | F1 | EXACT | {"answers_loss"}  # then "…"
+    assert documented_keys() == expected
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_toy_gets_exactly_the_documented_keys(script, toy_data, tmp_path, capsys, stage):
+    run = tmp_path / "run"
+    common = [*TOY, "--run", run, "--held-out", 6, "--limit", 8, "--max-steps", 0]
+    script("stage1_align", *common, *toy_data[1])
+    if stage == 2:
+        script("stage2_instruct", *common, *toy_data[2])
+    result = evaluate_run(script, run)
+    assert result.keys() == {"stage", "counts", "image_match"} | CAPTIONS | F1 | (
+        ANSWERS | EXACT if stage == 2 else set())
+    assert result["stage"] == stage and result["counts"]["captions"] == 6
+    if stage == 2:
+        by_kind = result["counts"]["answers_by_kind"]
+        assert sum(by_kind.values()) == result["counts"]["answers"] > 6
+        assert by_kind.keys() == result["qa_exact_by_kind"].keys() == result["qa_exact_shuffled_by_kind"].keys()
+        mean = (result["captions_image_match"] + result["answers_image_match"]) / 2
+        assert result["image_match"] == pytest.approx(mean)
+    out = capsys.readouterr().out
+    assert f"correct image more likely: {result['image_match']:.1%} (chance 50%)" in out
+    assert "captions: F1 of color and shape" in out and f"wrote {run / 'eval.json'}" in out
+
+
+def test_correct_captions_score_1_and_those_of_different_images_less():
+    references = ["a red circle at the top left and a blue star at the middle left .",
+                  "a green heart at the top left and a blue star at the bottom left ."]
+    scores = score_captions(references, references)
+    assert scores["objects_f1"] == scores["caption_f1"] == 1
+    assert scores["objects_f1_shuffled"] == 0.5 and scores["caption_f1_shuffled"] == 0
+    assert f1([set()], [{"circle"}]) == 0 and f1([set()], [set()]) == 0
+
+
+def test_records_are_taken_at_equal_distances():
+    assert evenly_spaced(list(range(10)), 3) == [0, 3, 6] and evenly_spaced([1, 2], 5) == [1, 2]
+
+
+# -- other data --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("a red circle at the top left and a blue star at the middle left .", True),
+    ("a red circle at the top left, a blue star at the middle left and a green cross at the bottom left .",
+     True),
+    ("a man on a horse .", False),
+    ("a red circle and a blue star .", False),
+    ("a red circle at the top left .", False),
+    ("the photo shows a red circle at the top left and a blue star at the middle left .", False),
+    ("", False)])
+def test_only_what_the_toy_grammar_writes_is_a_toy_caption(text, expected):
+    assert is_toy_caption(text) == expected
+
+
+def test_captions_that_are_not_toy_captions_get_no_f1(script, flags, tmp_path, capsys):
+    result = evaluate_run(script, train(script, flags, tmp_path / "run", stages=[1]))
+    assert result.keys() == {"stage", "counts", "image_match"} | CAPTIONS
+    assert "F1" not in capsys.readouterr().out
+
+
+def test_answers_without_kinds_are_printed_but_not_scored(script, flags, drawn, tmp_path, capsys):
+    records = json.loads((drawn / "instruct.json").read_text())
+    for record in records:
+        del record["kinds"]
+    (tmp_path / "free.json").write_text(json.dumps(records))
+    run = train(script, flags, tmp_path / "run", instruct=tmp_path / "free.json")
+    capsys.readouterr()
+    result = evaluate_run(script, run, "--count", 3)
+    assert not EXACT & result.keys() and result["counts"] == {"answers": 3, "captions": 3}
+    assert "3 of the generated answers, for example" in capsys.readouterr().out
+
+
+def test_malformed_kinds_do_not_stop_the_evaluation(script, flags, drawn, tmp_path):
+    records = json.loads((drawn / "instruct.json").read_text())
+    malformed = [None, "object", ["description"], [1, {}]]  # the last record in a valid form: see below
+    for record, kinds in zip(records, malformed):
+        record["kinds"] = kinds
+    (tmp_path / "malformed.json").write_text(json.dumps(records))
+    changes = dict(data=tmp_path / "malformed.json", heldout_data=tmp_path / "malformed.json", held_out=8)
+    script("stage1_align", *flags(1, max_steps=0, run=tmp_path / "run"))
+    script("stage2_instruct", *flags(2, max_steps=0, run=tmp_path / "run", **changes))
+    result = evaluate_run(script, tmp_path / "run")
+    assert result["counts"]["answers_by_kind"] == {"description": 4, "object": 4}  # of the other four records
+
+
+def test_stage_2_without_the_data_of_stage_1_leaves_the_captions_out_and_says_so(
+        script, flags, drawn, tmp_path, capsys):
+    chat = shutil.copy(drawn / "chat.json", tmp_path / "chat.json")
+    run = train(script, flags, tmp_path / "run", chat=chat)
+    (tmp_path / "chat.json").unlink()
+    capsys.readouterr()
+    result = evaluate_run(script, run)
+    assert not CAPTIONS & result.keys() and ANSWERS | EXACT <= result.keys()
+    assert result["image_match"] == result["answers_image_match"]
+    out = capsys.readouterr().out
+    assert "The captions are left out" in out and "chat.json does not exist" in out
+
+
+# -- what is refused ---------------------------------------------------------------------------------------
+
+
+def test_a_run_that_does_not_exist_is_refused(refusal, tmp_path):
+    assert "python stage1_align.py --run none first" in refusal("tools.evaluate", "--run", "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_stage_that_is_not_finished_is_refused(refusal, script, flags, tmp_path):
+    train(script, flags, tmp_path / "run", stages=[1])
+    assert "stage2_instruct.py" in refusal("tools.evaluate", "--run", "run", "--stage", 2)
