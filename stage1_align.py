@@ -28,7 +28,7 @@ from support import checkpoints
 from support.check_records import count_skipped_images, drop_unusable_records
 from support.devices import choose_dtype
 from support.errors import Stopped, UserError, run_script
-from support.metrics_log import MetricsLog, format_grounding
+from support.metrics_log import MetricsLog, format_grounding, import_tracker
 from support.processes import Processes
 from support.records import open_records
 from support.settings import next_command, parse_settings, print_settings
@@ -73,6 +73,7 @@ def main():
     device, dtype = processes.device, choose_dtype(args.precision, processes.device)
     print_settings(args, device, dtype)
     folder = Path(args.run) / "stage1"
+    tracker = import_tracker(args.tracker) if args.tracker else None
     checkpoint = None
     if not args.check_data:
         checkpoint = checkpoints.open_stage_folder(folder, args, processes.world_size)
@@ -157,7 +158,7 @@ def main():
           f"{processes.world_size} (processes) = {max(step_sizes, default=0)} samples per step\n"
           f"data: {len(train_dataset):,} samples to train on, {len(heldout_dataset):,} held out; "
           f"{total_steps:,} steps")
-    log = MetricsLog(folder, processes.rank, checkpoint, total_steps, args)
+    log = MetricsLog(folder, processes.rank, checkpoint, total_steps, tracker, vars(args))
 
     def evaluate():
         """Measures the held-out loss with the correct and with a different image, and logs one answer."""

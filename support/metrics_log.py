@@ -19,18 +19,18 @@ class MetricsLog:
         folder: where metrics.jsonl is. Only the process of rank 0 writes.
         checkpoint: what the run resumes from, or None. Lines that were written after it are removed, because
             their steps are taken again.
-        settings: settings.tracker is None or names a module with init(...) and log(dict, step=...), such as
-            trackio, wandb or swanlab.
+        tracker: None, or a module with init(...) and log(dict, step=...), such as trackio, wandb or swanlab.
+        settings: dict of all settings, for the tracker.
     """
 
-    def __init__(self, folder, rank, checkpoint, total_steps, settings):
+    def __init__(self, folder, rank, checkpoint, total_steps, tracker, settings):
         self.file = self.tracker = None
         if rank == 0:
             self.file = open(folder / "metrics.jsonl", "ab")
             self.file.truncate(min(checkpoint["metrics_bytes"] if checkpoint else 0, self.file.tell()))
-            if settings.tracker:
-                self.tracker = import_tracker(settings.tracker)
-                self.tracker.init(project="llava", config=vars(settings))
+            if tracker:
+                self.tracker = tracker
+                self.tracker.init(project="llava", config=settings)
         step = checkpoint["progress"]["step"] if checkpoint else 0
         # disable=None: no bar where stderr is not a terminal, because it would fill a log file.
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True,

@@ -51,6 +51,8 @@ class RecordFile:
                 position = start_byte + size(here, end)
                 spans.append((start_byte, position))
                 at, here = end, skip(text, end).end()
+            if text[here + 1:].strip():
+                raise ValueError("there is more text after the closing ]")
         except (ValueError, IndexError, RecursionError) as error:
             message = "it ends in the middle" if isinstance(error, IndexError) else str(error)
             raise UserError(f"{self.path} is not a JSON list of records: {message} (after {len(spans):,} "

@@ -79,8 +79,13 @@ def load_vision_tower(name, dtype):
 def load_language_model(name, dtype):
     """Returns a decoder-only language model with its pretrained weights."""
     llm = _load_strictly(AutoModelForCausalLM, name, dtype)
-    if getattr(llm.config.get_text_config(), "final_logit_softcapping", None):
-        raise UserError(f"{name} changes its logits after the head, as Gemma 2 does; this is not supported")
+    # Llava.forward() applies the head to the decoder's output. Some models (Gemma 2, Cohere, Granite) then
+    # change the logits once more. Refuse them, because their loss would be wrong.
+    ids = torch.arange(3)[None]  # (1, 3)
+    with torch.no_grad():
+        logits = llm.get_output_embeddings()(llm.get_decoder()(ids, use_cache=False).last_hidden_state)
+        if not torch.allclose(logits, llm(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4):
+            raise UserError(f"{name} changes its logits after the head, which this project does not support")
     return llm
 
 

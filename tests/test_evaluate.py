@@ -5,26 +5,15 @@ import re
 import shutil
 
 import pytest
-from conftest import REPOSITORY
 
 from tools import evaluate
 from tools.evaluate import evenly_spaced, f1, is_toy_caption, score_captions
 
-TOY = ["--precision", "fp32", "--device", "cpu", "--workers", "0", "--batch-size", "4"]
+TOY = ["--device", "cpu", "--held-out", 6, "--limit", 8, "--max-steps", 0]  # no good model is needed
 LOSSES = ("loss", "loss_shuffled", "loss_blank", "image_match")
 F1 = {"objects_f1", "caption_f1", "objects_f1_shuffled", "caption_f1_shuffled"}
 EXACT = {"qa_exact", "qa_exact_shuffled", "qa_exact_by_kind", "qa_exact_shuffled_by_kind"}
 CAPTIONS, ANSWERS = ({f"{name}_{loss}" for loss in LOSSES} for name in ("captions", "answers"))
-
-
-@pytest.fixture(scope="module")
-def toy_data():
-    """The committed held-out records of the toy world, which serve as training records too: these tests need
-    no good model, and so the training pictures need not be drawn."""
-    folder = REPOSITORY / "toy" / "data"
-    return {stage: ["--data", folder / f"heldout_{name}.json", "--images", folder / "heldout.zip",
-                    "--heldout-data", folder / f"heldout_{name}.json"]
-            for stage, name in ((1, "chat"), (2, "instruct"))}
 
 
 def evaluate_run(script, run, *words):
@@ -32,12 +21,12 @@ def evaluate_run(script, run, *words):
     return json.loads((run / "eval.json").read_text())
 
 
-def train(script, flags, run, stages=(1, 2), **data):
-    """Runs the stages without a step on the tiny models; data is {"instruct": path} or {"chat": path}."""
-    for stage, name, script_name in ((1, "chat", "stage1_align"), (2, "instruct", "stage2_instruct")):
-        if stage in stages:
-            changes = {"data": data[name], "heldout_data": data[name]} if name in data else {}
-            script(script_name, *flags(stage, max_steps=0, run=run, **changes))
+def train(script, flags, run, stages=(1, 2), data={}, **changes):
+    """Runs the stages with the tiny models, without a step. `data` maps a stage to another JSON file."""
+    for stage in stages:
+        paths = {"data": data[stage], "heldout_data": data[stage]} if stage in data else {}
+        script({1: "stage1_align", 2: "stage2_instruct"}[stage],
+               *flags(stage, max_steps=0, run=run, **paths, **changes))
     return run
 
 
@@ -57,12 +46,11 @@ def test_every_key_of_eval_json_is_documented():
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_the_toy_gets_exactly_the_documented_keys(script, toy_data, tmp_path, capsys, stage):
+def test_the_toy_gets_exactly_the_documented_keys(script, tmp_path, capsys, stage):
     run = tmp_path / "run"
-    common = [*TOY, "--run", run, "--held-out", 6, "--limit", 8, "--max-steps", 0]
-    script("stage1_align", *common, *toy_data[1])
+    script("stage1_align", *TOY, "--run", run)
     if stage == 2:
-        script("stage2_instruct", *common, *toy_data[2])
+        script("stage2_instruct", *TOY, "--run", run)
     result = evaluate_run(script, run)
     assert result.keys() == {"stage", "counts", "image_match"} | CAPTIONS | F1 | (
         ANSWERS | EXACT if stage == 2 else set())
@@ -118,7 +106,7 @@ def test_answers_without_kinds_are_printed_but_not_scored(script, flags, drawn, 
     for record in records:
         del record["kinds"]
     (tmp_path / "free.json").write_text(json.dumps(records))
-    run = train(script, flags, tmp_path / "run", instruct=tmp_path / "free.json")
+    run = train(script, flags, tmp_path / "run", data={2: tmp_path / "free.json"})
     capsys.readouterr()
     result = evaluate_run(script, run, "--count", 3)
     assert not EXACT & result.keys() and result["counts"] == {"answers": 3, "captions": 3}
@@ -127,21 +115,19 @@ def test_answers_without_kinds_are_printed_but_not_scored(script, flags, drawn, 
 
 def test_malformed_kinds_do_not_stop_the_evaluation(script, flags, drawn, tmp_path):
     records = json.loads((drawn / "instruct.json").read_text())
-    malformed = [None, "object", ["description"], [1, {}]]  # the last record in a valid form: see below
-    for record, kinds in zip(records, malformed):
+    malformed = [None, "object", ["description"], [1, {}]]  # each record has two questions
+    for record, kinds in zip(records, malformed):  # the other four records keep theirs
         record["kinds"] = kinds
     (tmp_path / "malformed.json").write_text(json.dumps(records))
-    changes = dict(data=tmp_path / "malformed.json", heldout_data=tmp_path / "malformed.json", held_out=8)
-    script("stage1_align", *flags(1, max_steps=0, run=tmp_path / "run"))
-    script("stage2_instruct", *flags(2, max_steps=0, run=tmp_path / "run", **changes))
-    result = evaluate_run(script, tmp_path / "run")
-    assert result["counts"]["answers_by_kind"] == {"description": 4, "object": 4}  # of the other four records
+    run = train(script, flags, tmp_path / "run", data={2: tmp_path / "malformed.json"}, held_out=8)
+    result = evaluate_run(script, run)
+    assert result["counts"]["answers_by_kind"] == {"description": 4, "object": 4}
 
 
 def test_stage_2_without_the_data_of_stage_1_leaves_the_captions_out_and_says_so(
         script, flags, drawn, tmp_path, capsys):
     chat = shutil.copy(drawn / "chat.json", tmp_path / "chat.json")
-    run = train(script, flags, tmp_path / "run", chat=chat)
+    run = train(script, flags, tmp_path / "run", data={1: chat})
     (tmp_path / "chat.json").unlink()
     capsys.readouterr()
     result = evaluate_run(script, run)
