@@ -58,7 +58,8 @@ def test_the_toy_gets_exactly_the_documented_keys(script, tmp_path, capsys, stag
     if stage == 2:
         by_kind = result["counts"]["answers_by_kind"]
         assert sum(by_kind.values()) == result["counts"]["answers"] > 6
-        assert by_kind.keys() == result["qa_exact_by_kind"].keys() == result["qa_exact_shuffled_by_kind"].keys()
+        for key in ("qa_exact_by_kind", "qa_exact_shuffled_by_kind"):
+            assert result[key].keys() == by_kind.keys()
         mean = (result["captions_image_match"] + result["answers_image_match"]) / 2
         assert result["image_match"] == pytest.approx(mean)
     out = capsys.readouterr().out

@@ -1,7 +1,11 @@
-"""colab.ipynb, cell by cell, in a kernel of its own: the toy shrunk to a few steps, the real thing with tiny
-random parts and eight photos in its place. And what can be said without running it."""
+"""colab.ipynb, cell by cell, in a kernel of its own.
+
+The toy trains for two steps only. The real models are replaced by tiny random ones, and the real data by eight
+photos. The tests of the second part run no cell.
+"""
 
 import ast
+import importlib
 import io
 import json
 import re
@@ -17,16 +21,30 @@ from conftest import REPOSITORY
 from test_hub_replicas import PHOTOS, world  # noqa: F401 (world is a fixture)
 from test_hub_replicas import pytestmark as needs_shared
 
+import stage1_align
+import stage2_instruct
+import toy.world
+
 NOTEBOOK = json.loads((REPOSITORY / "colab.ipynb").read_text(encoding="utf-8"))
 CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+SCRIPTS = ("stage1_align", "stage2_instruct", "sanity_check", "tools.evaluate", "tools.pictures")
+DOWNLOAD = REPOSITORY / "tools" / "download.sh"
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def tagged(*tags):
+    return [cell for cell in CODE if set(tags) & set(cell["metadata"]["tags"])]
 
 
 # -- running it --------------------------------------------------------------------------------------------
 
 
 def run_notebook(cells, folder, **values):
-    """Executes cells in a new kernel that starts in `folder`; `values` take the place of what the cells
-    tagged "parameters" assign. Returns everything that was printed, and how many pictures were shown."""
+    """Executes cells in a new kernel that starts in `folder`. `values` replace what the cells tagged
+    "parameters" assign. Returns everything that was printed, and the number of pictures of each cell."""
     missing = "needs nbclient and ipykernel: pip install -r requirements-dev.txt -c constraints.txt"
     nbclient = pytest.importorskip("nbclient", reason=missing)
     pytest.importorskip("ipykernel", reason=missing)
@@ -42,55 +60,61 @@ def run_notebook(cells, folder, **values):
                     lines[i] = f"{name} = {values.pop(name)!r}"
         cell.source = "\n".join(lines)
     assert not values, f"no parameters cell assigns {list(values)}"
-    # The kernel inherits this process's environment: one thread, and no hub (see conftest.py).
+    # The kernel inherits the environment of this process: one thread and no hub (see conftest.py).
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
-    outputs = [output for cell in notebook.cells for output in cell.outputs]
-    printed = "".join(output.text for output in outputs if output.output_type == "stream")
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    return printed, len(pictures)
-
-
-def tagged(*tags):
-    return [cell for cell in CODE if set(tags) & set(cell["metadata"]["tags"])]
+    printed, pictures = "", {}
+    for cell in notebook.cells:
+        for output in cell.outputs:
+            if output.output_type == "stream":
+                printed += output.text
+            elif "image/png" in output.get("data", {}):
+                pictures[cell.id] = pictures.get(cell.id, 0) + 1
+    return printed.replace("\r", ""), pictures
 
 
 def copy_repository(folder):
-    """The files of this clone that the notebook may use, without its runs and without the drawn pictures."""
-    folder.mkdir()
-    for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*.txt"), REPOSITORY / ".gitignore"]:
-        shutil.copy(path, folder)
+    """Copies the files of this clone that the notebook may use, without runs, toy weights and pictures."""
+    for pattern in ("*.py", "*.txt", ".gitignore", "support/*.py", "tools/*", "toy/*.py"):
+        for path in REPOSITORY.glob(pattern):
+            if path.is_file():
+                copy = folder / path.relative_to(REPOSITORY)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, copy)
     return folder
 
 
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch):
-    """pip must find everything satisfied without asking anybody; the photos come from this machine."""
+    """pip must find everything installed, without the network. The photos come from this machine."""
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
-def test_without_a_gpu_all_cells_run_in_a_clone_and_those_of_the_real_thing_do_nothing(tmp_path):
+def test_without_a_gpu_all_cells_run_in_a_clone_and_those_of_the_real_models_do_nothing(tmp_path):
+    toy.world.draw_if_missing()
     clone = copy_repository(tmp_path / "clone")
-    (clone / "toy").symlink_to(REPOSITORY / "toy")
+    for name in ("data", "clip-vit", "llama-chat"):
+        (clone / "toy" / name).symlink_to(REPOSITORY / "toy" / name)
     flags = "--max-steps 2 --batch-size 4 --limit 16 --held-out 6 --workers 0"
     printed, pictures = run_notebook(CODE, clone, TOY_FLAGS=flags, REAL=False)
-    assert "git clone" not in printed and "the cells of the real thing do nothing" in printed
-    for words in ("16 samples to train on, 6 held out; 2 steps", "PROMPT", "TRUE", "own image preferred"):
+    assert "git clone" not in printed and "the cells of the real models do nothing" in printed
+    for words in ("16 samples to train on, 6 held out; 2 steps", "PROMPT", "REFERENCE",
+                  "correct image more likely"):
         assert words in printed, words
     assert re.search(r"<image>×\d+\s+What do you see at the middle left\?", printed)
-    curves = (clone / "runs" / "toy" / "curves.png").exists()  # matplotlib is not required
-    assert pictures == 3 + curves  # sheet and curves, and two pictures of attention
+    assert pictures == {"toy-eval": 1, "toy-attention": 1, "photo": 1}
     assert (clone / "runs" / "toy" / "stage2" / "adapter").exists()
+    assert (clone / "runs" / "toy" / "eval.json").exists()
 
 
 @needs_shared
-def test_the_cells_of_the_real_thing_run_with_replicas_after_cloning(world, tmp_path):  # noqa: F811
+def test_the_cells_of_the_real_models_run_with_replicas_after_cloning(world, tmp_path):  # noqa: F811
     origin = copy_repository(tmp_path / "origin")
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "a copy"]):
-        who = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
-        subprocess.run(["git", *who, *words], cwd=origin, check=True)
+        author = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
+        subprocess.run(["git", *author, *words], cwd=origin, check=True)
     start = tmp_path / "start"
     start.mkdir()
     (tmp_path / "coco").mkdir()
@@ -103,108 +127,126 @@ def test_the_cells_of_the_real_thing_run_with_replicas_after_cloning(world, tmp_
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, directory=str(tmp_path / "coco")))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    first_stage = next(cell for cell in tagged("real") if "stage1_align.py" in "".join(cell["source"]))
     cells = tagged("parameters", "setup", "real", "ask")
-    cells.insert(cells.index(first_stage), first_stage)  # twice: the second time there is nothing to do
+    stage1 = next(cell for cell in cells if "stage1_align.py" in source(cell))
+    cells.insert(cells.index(stage1), dict(stage1, id="stage1-again"))  # finds a finished run the second time
     try:
         printed, pictures = run_notebook(
-            cells,
-            start,
-            REPOSITORY=str(origin),
-            REAL=True,
-            LIMIT=4,
-            HELD_OUT=2,
+            cells, start, REPOSITORY=str(origin), REAL=True, LIMIT=4, HELD_OUT=2,
             REAL_FLAGS="--workers 0 --precision fp32 --device cpu",
-            CLIP=str(world / "clip"),
-            LLM=str(world / "llm"),
-            CHAT=str(world / "chat.json"),
-            CC3M=str(PHOTOS),
-            INSTRUCT=str(world / "instruct.json"),
-            COCO=str(tmp_path / "fetched"),
-            COCO_URL=f"http://127.0.0.1:{server.server_port}",
-            PHOTO=str(PHOTOS / "cat.jpg"),
-            QUESTION="Is it a drawing, or what's this?",
-        )
+            CLIP=str(world / "clip"), LLM=str(world / "llm"),
+            CHAT=str(world / "chat.json"), CC3M=str(PHOTOS),
+            INSTRUCT=str(world / "instruct.json"), COCO=str(tmp_path / "fetched"),
+            COCO_URL=f"http://127.0.0.1:{server.server_port}/train2017",
+            PHOTO=str(PHOTOS / "cat.jpg"), QUESTION="Is it a drawing, or what's this?")
     finally:
         server.shutdown()
-    printed = printed.replace("\r", "")
-    assert "hf download" not in printed  # everything is there, but for the photos of stage 2
+        server.server_close()
+    assert "tools/download.sh" not in printed  # everything exists, except the images of stage 2
     fetched = sorted(path.name for path in (tmp_path / "fetched").iterdir())
     assert len(fetched) == len(requested) == 6 and all(name.endswith(".jpg") for name in fetched)
     assert printed.count("4 samples to train on, 2 held out; 1 steps") == 2
     assert f"checked 4 records of {world / 'instruct.json'}: 4 usable" in printed
     assert "runs/limit-4/stage1 is finished: there is nothing to resume" in printed
     assert "<image>×256\nIs it a drawing, or what's this?" in printed
-    curves = (start / "llava" / "runs" / "limit-4" / "curves.png").exists()
-    assert pictures == 2 + curves
+    assert pictures == {"real-look": 1, "photo": 1}
 
 
 def test_a_command_that_fails_ends_the_notebook(tmp_path):
     nbclient = pytest.importorskip("nbclient")
-    helpers = next(cell for cell in tagged("setup") if "def sh(" in "".join(cell["source"]))
+    helpers = next(cell for cell in tagged("setup") if "def sh(" in source(cell))
     failing = dict(helpers, id="failing", source=['sh("echo before; exit 3")'])
     with pytest.raises(nbclient.exceptions.CellExecutionError, match="this command failed, see above: echo"):
         run_notebook([helpers, failing], tmp_path)
 
 
-# -- what can be said without running it -------------------------------------------------------------------
+# -- without running it ------------------------------------------------------------------------------------
 
 
-def test_it_is_stored_without_outputs_and_every_cell_has_its_id():
+def test_it_is_stored_without_outputs_and_every_cell_has_its_own_id():
     assert (NOTEBOOK["nbformat"], NOTEBOOK["nbformat_minor"]) == (4, 5)
     assert NOTEBOOK["metadata"]["kernelspec"]["name"] == "python3"
     ids = [cell["id"] for cell in NOTEBOOK["cells"]]
     assert len(set(ids)) == len(ids)
     for cell in CODE:
         assert cell["outputs"] == [] and cell["execution_count"] is None, cell["id"]
+        assert set(cell["metadata"]["tags"]) <= {"parameters", "setup", "toy", "real", "ask"}, cell["id"]
 
 
 def strings(cell):
-    """The text of every string in a code cell, adjacent ones joined; {} for what is filled in."""
-    nodes = list(ast.walk(ast.parse("".join(cell["source"]))))
-    filled = [node for node in nodes if isinstance(node, ast.JoinedStr)]
-    parts = [part for node in filled for part in node.values]
+    """Returns every string in a code cell. Values that an f-string fills in are written as {}."""
+    nodes = list(ast.walk(ast.parse(source(cell))))
+    formatted = [node for node in nodes if isinstance(node, ast.JoinedStr)]
+    parts = [part for node in formatted for part in node.values]
     texts = [node.value for node in nodes if isinstance(node, ast.Constant) and node not in parts]
-    for node in filled:
+    for node in formatted:
         texts.append("".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values))
     return [text for text in texts if isinstance(text, str)]
 
 
+STRINGS = [text for cell in CODE for text in strings(cell)]
+
+
 def flags_of(script, name):
-    """The flags in a script's --help."""
-    shown = io.StringIO()
-    with redirect_stdout(shown), pytest.raises(SystemExit):
+    """Returns the flags in a script's --help."""
+    printed = io.StringIO()
+    with redirect_stdout(printed), pytest.raises(SystemExit):
         script(name, "--help")
-    return set(re.findall(r"--[a-z][a-z0-9-]*", shown.getvalue()))
+    return set(re.findall(r"--[a-z][a-z0-9-]*", printed.getvalue()))
 
 
-def test_every_script_and_every_flag_that_it_names_exists(script):
-    flags = {name: flags_of(script, name) for name in ("stage1_align", "stage2_instruct", "sanity_check")}
-    stages = flags["stage1_align"] & flags["stage2_instruct"]
-    everywhere = "\n".join("".join(cell["source"]) for cell in NOTEBOOK["cells"])
-    for path in re.findall(r"[\w/]+\.(?:py|txt)\b", everywhere):
+def test_every_path_and_module_that_it_names_exists():
+    everything = "\n".join(source(cell) for cell in NOTEBOOK["cells"])
+    paths = set(re.findall(r"[\w/]+\.(?:py|txt|sh|md)\b", everything))
+    assert {"stage1_align.py", "tools/download.sh", "requirements.txt"} <= paths
+    for path in paths:
         assert (REPOSITORY / path).exists(), path
+    modules = set(re.findall(r"python -m ((?:tools|toy)\.\w+)", everything))
+    assert modules == {"tools.evaluate", "tools.pictures"}
+    for name in modules:
+        assert callable(importlib.import_module(name).main)
+    for name, attribute in re.findall(r"from (support\.\w+) import (\w+)", everything):
+        assert hasattr(importlib.import_module(name), attribute), name
+
+
+def test_every_flag_that_it_names_exists(script):
+    flags = {name: flags_of(script, name) for name in SCRIPTS}
+    stages = flags["stage1_align"] & flags["stage2_instruct"]
     used = set()
-    for text in [text for cell in CODE for text in strings(cell)]:
+    for text in STRINGS:
         words = set(re.findall(r"--[a-z][a-z0-9-]*", text))
-        if match := re.match(r"python (\w+)\.py\b", text):
-            assert words <= flags[match[1]], text
-            used |= words
-        elif not re.match(r"(python -m|git|hf|curl) ", text):
-            assert words <= stages, text  # by themselves they are for both stages
-            used |= words
-    assert {"--restart", "--resume", "--eval", "--attention", "--sheet", "--show-mask", "--question"} <= used
+        if match := re.match(r"python (?:(\w+)\.py|-m (tools\.\w+))\b", text):
+            assert words <= flags[match[1] or match[2]], text
+        elif re.match(r"(python -m pip|git) ", text):
+            continue
+        else:
+            assert words <= stages, text  # a string of flags alone belongs to both stages
+        used |= words
+    assert {"--restart", "--resume", "--sample", "--attention", "--sheet", "--show-mask", "--question"} <= used
     for cell in NOTEBOOK["cells"]:
         if cell["cell_type"] == "markdown":
-            for flag in re.findall(r"`(--[a-z-]+)", "".join(cell["source"])):
+            for flag in re.findall(r"`(--[a-z-]+)", source(cell)):
                 assert flag in stages, flag
 
 
-def test_it_fetches_what_the_scripts_say_is_to_be_fetched():
-    from plumbing import DOWNLOADS
+def test_download_sh_is_valid_bash_and_knows_every_part_that_the_notebook_asks_for():
+    subprocess.run(["bash", "-n", DOWNLOAD], check=True)
+    accepted = re.search(r"case \$what in ([\w|]+)\)", DOWNLOAD.read_text())[1].split("|")
+    parts = {match[1] for text in STRINGS if (match := re.match(r"bash tools/download\.sh (\w+)$", text))}
+    assert parts == {"models", "stage1", "instruct"} and parts <= set(accepted)
+    done = subprocess.run(["bash", DOWNLOAD, "nothing"], capture_output=True, text=True)
+    assert done.returncode == 2 and "usage" in done.stderr
 
-    ours = {text for cell in CODE for text in strings(cell) if text.startswith("hf download")}
-    assert ours == {command for _, command in DOWNLOADS.values() if command.startswith("hf download")}
-    assignments = "\n".join("".join(cell["source"]) for cell in tagged("parameters"))
-    for path in DOWNLOADS:  # under the names by which the presets know it
-        assert f'"{path}"' in assignments, path
+
+def test_download_sh_and_the_notebook_use_the_names_and_paths_of_the_presets():
+    commands = DOWNLOAD.read_text()
+    assigned = "\n".join(source(cell) for cell in tagged("parameters"))
+    presets = [module.PRESETS["tinyllama"] for module in (stage1_align, stage2_instruct)]
+    for name in {preset[key] for preset in presets for key in ("vision_tower", "llm")}:
+        assert f"hf download {name}" in commands, name
+        assert f'"{name}"' in assigned, name
+    for path in {preset[key] for preset in presets for key in ("data", "images")}:
+        folder, _, file = path.rpartition("/")
+        assert file in commands and folder in commands, path
+        # The notebook downloads single images to a folder, where the preset reads them from a .zip file.
+        assert f'"{path.replace("train2017.zip", "train2017")}"' in assigned, path
