@@ -51,10 +51,10 @@ def load_image(path, image_processor):
 
 
 def drop_oldest_turns(messages, template, has_image, num_image_tokens, max_tokens):
-    """Returns (messages, ids of the prompt). It drops the oldest questions and answers until the prompt has at
-    most `max_tokens` tokens. The last question always stays.
+    """Returns (messages, ids of the prompt) without the oldest questions and answers, so that the prompt has
+    at most `max_tokens` tokens. The last question is never dropped.
 
-    The image is never dropped. It stands before the first question that is left, as in training. """
+    The image is never dropped either. It stands before the first question that is left, as in training. """
     while True:
         first = f"{IMAGE_TOKEN}\n{messages[0]['content']}" if has_image else messages[0]["content"]
         ids = template.encode_prompt([{**messages[0], "content": first}, *messages[1:]], num_image_tokens)

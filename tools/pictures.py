@@ -74,7 +74,7 @@ def draw_cells(path, title, cells, columns):
 def wrap(text, font, width):
     """Returns the text as at most eight lines that are at most `width` pixels wide."""
     for letters in range(width // 4, 2, -1):
-        lines = textwrap.wrap(text, letters, max_lines=8, placeholder=" …")
+        lines = textwrap.wrap(text.strip(), letters, max_lines=8, placeholder=" …")
         if all(font.getlength(line) <= width for line in lines):
             break
     return lines
@@ -170,8 +170,8 @@ def draw_attention(path, question, image, words, maps, layer, num_layers):
     for word, weights in zip(words[:47], maps):
         texts = [(None, word, BLACK), (None, f"to image: {weights.sum():.0%}", GRAY)]
         cells.append((brighten(image, weights), texts))
-    title = (f"Attention from each word to the patches; layer {layer} of {num_layers}, mean over its heads. A "
-             "panel is dark if the word pays little attention to the image.")
+    title = (f"Attention from each word to the patches; layer {layer} of {num_layers}, mean over its heads. "
+             "A panel is dark if the word pays little attention to the image.")
     draw_cells(path, [question.replace(IMAGE_TOKEN, ""), " ".join(words), title], cells, columns=4)
 
 
@@ -201,7 +201,8 @@ def draw_curves(path, run):
     stages = {}
     for file in sorted(run.glob("stage[12]/metrics.jsonl")):
         try:
-            stages[file.parent.name] = [dict(json.loads(line)) for line in file.read_text("utf-8").splitlines()]
+            lines = file.read_text(encoding="utf-8").splitlines()
+            stages[file.parent.name] = [dict(json.loads(line)) for line in lines]
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"cannot read {file}: {error}") from error
     if not stages:
@@ -214,9 +215,9 @@ def draw_curves(path, run):
                 (loss_axis, "heldout_loss", "held-out, correct image", "o-", "green"),
                 (loss_axis, "heldout_loss_shuffled", "held-out, different image", "s--", "red"),
                 (match_axis, "heldout_image_match", "correct image more likely", "o-", "blue")):
-            lines_with_key = [line for line in lines if "step" in line and key in line]
-            axis.plot(*([line[name] for line in lines_with_key] for name in ("step", key)), style, color=color,
-                      label=label, markersize=4)
+            points = [line for line in lines if "step" in line and key in line]
+            axis.plot([point["step"] for point in points], [point[key] for point in points], style,
+                      color=color, label=label, markersize=4)
         match_axis.axhline(0.5, color="0.5", linestyle=":", label="chance")
         loss_axis.set(title=stage, ylim=(0, None))
         match_axis.set(ylim=(0, 1.05), xlabel="optimizer step")
