@@ -6,9 +6,9 @@ A record of LLaVA-CC3M-Pretrain-595K (stage 1). The conversations of LLaVA-Instr
         {"from": "human", "value": "Provide a brief description of the given image.\\n<image>"},
         {"from": "gpt",   "value": "olive oil is a healthy ingredient used liberally ."}]}
 
-With TinyLlama's chat template and tokenizer it becomes these tokens, with two instead of N image positions.
-The label of a labeled token is its own id, and the label of an ignored token is IGNORE_INDEX. So the model is
-trained to generate the answer and the end token after it.
+With TinyLlama's chat template and tokenizer, the record becomes these tokens. Only two of the N image
+positions are written out. The label of a labeled token is its own id, and the label of an ignored token is
+IGNORE_INDEX. So the model is trained to generate the answer and the end token after it.
 
     ·         separates two tokens
     ▁         is a space
@@ -48,8 +48,8 @@ IMAGE_TOKEN = "<image>"
 class ChatTemplate:
     """The LLM's tokenizer and chat template, and the labels that go with them.
 
-    The LLM was tuned with its chat template. With other role markers its answers would be worse. Training and
-    inference render text by the same functions, so both produce the same prompts.
+    An LLM answers worse with role markers other than those it was tuned with, so we use its own template.
+    Training and inference call the same functions, so their prompts are equal.
 
     Args:
         llm: folder of a chat model, or its name on the hub.
@@ -85,8 +85,8 @@ class ChatTemplate:
     def tokenize(self, text, num_image_tokens):
         """Returns (ids, offsets); offsets[t] is the range of characters that token t stands for.
 
-        The whole text is tokenized at once. To tokenize question and answer separately and join the ids is a
-        common mistake. "olive" alone is ▁o·live, but after the newline of "<|assistant|>\\n" it is ol·ive.
+        The whole text is tokenized at once. A common mistake is to tokenize question and answer separately
+        and join the ids. "olive" alone is ▁o·live, but after the newline of "<|assistant|>\\n" it is ol·ive.
         The LLM was tuned on the second form, so the separate pieces would train it on unusual tokens.
         """
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -106,9 +106,9 @@ class ChatTemplate:
         labels[t] == ids[t] on every answer and on the end token after it, in every turn; IGNORE_INDEX
         elsewhere. The end token must be trained, because a model that never sees one does not learn to stop.
         Raises ValueError if the template changes the text of an answer.
-        Source: preprocess_v1() in the reference's train.py, which finds the answers by tokenizing the turns
-        separately and adding up their lengths. If the sum is wrong, it prints a warning and ignores the
-        sample. Character offsets avoid that.
+        Source: preprocess_v1() in the original code's train.py, which finds the answers by tokenizing the
+        turns separately and adding up their lengths. If the sum is wrong, it prints a warning and masks the
+        whole sample. Character offsets avoid that.
         """
         text = self.render(messages)
         ids, offsets = self.tokenize(text, num_image_tokens)
@@ -127,10 +127,10 @@ class ChatTemplate:
     def answer_spans(self, messages, text):
         """Returns (start, end) of each answer in `text`, the rendered conversation, in characters.
 
-        `start` is where its prompt ends, and `end` is where the answer itself ends, before the end token.
-        A search for the answer's text would go wrong, because the answer "s" also occurs in "</s>". Instead
-        we render the conversation with a marker in place of every answer. The pieces between the markers are
-        what the template writes around the answers, and their lengths give the positions.
+        `start` is the end of its prompt. `end` is the end of the answer, before its end token. A search for
+        the answer's text is unsafe, because the answer "s" also occurs in "</s>". So we render the
+        conversation with a marker for every answer. The pieces between the markers are the template's own
+        text, and their lengths give the positions.
         """
         marker = "\ue000"  # a private-use character, which should occur in no text
         if marker in text:
@@ -160,9 +160,8 @@ class ChatTemplate:
     def to_messages(self, record, has_image):
         """Returns the record's turns as [{"role", "content"}], with the image at the front of its question.
 
-        The reference does the same (preprocess_multimodal()): "<image>\\n" + question, wherever <image>
-        stood. (Its stage-1 scripts drop the question. We keep it, as the paper does.) A record without an
-        image is plain text and is trained like any other.
+        The original code does the same (preprocess_multimodal()): "<image>\\n" + question, wherever <image>
+        stood. A record without an image is plain text and is trained like any other.
         Raises BadRecord if the record is not a conversation that can be trained on.
         """
         texts = check_turns(record, has_image)  # [question, answer, question, answer, …]
@@ -195,9 +194,10 @@ class ChatDataset(Dataset):
     """Training samples. Sample i is {"input_ids", "labels", "pixel_values", "skipped"}.
 
     Args:
-        records: a support.records.RecordSet, the records with their images.
+        records: a support.records.RecordSet, the records with their images. template: a ChatTemplate.
         image_processor: the preprocessing of the vision tower (transformers' own).
-        num_image_tokens: N. max_length: longest sample in tokens, image positions included.
+        num_image_tokens: N.
+        max_length: longest sample in tokens, image positions included.
     """
 
     def __init__(self, records, template, image_processor, num_image_tokens, max_length):
@@ -208,9 +208,8 @@ class ChatDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, i):
-        """Returns sample i, or the next one that works if it cannot be used. sample["skipped"] then says why.
-
-        Only an image that cannot be decoded should be the reason, because check_records() has found the rest.
+        """Returns sample i. If its image cannot be decoded, returns the next usable sample and says why in
+        sample["skipped"]. All other problems were found by check_records().
         """
         skipped = []
         for j in range(i, i + 20):  # after 20 bad records in a row, the image folder is probably broken
@@ -254,7 +253,8 @@ class ChatDataset(Dataset):
     def make_prompt(self, i, turn=0):
         """Returns ({"input_ids", "pixel_values"}, reference answer) for one question of record i.
 
-        turn: 0 for the first question of the record. Raises BadRecord if the image cannot be decoded.
+        turn: 0 for the first question of the record. A later question is asked alone, without the turns
+        before it. Raises BadRecord if the image cannot be decoded.
         """
         record = self.records[i]
         messages, pixel_values = self.to_messages(record), self.load_pixel_values(record)
@@ -268,7 +268,7 @@ class ChatDataset(Dataset):
 def cut_after_last_whole_answer(ids, labels, max_length):
     """Returns (ids, labels) cut after the last answer that fits completely, or ([], []) if none fits.
 
-    The reference cuts at max_length. That can leave half an answer without its end token.
+    The original code cuts at max_length. That can leave half an answer without its end token.
     """
     end = 0
     for t in range(min(max_length, len(ids))):

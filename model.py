@@ -19,7 +19,7 @@ Sizes used in the comments:                                          CLIP ViT-L/
     V    size of the LLM's vocabulary                                                   32,000       615
     K    labeled tokens in the batch, those that the loss is computed on
 
-"The reference" in the comments of this project is the authors' code, github.com/haotian-liu/LLaVA.
+"The original code" in the comments of this project is the authors', github.com/haotian-liu/LLaVA.
 """
 
 import torch
@@ -61,8 +61,8 @@ class Llava(nn.Module):
 
         # LLaVA uses the features before CLIP's last block, which are 0.96 points better on ScienceQA. The
         # authors suspect that they contain more local detail (section 5.2). hidden_states[0] is the embedding
-        # and hidden_states[i] the output of block i, so -2 is the output of the second-to-last block. The
-        # blocks after it are deleted. Then last_hidden_state is the hidden state that we want.
+        # and hidden_states[i] the output of block i, counted from 1. So -2 is the output of the
+        # second-to-last block. With the later blocks deleted, last_hidden_state is the one that we want.
         num_blocks = config.num_hidden_layers + 1 + vision_layer
         if not 0 <= num_blocks <= config.num_hidden_layers:
             raise ValueError(f"vision layer {vision_layer} does not exist: this vision tower has the hidden "
@@ -72,7 +72,7 @@ class Llava(nn.Module):
 
         d_v, d = config.hidden_size, llm.get_input_embeddings().embedding_dim
         if projector == "linear":
-            self.projector = nn.Linear(d_v, d)  # equation 1, plus the bias that the reference has
+            self.projector = nn.Linear(d_v, d)  # equation 1, plus the bias that the original code has
         else:
             self.projector = nn.Sequential(nn.Linear(d_v, d), nn.GELU(), nn.Linear(d, d))
         self.llm = llm
@@ -88,8 +88,8 @@ class Llava(nn.Module):
 
             h = W·x + (alpha / r) · B·A·dropout(x)        A: (r, in), B: (out, r)
 
-        W stays frozen. B starts at zero, so before the first step the model gives the same output as after
-        stage 1. A starts random, because with both at zero neither would ever get a gradient.
+        W stays frozen. B starts at zero, so the adapter adds nothing before the first step. A starts random,
+        because if both were zero, both gradients would stay zero.
 
         The adapter is added to the LLM alone. On the whole model, the names q_proj, k_proj and v_proj would
         match CLIP's attention too. CLIP would get adapters that are saved but never receive a gradient.
@@ -112,7 +112,7 @@ class Llava(nn.Module):
         return "\n".join(rows)
 
     def train(self, mode=True):
-        """Puts projector and LoRA adapter in train mode, and leaves CLIP and the LLM in eval mode.
+        """Puts projector and LoRA adapter in train mode. All layers of CLIP and of the LLM stay in eval mode.
 
         `requires_grad_(False)` does not switch off dropout. If a plain model.train() reached the frozen
         components, a model with dropout would return different features for the same image in every step.
@@ -121,9 +121,9 @@ class Llava(nn.Module):
         self.training = mode
         self.projector.train(mode)
         for name, module in self.llm.named_modules():
-            # peft calls the adapter's modules lora_dropout, lora_A and lora_B. The exception are the LLM's
-            # blocks: with --activation-checkpointing, transformers recomputes only blocks whose own flag is
-            # True. The layers inside them stay in eval mode.
+            # peft calls the adapter's modules lora_dropout, lora_A and lora_B. The flag of the LLM's blocks
+            # is set too, because with --activation-checkpointing transformers recomputes only blocks that are
+            # in train mode. The layers inside them stay in eval mode.
             if ".lora_" in name or isinstance(module, GradientCheckpointingLayer):
                 module.training = mode
         return self
@@ -133,9 +133,9 @@ class Llava(nn.Module):
     def encode_images(self, pixel_values):
         """Returns H_v, the image features in the LLM's space: (I, 3, S, S) -> (I, N, D). I may be 0.
 
-        Source: encode_images() in the reference's llava_arch.py.
+        Source: encode_images() in the original code's llava_arch.py.
         """
-        if len(pixel_values) == 0:  # no images: zero features, so that embed() needs no special case
+        if len(pixel_values) == 0:  # no images: an empty tensor, so that embed() needs no special case
             z_v = torch.zeros(0, self.num_image_tokens, self.vision_tower.config.hidden_size,
                               device=pixel_values.device)
         else:
@@ -152,9 +152,9 @@ class Llava(nn.Module):
         """Returns inputs_embeds: token embeddings, with H_v at the image positions. (B, T) -> (B, T, D)
 
         Raises ValueError if the number of image positions differs from the number of image features.
-        Source: prepare_inputs_labels_for_multimodal() in the reference's llava_arch.py. The reference inserts
-        the features here, which changes the length of every sequence. In this project data.py has already
-        written N image ids per image, so ids, labels and mask keep their shapes.
+        Source: prepare_inputs_labels_for_multimodal() in the original code's llava_arch.py. It inserts the
+        features here, which changes the length of every sequence. In this project data.py has already written
+        N image ids per image, so ids, labels and mask keep their shapes.
         """
         is_image = input_ids == self.image_token_id  # (B, T)
         # The LLM's embedding table may have no row for the image id. Look up id 0; it is overwritten below.
@@ -164,8 +164,8 @@ class Llava(nn.Module):
             raise ValueError(f"{is_image.sum()} image positions in input_ids, but {image_features.shape[0]} "
                              f"images with {image_features.shape[1]} features each")
         # Fills the True positions row by row, left to right, with the features in the same order. A batch
-        # without images takes this path too. In stage 1 only image_features requires a gradient, and without
-        # it backward() would fail.
+        # without images takes this path too. In stage 1 the loss depends on trained weights only through
+        # image_features, and without them backward() would fail.
         return inputs_embeds.masked_scatter(is_image[:, :, None], image_features)
 
     def forward(self, input_ids, labels, pixel_values, attention_mask):
@@ -175,7 +175,8 @@ class Llava(nn.Module):
         them up over the effective batch and divides by its number of labeled tokens.
 
         Args:
-            input_ids, labels: (B, T) int64, padded on the right. labels is IGNORE_INDEX except on answers.
+            input_ids, labels: (B, T) int64, padded on the right. labels is IGNORE_INDEX except on answers
+                and their end tokens.
             pixel_values: (I, 3, S, S).
             attention_mask: (B, T); not used, see below. collate() makes it, and generate() needs it.
         """

@@ -1,6 +1,6 @@
 """The sanity check: does the trained model answer a question about an image, and does the image matter?
 
-    python sanity_check.py --sample 0       a held-out record: PROMPT, GENERATED and the REFERENCE answer
+    python sanity_check.py --sample 0       the first question of a held-out record and the model's answer
     python sanity_check.py --image photo.jpg --question "What is this?"
     python sanity_check.py --show-mask 0    a held-out record with its labeled tokens marked
 
@@ -37,7 +37,7 @@ def make_heldout_batches(dataset, pad_token_id, batch_size):
     """Returns the records of a ChatDataset that have an image, as a list of training batches.
 
     A last batch of one record would contain no different image. So np.array_split makes batches of nearly
-    equal size, with at most 2 · batch_size - 1 records.
+    equal size, which can be larger than batch_size.
     """
     samples = [dataset[i] for i in range(len(dataset))]
     samples = [sample for sample in samples if sample["pixel_values"] is not None]
@@ -63,7 +63,8 @@ def measure_grounding(model, batches, device, blank=False):
     one.
 
     Args:
-        batches: from make_heldout_batches(). blank: evaluate with a blank image too.
+        batches: from make_heldout_batches().
+        blank: if true, every record is evaluated with a blank image too.
     Returns: a dict.
         loss, loss_shuffled, loss_blank: nats per token with the correct, a different and a blank image.
         image_match: fraction of records whose answers are more likely with the correct image. A tie counts
@@ -73,13 +74,13 @@ def measure_grounding(model, batches, device, blank=False):
     model.eval()
     correct, different, blanks, tokens = [], [], [], 0
     for batch in batches:
-        pixel_values = batch["pixel_values"]  # (B, 3, H, W)
+        pixel_values = batch["pixel_values"]  # (B, 3, S, S)
         correct.append(record_losses(model, batch, device))
-        rolled = {**batch, "pixel_values": pixel_values.roll(1, dims=0)}  # record i gets image i - 1
-        different.append(record_losses(model, rolled, device))
+        different_batch = {**batch, "pixel_values": pixel_values.roll(1, dims=0)}  # record i gets image i - 1
+        different.append(record_losses(model, different_batch, device))
         if blank:  # pixel values are normalized, so zero is CLIP's mean color
-            empty = {**batch, "pixel_values": torch.zeros_like(pixel_values)}
-            blanks.append(record_losses(model, empty, device))
+            blank_batch = {**batch, "pixel_values": torch.zeros_like(pixel_values)}
+            blanks.append(record_losses(model, blank_batch, device))
         tokens += (batch["labels"][:, 1:] != IGNORE_INDEX).sum().item()
     model.train(was_training)
     correct, different = torch.cat(correct), torch.cat(different)  # (records,)
@@ -140,7 +141,7 @@ def shorten_image(text, count):
 def print_losses(model, heldout_dataset, i, pad_token_id, device):
     """Prints the loss of record i with the correct image, a different image and a blank image."""
     batch = collate([heldout_dataset[i]], pad_token_id)
-    correct = batch["pixel_values"]  # (1, 3, H, W)
+    correct = batch["pixel_values"]  # (1, 3, S, S)
     images = {"correct image": correct}
     name = heldout_dataset.records.image_name(heldout_dataset.records[i])
     for j in range(len(heldout_dataset)):
@@ -149,7 +150,8 @@ def print_losses(model, heldout_dataset, i, pad_token_id, device):
             break
     images["blank image"] = torch.zeros_like(correct)
     tokens = (batch["labels"] != IGNORE_INDEX).sum().item()
-    print(f"loss of the reference answers of this record ({tokens} tokens), nats per token, with the")
+    turns = len(heldout_dataset.to_messages(heldout_dataset.records[i])) // 2
+    print(f"loss of all {turns} reference answers of this record ({tokens} tokens), nats per token, with the")
     losses = {name: record_losses(model, {**batch, "pixel_values": pixels}, device).item() / tokens
               for name, pixels in images.items()}
     for name, loss in losses.items():
@@ -195,7 +197,7 @@ def main():
         question = template.escape(args.question or "Provide a brief description of the given image.")
         messages = [{"role": "user", "content": f"{IMAGE_TOKEN}\n{question}"}]
         prompt = {"input_ids": template.encode_prompt(messages, model.num_image_tokens),
-                  "pixel_values": image_processor(image, return_tensors="pt")["pixel_values"][0]}  # (3, H, W)
+                  "pixel_values": image_processor(image, return_tensors="pt")["pixel_values"][0]}  # (3, S, S)
         print_answer(model, template, prompt, *answer_settings)
         return
 

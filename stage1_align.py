@@ -9,7 +9,7 @@ on them would adapt it to noise.
     python stage1_align.py --preset tinyllama   the real models and data, see docs/real_data.md
 
 Writes projector.safetensors, run.json and metrics.jsonl to <run>/stage1/. Continue with stage2_instruct.py.
-`diff stage1_align.py stage2_instruct.py` shows where the two stages differ.
+`diff stage1_align.py stage2_instruct.py` shows where the two stages differ. Stage 2 omits long comments.
 """
 
 import math
@@ -110,12 +110,12 @@ def main():
         model = Llava(clip, llm, template.image_token_id, args.projector, args.vision_layer).to(device)
     except ValueError as error:
         raise UserError(f"--vision-layer: {error}") from error
-    # The projector was created in fp32 and stays in fp32. bf16 has about three significant digits, so an
-    # update much smaller than the weight would often leave the weight unchanged.
+    # The projector was created in fp32 and stays in fp32. bf16 has 8 significant bits, so an update smaller
+    # than about 1/500 of the weight would always be rounded away.
     model.projector.requires_grad_(True)
     if args.activation_checkpointing:
-        # transformers' older name for it. With use_reentrant=False, the input of a block need not require a
-        # gradient.
+        # Activation checkpointing under its older name in transformers. With use_reentrant=False, the input
+        # of a block need not require a gradient.
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     print(model.parameter_table())
 
@@ -150,8 +150,8 @@ def main():
         # Each worker prepares as many micro-batches in advance as one optimizer step needs.
         prefetch_factor=max(2, args.grad_accum) if args.workers else None,
         worker_init_fn=checkpoints.ignore_signals_in_worker, pin_memory=device.type == "cuda",
-        # Otherwise the loader draws a seed from the global generator, and a resumed run would continue with
-        # other random numbers.
+        # Without its own generator, the loader draws a seed from the global one. A resumed run would then
+        # draw different dropout masks.
         generator=torch.Generator())
     loaded = iter(loader)
     print(f"batch: {args.batch_size} (micro-batch) × {args.grad_accum} (accumulation) × "
@@ -203,7 +203,7 @@ def main():
             # backward() computes gradients through the frozen LLM, but stores none for its weights. It adds
             # the projector's gradients to those of the previous micro-batches.
             scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()  # stays on the device, because Python needs it only once per step
+            loss += micro_loss.detach()  # stays on the device; Python needs it only once per step
 
         # Every process has divided its loss by the n of all processes. So the sum of their gradients is the
         # gradient of the effective batch. (DistributedDataParallel would take the mean.)

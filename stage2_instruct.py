@@ -2,7 +2,7 @@
 
 CLIP stays frozen. This stage continues to train the projector of stage 1, and also trains the LLM, on
 conversations about images. The paper trains all weights of the LLM. Here the LLM gets a LoRA adapter, so that
-one small GPU is enough (the reference offers the same in scripts/v1_5/finetune_lora.sh).
+one small GPU is enough (the original code has the same in scripts/v1_5/finetune_lora.sh).
 
     python stage2_instruct.py                      the toy: about 1 minute on 2 CPU cores, final loss 0.01
     python stage2_instruct.py --preset tinyllama   the real models and data, see docs/real_data.md
@@ -62,8 +62,8 @@ PRESETS = {
         data="data/LLaVA-Instruct-150K/llava_instruct_150k.json", images="data/coco/train2017.zip",
         heldout_data=None, heldout_images=None, held_out=256,
         limit=0, max_length=2048, allow_bad=0.01, workers=2,
-        # The reference's LoRA script has the same learning rates and effective batch, 128 = 4 × 32, but r =
-        # 128 and alpha = 256. With r = 16 and alpha = 32, alpha / r is the same, and the adapter and its
+        # The original code's LoRA script has the same learning rates and effective batch, 128 = 4 × 32, but r
+        # = 128 and alpha = 256. With r = 16 and alpha = 32, alpha / r is the same, and the adapter and its
         # optimizer need an eighth of the memory.
         lr=2e-4, projector_lr=2e-5, lora_r=16, lora_alpha=32, lora_dropout=0.05,
         batch_size=4, grad_accum=32, epochs=1, max_steps=None, warmup=0.03, max_grad_norm=1.0,
@@ -125,8 +125,8 @@ def main():
                               target_modules=LORA_TARGETS, task_type="CAUSAL_LM"))
     torch.manual_seed(args.seed + processes.rank)  # each process draws different dropout masks
     if args.activation_checkpointing:
-        # transformers' older name for it. With use_reentrant=False, the input of a block need not require a
-        # gradient.
+        # Activation checkpointing under its older name in transformers. With use_reentrant=False, the input
+        # of a block need not require a gradient.
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     print(model.parameter_table())
 
@@ -157,8 +157,8 @@ def main():
         collate_fn=partial(collate, pad_token_id=pad_token_id), num_workers=args.workers,
         prefetch_factor=max(2, args.grad_accum) if args.workers else None,
         worker_init_fn=checkpoints.ignore_signals_in_worker, pin_memory=device.type == "cuda",
-        # Otherwise the loader draws a seed from the global generator, and a resumed run would continue with
-        # other random numbers.
+        # Without its own generator, the loader draws a seed from the global one. A resumed run would then
+        # draw different dropout masks.
         generator=torch.Generator())
     loaded = iter(loader)
     print(f"batch: {args.batch_size} (micro-batch) × {args.grad_accum} (accumulation) × "
@@ -202,7 +202,7 @@ def main():
             # Gradients flow back through the frozen weights into LoRA's A and B, and through the image
             # positions into the projector.
             scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()  # stays on the device, because Python needs it only once per step
+            loss += micro_loss.detach()  # stays on the device; Python needs it only once per step
 
         processes.sum_gradients(parameters)
         loss = processes.sum(loss)

@@ -2,10 +2,9 @@
 
     python -m bench.data_scale    about 2 minutes on 2 CPU cores, 230 MB of temporary files, Linux only
 
-Prints three figures with their bounds, and fails if one is above its bound: the time to open the file with
-support.records.RecordFile, divided by the time of json.loads; the memory that Records holds, divided by the size
-of the file; and how much the memory of 8 processes grows when all of them read all records, as DataLoader
-workers do. Memory is the proportional set size: a page that k processes share counts as 1/k in each.
+Measures how long support.records.RecordFile takes to open the file, what memory it holds, and by how much
+8 processes grow while each reads all records, as DataLoader workers do. Fails if a figure is above its bound.
+Memory is the proportional set size: a page that k processes share counts as 1/k in each.
 """
 
 import argparse
@@ -20,21 +19,17 @@ from pathlib import Path
 from support.records import RecordFile
 
 WORKERS = 8
-WORDS = ("olive oil is a healthy ingredient used liberally in this part of the world , says person at an event "
-         "with actor and politician during the premiere of film by night on the beach").split()
-QUESTION = "Provide a brief description of the given image."
+WORDS = "olive oil is a healthy ingredient used liberally in this part of the world , says person".split()
 
 
 def write_chat_json(path, count):
-    """Writes `count` records in the format of LLaVA-CC3M-Pretrain-595K, with captions of 5 to 30 words."""
+    """Writes records in the format of LLaVA-CC3M-Pretrain-595K, with captions of 5 to 30 words."""
     rng = random.Random(0)
     with open(path, "w", encoding="utf-8") as file:
         for i in range(count):
-            question = rng.choice([f"{QUESTION}\n<image>", f"<image>\n{QUESTION}"])
-            answer = " ".join(rng.choices(WORDS, k=rng.randint(5, 30)))
-            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-            name = f"GCC_train_{i:09d}"
-            record = {"id": name, "image": f"{name}.jpg", "conversations": turns}
+            turns = [{"from": "human", "value": "Provide a brief description of the given image.\n<image>"},
+                     {"from": "gpt", "value": " ".join(rng.choices(WORDS, k=rng.randint(5, 30)))}]
+            record = {"id": f"GCC_train_{i:09d}", "image": f"GCC_train_{i:09d}.jpg", "conversations": turns}
             file.write((", " if i else "[") + json.dumps(record))
         file.write("]")
 
@@ -48,7 +43,7 @@ def proportional_set_size(pid="self"):
 def measure_opening(path, reader):
     """Returns the seconds in which `reader` opens the file, and the bytes that the result holds."""
     before, started = proportional_set_size(), time.perf_counter()
-    result = RecordFile(path) if reader == "Records" else json.loads(path.read_text(encoding="utf-8"))
+    result = RecordFile(path) if reader == "RecordFile" else json.loads(path.read_text(encoding="utf-8"))
     seconds, held = time.perf_counter() - started, proportional_set_size() - before
     print(f"  {reader}: {len(result):,} records in {seconds:.2f} s, holds {held / 1e6:.0f} MB", flush=True)
     return seconds, held
@@ -80,19 +75,17 @@ def measure_growth(records, context):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--records", type=int, default=595_375)
-    count, context = parser.parse_args().records, multiprocessing.get_context("fork")  # as in a DataLoader
+    context = multiprocessing.get_context("fork")  # as for DataLoader workers
     with tempfile.TemporaryDirectory() as folder:
         path, ratios = Path(folder) / "chat.json", []
-        write_chat_json(path, count)
-        size = path.stat().st_size
-        print(f"{count:,} records, {size / 1e6:.0f} MB", flush=True)
+        write_chat_json(path, parser.parse_args().records)
         for _ in range(3):
             with context.Pool(1, maxtasksperchild=1) as pool:  # a new process for each call
                 json_seconds, _ = pool.apply(measure_opening, (path, "json.loads"))
-                seconds, held = pool.apply(measure_opening, (path, "Records"))
+                seconds, held = pool.apply(measure_opening, (path, "RecordFile"))
             ratios.append(seconds / json_seconds)
         figures = {"time / time of json.loads, median of 3": (sorted(ratios)[1], 1.5),
-                   "memory / size of the file": (held / size, 2.0),
+                   "memory / size of the file": (held / path.stat().st_size, 2.0),
                    "growth in the workers": (measure_growth(RecordFile(path), context), 0.1)}
     for name, (value, bound) in figures.items():
         print(f"{name}: {value:.3f} (bound {bound})")

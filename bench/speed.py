@@ -1,6 +1,6 @@
 """Compares the speed and memory of our training steps and answers with those of transformers' own Llava.
 
-    python -m bench.speed                                  mid geometry: about 25 minutes on 2 CPU cores
+    python -m bench.speed                                  mid geometry: about 30 minutes on 2 CPU cores
     python -m bench.speed --quick                          fewer and smaller steps: about 5 minutes
     python -m bench.speed --only stage2 generate           some of the sections stage1 stage2 generate memory
     python -m bench.speed --geometry full --device cuda    CLIP ViT-L/14 and TinyLlama-1.1B, on a GPU
@@ -9,16 +9,14 @@
 same weights, batches, precision, optimizer and training loop. First the script checks that both compute the
 same loss and the same gradients, and stops if they do not.
 
-The output is a table. A ratio of times is the peer's time divided by ours, so above 1 ours is faster. One
-pair is one run of every side. Every other pair runs them in reverse order, because the speed of a machine
-drifts. The table shows the median over the pairs, and the least and the most. Its rows are:
-    same batches    training steps with the same micro-batches for both sides
-    own batching    our micro-batches are sorted by length, as in the stages, and the peer's are not (the
-                    stages estimate the lengths; here they are exact, so there is slightly less padding)
-    generation      64 new tokens for 16 prompts; our adapter is merged into the LLM, as in sanity_check.py
-    peak memory     of one training step: ours divided by the peer's, so below 1 ours needs less. On a CPU it
-                    is the memory of the whole process (Linux only).
-On a CPU, run nothing else at the same time.
+In a pair, each side runs once. Every other pair has the reverse order, because the speed of a machine drifts.
+The output is a table of ratios: the median over the pairs (least–most). On a CPU, run nothing else meanwhile.
+    same batches    time of the peer divided by ours, for training steps. Above 1 ours is faster.
+    own batching    the same, but our micro-batches are sorted by length, as in the stages. (The stages only
+                    estimate the lengths, so they have slightly more padding.)
+    generation      the same for 64 new tokens for 16 prompts. Our adapter is merged, as in sanity_check.py.
+    peak memory     ours divided by the peer's, for one training step. Below 1 ours needs less. On a CPU it is
+                    the memory of the whole process (Linux only).
 """
 
 import argparse
@@ -30,7 +28,6 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,13 +41,9 @@ from model import IGNORE_INDEX, LORA_TARGETS, Llava, count_patches
 from support.devices import DTYPES, choose_device, choose_dtype
 from support.step_batches import plan_steps
 
-# peft 0.21 asks transformers 5 for an attribute by its old name.
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft 0.21 uses the old name
 PAD = 2  # Llama's end token, which is its padding token too
 LORA = dict(r=16, lora_alpha=32, lora_dropout=0.05, task_type="CAUSAL_LM")
-
-# -- models and samples of a geometry ----------------------------------------------------------------------
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 GEOMETRIES = {
@@ -70,33 +63,25 @@ def geometry(name):
                        image_token_index=vocabulary - 1, image_seq_length=count_patches(vision))
 
 
+def random_sample(config, question_length, answer_length, rng):
+    """Returns a sample with an image, a question and an answer, all of them random."""
+    image_id, size = config.image_token_index, config.vision_config.image_size
+    question = rng.integers(3, image_id, question_length).tolist()
+    prompt = [1] + [image_id] * config.image_seq_length + question
+    answer = rng.integers(3, image_id, answer_length - 1).tolist() + [PAD]
+    return {"input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer,
+            "pixel_values": torch.from_numpy(rng.standard_normal((3, size, size), dtype=np.float32))}
+
+
 def draw_sample(config, stage, rng):
-    """Returns a random sample whose text is about as long as a text of the stage's real data.
+    """Returns a random sample that is about as long as a sample of the stage's real data.
 
     Stage 1, like CC3M: a prompt of about 12 tokens, and a caption of 5 to 30 words with 1.3 tokens each.
-    Stage 2, like LLaVA-Instruct-150K: 60 to 700 tokens with a median of 220, about a third of it questions.
-    """
+    Stage 2, like LLaVA-Instruct-150K: 60 to 700 tokens with a median of 220, a third of them questions."""
     if stage == 1:
-        return sample_of_turns(config, [(11, int(1.3 * rng.integers(5, 31)) + 1)], rng)
-    left, turns = int(np.clip(rng.lognormal(np.log(220), 0.55), 60, 700)), []
-    while left > 0:
-        turn = min(left, int(rng.integers(40, 160)))
-        question = max(8, int(turn * rng.uniform(0.25, 0.45)))
-        turns.append((question, max(2, turn - question)))
-        left -= turn
-    return sample_of_turns(config, turns, rng)
-
-
-def sample_of_turns(config, turns, rng):
-    """Returns a sample with random tokens. turns: [(tokens of the question, tokens of the answer), …]"""
-    image_id, size = config.image_token_index, config.vision_config.image_size
-    ids, labels = [1] + [image_id] * config.image_seq_length, [IGNORE_INDEX] * (1 + config.image_seq_length)
-    for question_length, answer_length in turns:
-        answer = rng.integers(3, image_id, answer_length - 1).tolist() + [PAD]
-        ids += rng.integers(3, image_id, question_length).tolist() + answer
-        labels += [IGNORE_INDEX] * question_length + answer
-    pixels = torch.from_numpy(rng.standard_normal((3, size, size), dtype=np.float32))
-    return {"input_ids": ids, "labels": labels, "pixel_values": pixels}
+        return random_sample(config, 11, int(1.3 * rng.integers(5, 31)) + 1, rng)
+    length = int(np.clip(rng.lognormal(np.log(220), 0.55), 60, 700))
+    return random_sample(config, length // 3, length - length // 3, rng)  # one turn costs as much as several
 
 
 def make_batches(samples, size, by_length=False):
@@ -144,15 +129,11 @@ def peer_name(name):
             return peer + name.removeprefix(ours)
 
 
-# -- the training loop -------------------------------------------------------------------------------------
-
-
 class Side:
     """One model with its optimizer. Both sides run the training loop of the two stages."""
 
-    def __init__(self, name, config, stage, device, dtype):
-        self.is_ours, self.device, self.dtype = name == "ours", device, dtype
-        self.model = (build_ours if self.is_ours else build_peer)(config, stage, device, dtype)
+    def __init__(self, build, config, stage, device, dtype):
+        self.model, self.device, self.dtype = build(config, stage, device, dtype), device, dtype
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=2e-5, weight_decay=0.0, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -169,10 +150,10 @@ class Side:
         self.optimizer.zero_grad(set_to_none=True)
 
     def loss(self, batch, n):
-        """Returns the sum of a micro-batch's losses, divided by the n labelled tokens of the whole step."""
+        """Returns the sum of a micro-batch's losses, divided by the n labeled tokens of the whole step."""
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            if self.is_ours:
+            if isinstance(self.model, Llava):
                 return self.model(**batch).sum() / n
             # With num_items_in_batch the peer divides by n, too. transformers' Trainer does the same.
             return self.model(**batch, num_items_in_batch=n, use_cache=False).loss
@@ -180,13 +161,12 @@ class Side:
 
 def build_sides(args, config, stage):
     """Returns (ours, peer) with the same weights. Ends the process if they compute different things."""
-    ours, peer = (Side(name, config, stage, args.device, args.dtype) for name in ("ours", "peer"))
+    ours, peer = (Side(build, config, stage, args.device, args.dtype) for build in (build_ours, build_peer))
     weights = {name.removeprefix("base_model.model."): tensor  # without peft's wrapper
                for name, tensor in peer.model.state_dict().items()}
     ours.model.load_state_dict({name: weights[peer_name(name)] for name in ours.model.state_dict()})
-
-    rng = np.random.default_rng(0)
-    batch, losses, gradients = make_batches([draw_sample(config, stage, rng) for _ in range(2)], 2)[0], [], []
+    rng, losses, gradients = np.random.default_rng(0), [], []
+    batch = make_batches([draw_sample(config, stage, rng) for _ in range(2)], 2)[0]
     for side in (ours, peer):
         side.model.eval()  # without dropout, because each side would drop different elements
         losses.append(side.loss(batch, n=1))
@@ -198,13 +178,9 @@ def build_sides(args, config, stage):
     gradient_error = ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
     print(f"  relative difference of losses {loss_error:.1e}, of gradients {gradient_error:.1e}", flush=True)
     bound = 1e-4 if args.dtype == torch.float32 else 2e-2
-    same = loss_error <= bound and gradient_error <= 10 * bound and len(ours.trained) == len(peer.trained)
-    if not same:
+    if not (loss_error <= bound and gradient_error <= 10 * bound and len(ours.trained) == len(peer.trained)):
         sys.exit("speed.py: the two sides compute different things, so there is nothing to compare")
     return ours, peer
-
-
-# -- the sections ------------------------------------------------------------------------------------------
 
 
 def time_pair(runs, pair, seconds, device):
@@ -218,14 +194,14 @@ def time_pair(runs, pair, seconds, device):
             torch.cuda.synchronize(device)  # the call returns before the GPU has finished
         if pair >= 0:
             seconds.setdefault(name, []).append(time.perf_counter() - started)
-    print(f"  pair {pair + 1}:", {name: round(times[-1], 2) for name, times in seconds.items()}, flush=True)
+    if pair >= 0:
+        print(f"  pair {pair + 1}:", *(f"{name} {seconds[name][-1]:.2f} s" for name in runs), flush=True)
     return results
 
 
 def table_rows(rows, seconds, tokens):
-    """Returns the rows of the table, as text. Warns if a speed varied a lot between pairs.
-
-    Args: rows: [(label, our run, peer's run)]. seconds: {run: time of each pair}. tokens: of each pair."""
+    """Returns the table's row of each (label, our run, peer's run), and warns if a speed varied a lot.
+    seconds: {run: time of each pair}. tokens: number in each pair."""
     lines, speeds = [], {run: np.array(tokens) / times for run, times in seconds.items()}
     for run, speed in speeds.items():
         if speed.max() > 1.5 * speed.min():
@@ -249,7 +225,8 @@ def compare_training(stage, args, config):
         if stage == 2:
             runs["ours sorted by length"] = lambda: ours.step(sorted_batches)
         time_pair(runs, pair, seconds, args.device)
-        tokens += [sum(len(sample["input_ids"]) for sample in samples)] * (pair >= 0)
+        if pair >= 0:
+            tokens.append(sum(len(sample["input_ids"]) for sample in samples))
     rows = [("same batches", "ours", "peer"), ("own batching", "ours sorted by length", "peer")][:stage]
     return table_rows([(f"stage {stage}, {label}", *runs) for label, *runs in rows], seconds, tokens)
 
@@ -262,8 +239,9 @@ def compare_generation(args, config):
     merged = copy.deepcopy(peer).merge_and_unload()
     never = config.text_config.vocab_size  # an end token that never comes, so all answers are equally long
     for pair in range(-1, pairs):  # pair -1 is the warm-up
-        prompts = [sample_of_turns(config, [(int(rng.integers(10, 31)), 1)], rng) for _ in range(16)]
-        prompts = [{name: prompt[name] for name in ("input_ids", "pixel_values")} for prompt in prompts]
+        samples = [random_sample(config, int(rng.integers(10, 31)), 1, rng) for _ in range(16)]
+        prompts = [{"input_ids": sample["input_ids"][:-1], "pixel_values": sample["pixel_values"]}
+                   for sample in samples]  # without the answer
         batch = {name: tensor.to(args.device) for name, tensor in collate(prompts, PAD, "left").items()}
         new = 64 if pair >= 0 else 4
         settings = dict(max_new_tokens=new, do_sample=False, eos_token_id=never, pad_token_id=PAD)
@@ -288,38 +266,34 @@ def call_in_new_process(function, *args):
 
 def process_memory(field):
     """Returns the memory of this process in bytes: of now ("VmRSS") or the peak ("VmHWM"). Linux only."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def measure_peak(side_name, geometry_name, stage, micro_batch, device, dtype):
+def measure_peak(build, config, stage, micro_batch, device, dtype):
     """Returns the peak memory of one side in bytes. A first, small step creates Adam's moments."""
-    config, rng = geometry(geometry_name), np.random.default_rng(stage)
-    side = Side(side_name, config, stage, device, dtype)
+    side, rng = Side(build, config, stage, device, dtype), np.random.default_rng(stage)
     side.step(make_batches([draw_sample(config, 1, rng)], 1))
     side.step(make_batches([draw_sample(config, stage, rng) for _ in range(micro_batch)], micro_batch))
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_memory("VmHWM")
 
 
 def compare_memory(args, config):
-    rows = []
-    # Without --quick, the micro-batches are those of the preset tinyllama.
+    rows = []  # without --quick, for the micro-batches of the preset tinyllama
     for stage, micro_batch in ((1, 4), (2, 2)) if args.quick else ((1, 16), (2, 4)):
-        ours, peer = (call_in_new_process(measure_peak, name, args.geometry, stage, micro_batch, args.device,
-                                          args.dtype) / 2**30 for name in ("ours", "peer"))
+        ours, peer = (call_in_new_process(measure_peak, build, config, stage, micro_batch, args.device,
+                                          args.dtype) / 2**30 for build in (build_ours, build_peer))
         rows.append(f"| stage {stage}, peak memory at micro-batch {micro_batch} | {ours / peer:.2f} | "
                     f"{ours:.2f} / {peer:.2f} GiB |")
     return rows
 
 
-SECTIONS = {"stage1": partial(compare_training, 1), "stage2": partial(compare_training, 2),
-            "generate": compare_generation, "memory": compare_memory}
-
-
-def parse_arguments():
+def main():
+    sections = {"stage1": partial(compare_training, 1), "stage2": partial(compare_training, 2),
+                "generate": compare_generation, "memory": compare_memory}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="mid", help="sizes of the models")
-    parser.add_argument("--only", choices=SECTIONS, nargs="+", default=SECTIONS, metavar="SECTION")
+    parser.add_argument("--only", choices=sections, nargs="+", default=sections, metavar="SECTION")
     parser.add_argument("--pairs", type=int, metavar="N", help="number of pairs in each section")
     parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu, cuda, …")
     parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
@@ -327,25 +301,17 @@ def parse_arguments():
     args = parser.parse_args()
     args.dtype = choose_dtype(args.precision, args.device)
     # {stage: (samples of a micro-batch, samples of a step, pairs)}. In the stages, a step has 128 samples.
-    args.plan = {1: (4, 4, 12), 2: (4, 32, 3)}
-    if args.device.type == "cuda":
+    args.plan = {1: (4, 4, 3), 2: (2, 4, 2)} if args.quick else {1: (4, 4, 12), 2: (4, 32, 3)}
+    if args.device.type == "cuda" and not args.quick:
         args.plan = {1: (16, 128, 12), 2: (4, 128, 3)}
-    elif args.quick:
-        args.plan = {1: (4, 4, 3), 2: (2, 4, 2)}
     args.plan = {stage: (*samples, args.pairs or pairs) for stage, (*samples, pairs) in args.plan.items()}
-    return args
-
-
-def main():
-    args = parse_arguments()
     config, rows = geometry(args.geometry), []
     torch.manual_seed(0)
     print(f"geometry {args.geometry}, {args.dtype} on {args.device}, {torch.get_num_threads()} threads")
-    for section, compare in SECTIONS.items():
-        if section in args.only:
-            print(section, flush=True)
-            rows += compare(args, config)
-            torch.cuda.empty_cache()  # the section memory measures other processes on the same GPU
+    for section in [name for name in sections if name in args.only]:
+        print(section, flush=True)
+        rows += sections[section](args, config)
+        torch.cuda.empty_cache()  # the section memory measures other processes on the same GPU
     print("\n| | ratio (least–most) | ours / the peer |\n|--|--|--|", *rows, sep="\n")
 
 

@@ -1,4 +1,4 @@
-"""The check of the data before the first step, so that missing images are found now and not after hours."""
+"""Checks the data before the first step, so that a missing image does not stop the run hours later."""
 
 from typing import NamedTuple
 
@@ -48,8 +48,8 @@ def drop_unusable_records(train_records, heldout_records, template, num_image_to
 def check_records(records, template, num_image_tokens, max_length, decode=False):
     """Looks at every record of a RecordSet and returns a Checked. Opens the images if `decode` is true.
 
-    Most records are not even tokenized: a token is at least one byte long, so a text with fewer bytes than
-    `max_length` fits.
+    Most records are not even tokenized. A token is at least one byte long, so a text with at most
+    max_length - num_image_tokens bytes fits.
     """
     dataset = ChatDataset(records, template, None, num_image_tokens, max_length)
     empty_turn = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]

@@ -78,7 +78,7 @@ def open_stage_folder(folder, settings, world_size):
 
 
 def discard_results(folder):
-    """Deletes what an earlier run wrote here, so that it can never pass for the result of this one."""
+    """Deletes what an earlier run wrote here, so that it cannot be mistaken for the result of this run."""
     for name in ("run.json", "checkpoint.pt", "projector.safetensors", "adapter", "metrics.jsonl",
                  "skipped.txt"):
         delete(folder / name)
@@ -123,7 +123,7 @@ def restore(checkpoint, model, optimizer, scaler, fingerprint, processes):
         for name, parameter in trainable.items():
             parameter.copy_(checkpoint["weights"][name])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    if checkpoint["scaler"]:  # empty if the run was interrupted on a GPU that computes in bf16
+    if checkpoint["scaler"]:  # empty unless the run computed in fp16
         scaler.load_state_dict(checkpoint["scaler"])
     if processes.rank < len(checkpoint["rng"]):  # else there were fewer processes before
         rng = checkpoint["rng"][processes.rank]

@@ -46,7 +46,7 @@ def decode_image(file, name):
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
-        return image.convert("RGB")  # drops an alpha channel, as the reference does
+        return image.convert("RGB")  # drops an alpha channel, as the original code does
     except MemoryError:
         raise
     except Exception as error:

@@ -10,7 +10,7 @@ from support.devices import choose_device
 
 
 class Processes:
-    """Sums over all training processes. With a single process every method returns at once.
+    """This process and the others that train with it. With a single process every method returns at once.
 
     Attributes: rank (0 is the one that prints and saves), world_size, device (the one of this process).
     """
@@ -57,11 +57,11 @@ class Processes:
         for parameter, part in zip(parameters, message.split([p.numel() for p in parameters])):
             parameter.grad = part.view_as(parameter)
 
-    def gather(self, tensor):
-        """Returns the CPU tensors of all processes as a list, in the order of their ranks."""
-        gathered = [tensor] * self.world_size
+    def gather(self, value):
+        """Returns the values of all processes as a list, in the order of their ranks."""
+        gathered = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(gathered, tensor)
+            dist.all_gather_object(gathered, value)
         return gathered
 
     def barrier(self):

@@ -1,5 +1,4 @@
-"""The records of a JSON file, read one at a time, with their images; which are for training and which held
-out.
+"""Reads the records of a JSON file one at a time, with their images, and splits off held-out records.
 
 595,375 records as Python dicts need gigabytes. Each DataLoader worker would also copy them page by page,
 because reading an object changes its reference count. So RecordFile keeps only the position of each record in
@@ -152,7 +151,7 @@ def check_turns(record, has_image):
         raise BadRecord(record, "'conversations' is not a list of turns")
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
     if turns and roles.get(str(turns[0].get("from"))) == "assistant":
-        turns = turns[1:]  # an answer without a question; the reference skips it too
+        turns = turns[1:]  # an answer without a question; the original code skips it too
     if len(turns) < 2:
         raise BadRecord(record, "no human turn with a gpt turn after it")
     texts = [turn.get("value") for turn in turns]

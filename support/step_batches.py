@@ -19,7 +19,7 @@ def plan_steps(lengths, batch_size, grad_accum, epochs, max_steps, seed, rank=0,
 
     Within a step, samples are sorted by length, so that a micro-batch needs little padding. This changes
     nothing in the gradient, because the loss is a sum over the whole step. (Sorting a whole epoch would
-    remove the randomness.) The longest samples come first, so that a lack of memory shows in the first steps.
+    remove the randomness.) The longest samples of a step come first.
 
     Args:
         lengths: (samples,) approximate number of tokens of each sample.

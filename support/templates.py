@@ -19,8 +19,9 @@ def check_template(template, folder):
     if any(ids[:len(prompt)] != prompt for prompt in prompts):
         raise UserError(f"the chat template in {folder} renders a prompt differently once its answer is "
                         "added, so the model would be trained on prompts that it never gets")
-    trained = [label for label in labels if label != IGNORE_INDEX]
-    if not trained or trained[-1] not in template.special_ids or trained.count(trained[-1]) != 2:
+    labeled_ids = [label for label in labels if label != IGNORE_INDEX]
+    end = labeled_ids[-1] if labeled_ids else None
+    if end not in template.special_ids or labeled_ids.count(end) != 2:
         raise UserError(f"the chat template in {folder} has no end token after an answer, so the model would "
                         "never learn to stop")
-    return trained[-1]
+    return end

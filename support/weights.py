@@ -1,7 +1,7 @@
 """Weights: the pretrained models from disk, and what was trained to disk and back.
 
-Loading is strict. A missing or unexpected tensor is an error and never a warning, because a model with random
-weights in one place still answers fluently. Weights are safetensors and the rest is JSON, so no pickle is
+Loading is strict. A missing tensor is an error and never a warning, because a model with random weights in
+one place still answers fluently. Weights are safetensors and the rest is JSON, so no pickle is
 opened.
 """
 

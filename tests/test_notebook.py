@@ -1,7 +1,7 @@
 """colab.ipynb, cell by cell, in a kernel of its own.
 
-The toy trains for two steps only. The real models are replaced by tiny random ones, and the real data by eight
-photos. The tests of the second part run no cell.
+The toy trains for two steps only. The real models are replaced by tiny random ones, and the real data by
+eight photos. The tests of the second part run no cell.
 """
 
 import ast
@@ -147,7 +147,7 @@ def test_the_cells_of_the_real_models_run_with_replicas_after_cloning(world, tmp
     assert len(fetched) == len(requested) == 6 and all(name.endswith(".jpg") for name in fetched)
     assert printed.count("4 samples to train on, 2 held out; 1 steps") == 2
     assert f"checked 4 records of {world / 'instruct.json'}: 4 usable" in printed
-    assert "runs/limit-4/stage1 is finished: there is nothing to resume" in printed
+    assert "runs/limit-4/stage1 holds a finished run, so there is nothing to resume" in printed
     assert "<image>×256\nIs it a drawing, or what's this?" in printed
     assert pictures == {"real-look": 1, "photo": 1}
 
@@ -222,7 +222,8 @@ def test_every_flag_that_it_names_exists(script):
         else:
             assert words <= stages, text  # a string of flags alone belongs to both stages
         used |= words
-    assert {"--restart", "--resume", "--sample", "--attention", "--sheet", "--show-mask", "--question"} <= used
+    assert {"--restart", "--resume", "--sample", "--show-mask", "--question"} <= used
+    assert {"--attention", "--sheet"} <= used
     for cell in NOTEBOOK["cells"]:
         if cell["cell_type"] == "markdown":
             for flag in re.findall(r"`(--[a-z-]+)", source(cell)):

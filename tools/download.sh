@@ -4,12 +4,13 @@
 #     bash tools/download.sh models    CLIP ViT-L/14 (1.7 GB) and TinyLlama-1.1B-Chat (2.2 GB), to the hub's cache
 #     bash tools/download.sh stage1    LLaVA-CC3M-Pretrain-595K: captions and images (6.7 GB), to data/
 #     bash tools/download.sh stage2    LLaVA-Instruct-150K (229 MB) and COCO train2017 (18 GB), to data/
+#     bash tools/download.sh instruct  stage2 without the images
 #     bash tools/download.sh           all of it
 #
 # Run it in the folder of the repository. A download that broke off is continued. `hf` comes with transformers.
 set -euo pipefail
 what=${1:-all}
-case $what in all|models|stage1|stage2|instruct) ;; *) echo "usage: bash tools/download.sh [models|stage1|stage2]" >&2; exit 2 ;; esac
+case $what in all|models|stage1|stage2|instruct) ;; *) echo "usage: bash tools/download.sh [models|stage1|stage2|instruct]" >&2; exit 2 ;; esac
 
 if [[ $what == all || $what == models ]]; then
   hf download openai/clip-vit-large-patch14 config.json preprocessor_config.json model.safetensors

@@ -175,7 +175,7 @@ def question(scene, kind, rng):
 
 
 def brief_description(scene, rng):
-    """Returns one (kind, question, answer) triple that asks for the caption."""
+    """Returns a list with one (kind, question, answer) triple, which asks for the caption."""
     return [("caption", rng.choice(BRIEF), caption_of(scene))]
 
 
