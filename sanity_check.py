@@ -151,7 +151,8 @@ def print_losses(model, heldout_dataset, i, pad_token_id, device):
     images["blank image"] = torch.zeros_like(correct)
     tokens = (batch["labels"] != IGNORE_INDEX).sum().item()
     turns = len(heldout_dataset.to_messages(heldout_dataset.records[i])) // 2
-    print(f"loss of all {turns} reference answers of this record ({tokens} tokens), nats per token, with the")
+    print(f"loss of all reference answers of this record ({turns} answers, {tokens} tokens), nats per token, "
+          "with the")
     losses = {name: record_losses(model, {**batch, "pixel_values": pixels}, device).item() / tokens
               for name, pixels in images.items()}
     for name, loss in losses.items():
