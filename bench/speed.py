@@ -41,7 +41,7 @@ from model import IGNORE_INDEX, LORA_TARGETS, Llava, count_patches
 from support.devices import DTYPES, choose_device, choose_dtype
 from support.step_batches import plan_steps
 
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft 0.21 uses the old name
+warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated")  # see support/errors.py
 PAD = 2  # Llama's end token, which is its padding token too
 LORA = dict(r=16, lora_alpha=32, lora_dropout=0.05, task_type="CAUSAL_LM")
 

@@ -79,6 +79,7 @@ def open_stage_folder(folder, settings, world_size):
 
 def discard_results(folder):
     """Deletes what an earlier run wrote here, so that it cannot be mistaken for the result of this run."""
+    # run.json first, because without it the rest does not count as finished.
     for name in ("run.json", "checkpoint.pt", "projector.safetensors", "adapter", "metrics.jsonl",
                  "skipped.txt"):
         delete(folder / name)

@@ -150,9 +150,17 @@ def test_a_restarted_run_that_is_killed_early_leaves_nothing_of_the_run_before(u
     shutil.copytree(unbroken / "stage2", tmp_path / "stage2")
     for script, stage in (("stage2_instruct", "stage2"), ("stage1_align", "stage1")):
         arguments = ["--run", str(tmp_path), *RUN, "--restart", "--save-every", "9999", "--seed", "1"]
+        os.utime(tmp_path / stage / "metrics.jsonl", (0, 0))  # marks the file of the run before
         process = start(script, arguments, tmp_path / "log")
-        while process.is_alive() and ((tmp_path / stage / "run.json").exists()
-                                      or steps_logged(tmp_path / stage) == 0):
+
+        def has_taken_a_step():
+            metrics = tmp_path / stage / "metrics.jsonl"
+            try:
+                return metrics.stat().st_mtime > 0 and steps_logged(tmp_path / stage) > 0
+            except FileNotFoundError:  # deleted, and not yet written again
+                return False
+
+        while process.is_alive() and not has_taken_a_step():
             time.sleep(0.005)
         process.kill()
         process.join(60)
