@@ -1,12 +1,14 @@
 """From a JSON record to tensors: the chat template, the label mask, samples and batches.
 
-A record of LLaVA-CC3M-Pretrain-595K (stage 1). The conversations of LLaVA-Instruct-150K have more turns:
+A record of LLaVA-CC3M-Pretrain-595K, for stage 1. Those of LLaVA-Instruct-150K, for stage 2, have the same
+form, and many of them have several questions and answers.
 
     {"id": "GCC_train_002582585", "image": "GCC_train_002582585.jpg", "conversations": [
         {"from": "human", "value": "Provide a brief description of the given image.\\n<image>"},
         {"from": "gpt",   "value": "olive oil is a healthy ingredient used liberally ."}]}
 
-With TinyLlama's chat template and tokenizer, the record becomes these tokens. Only two of the N image
+The image is moved to the front of its question, as in the original code. With TinyLlama's chat template and
+tokenizer, the record then becomes these tokens. Only two of the N image
 positions are written out. The label of a labeled token is its own id, and the label of an ignored token is
 IGNORE_INDEX. So the model is trained to generate the answer and the end token after it.
 
@@ -20,7 +22,7 @@ IGNORE_INDEX. So the model is trained to generate the answer and the end token a
     ignored   <0x0A>
 
 Three rules:
-  * The first token is the tokenizer's start token, here <s>. See ChatTemplate.tokenize().
+  * The first token is the tokenizer's start token, here <s>, if it has one. See ChatTemplate.tokenize().
   * No code looks for padding by its id, because TinyLlama's padding token is also its end token.
   * labels[t] belongs to the token at position t. Llava.forward() shifts by one.
 
@@ -105,7 +107,7 @@ class ChatTemplate:
 
         labels[t] == ids[t] on every answer and on the end token after it, in every turn; IGNORE_INDEX
         elsewhere. The end token must be trained, because a model that never sees one does not learn to stop.
-        Raises ValueError if the template changes the text of an answer.
+        Raises ValueError if the template changes the text of an answer, or if a text contains U+E000.
         Source: preprocess_v1() in the original code's train.py, which finds the answers by tokenizing the
         turns separately and adding up their lengths. If the sum is wrong, it prints a warning and masks the
         whole sample. Character offsets avoid that.
@@ -127,10 +129,11 @@ class ChatTemplate:
     def answer_spans(self, messages, text):
         """Returns (start, end) of each answer in `text`, the rendered conversation, in characters.
 
-        `start` is the end of its prompt. `end` is the end of the answer, before its end token. A search for
-        the answer's text is unsafe, because the answer "s" also occurs in "</s>". So we render the
-        conversation with a marker for every answer. The pieces between the markers are the template's own
-        text, and their lengths give the positions.
+        `start` is where the prompt before the answer ends, and `end` is where the answer ends, before its end
+        token. We cannot search for the answer's text, because the answer "s" also occurs in "</s>". Instead
+        we render the conversation with every answer replaced by a marker, and split it at the markers. This
+        gives the text around the answers. Joining these pieces with the answers again rebuilds `text`, and
+        the length so far gives each `end`.
         """
         marker = "\ue000"  # a private-use character, which should occur in no text
         if marker in text:
@@ -212,7 +215,7 @@ class ChatDataset(Dataset):
         sample["skipped"]. All other problems were found by check_records().
         """
         skipped = []
-        for j in range(i, i + 20):  # after 20 bad records in a row, the image folder is probably broken
+        for j in range(i, i + 20):  # 20 bad records in a row mean that the image folder is broken
             record = self.records[j % len(self)]
             try:
                 ids, labels = self.encode(record)

@@ -31,7 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 IGNORE_INDEX = -100  # label of a position that the loss ignores; cross_entropy uses the same default
 
-# The seven linear layers of a block of Llama, Qwen, Mistral or Gemma: attention, then MLP.
+# The seven linear layers of a block of Llama, Mistral, Qwen2, Qwen3 or Gemma: attention, then MLP.
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -62,7 +62,7 @@ class Llava(nn.Module):
         # LLaVA uses the features before CLIP's last block, which are 0.96 points better on ScienceQA. The
         # authors suspect that they contain more local detail (section 5.2). hidden_states[0] is the embedding
         # and hidden_states[i] the output of block i, counted from 1. So -2 is the output of the
-        # second-to-last block. With the later blocks deleted, last_hidden_state is the one that we want.
+        # second-to-last block. The blocks after it are deleted, so last_hidden_state is that output.
         num_blocks = config.num_hidden_layers + 1 + vision_layer
         if not 0 <= num_blocks <= config.num_hidden_layers:
             raise ValueError(f"vision layer {vision_layer} does not exist: this vision tower has the hidden "
@@ -178,7 +178,7 @@ class Llava(nn.Module):
             input_ids, labels: (B, T) int64, padded on the right. labels is IGNORE_INDEX except on answers
                 and their end tokens.
             pixel_values: (I, 3, S, S).
-            attention_mask: (B, T); not used, see below. collate() makes it, and generate() needs it.
+            attention_mask: (B, T), accepted so that model(**batch) works. Below is why it is not needed.
         """
         # The output at position t predicts the token at t + 1, so the targets are the labels, shifted by one.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # (B, T) -> (B·T,)

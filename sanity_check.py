@@ -9,7 +9,8 @@ loads stage 1 in any case.) --sample also prints the loss of the reference answe
 different image and a blank image. If the three are equal for many records, the model ignores the image.
 --sample uses held-out records, because a good answer about a training image may be memorized.
 
-During training, both stages call the functions of section 1 on all held-out records.
+During training, both stages call the functions of section 1: measure_grounding() on all held-out records with
+an image, and generate_answers() on the first record.
 """
 
 import argparse

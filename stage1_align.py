@@ -60,7 +60,8 @@ PRESETS = {
         data="data/LLaVA-CC3M-Pretrain-595K/chat.json", images="data/LLaVA-CC3M-Pretrain-595K/images.zip",
         heldout_data=None, heldout_images=None, held_out=256,
         limit=0, max_length=2048, allow_bad=0.01, workers=2,
-        # The paper has the same learning rate, schedule and effective batch, 128 = 16 × 8. Clipping is ours.
+        # The paper has the same learning rate, schedule and effective batch of 128 (here 16 × 8). It does not
+        # mention clipping.
         lr=2e-3, batch_size=16, grad_accum=8, epochs=1, max_steps=None, warmup=0.03, max_grad_norm=1.0,
         precision="auto", device="auto", seed=0, eval_every=250, save_every=100, log_every=10, tracker=None,
     ),
@@ -114,8 +115,8 @@ def main():
     # than about 1/500 of the weight would always be rounded away.
     model.projector.requires_grad_(True)
     if args.activation_checkpointing:
-        # Activation checkpointing under its older name in transformers. With use_reentrant=False, the input
-        # of a block need not require a gradient.
+        # Activation checkpointing under its older name in transformers. use_reentrant=False is the variant
+        # that PyTorch recommends.
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     print(model.parameter_table())
 
@@ -147,11 +148,11 @@ def main():
     loader = DataLoader(
         train_dataset, batch_sampler=[indices for step in steps for indices in step],
         collate_fn=partial(collate, pad_token_id=pad_token_id), num_workers=args.workers,
-        # Each worker prepares as many micro-batches in advance as one optimizer step needs.
+        # Each worker prepares the micro-batches of one optimizer step in advance, but at least two.
         prefetch_factor=max(2, args.grad_accum) if args.workers else None,
         worker_init_fn=checkpoints.ignore_signals_in_worker, pin_memory=device.type == "cuda",
-        # Without its own generator, the loader draws a seed from the global one. A resumed run would then
-        # draw different dropout masks.
+        # Without its own generator, the loader draws a seed from the global one. A resumed run of stage 2
+        # would then draw different dropout masks.
         generator=torch.Generator())
     loaded = iter(loader)
     print(f"batch: {args.batch_size} (micro-batch) × {args.grad_accum} (accumulation) × "
@@ -205,8 +206,8 @@ def main():
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()  # stays on the device; Python needs it only once per step
 
-        # Every process has divided its loss by the n of all processes. So the sum of their gradients is the
-        # gradient of the effective batch. (DistributedDataParallel would take the mean.)
+        # n counts the labeled tokens of all processes, and each process has divided its loss by it. So their
+        # gradients are added. (DistributedDataParallel would average them.)
         processes.sum_gradients(parameters)
         loss = processes.sum(loss)
         scaler.unscale_(optimizer)  # so that the true gradient is clipped

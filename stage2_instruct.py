@@ -125,8 +125,8 @@ def main():
                               target_modules=LORA_TARGETS, task_type="CAUSAL_LM"))
     torch.manual_seed(args.seed + processes.rank)  # each process draws different dropout masks
     if args.activation_checkpointing:
-        # Activation checkpointing under its older name in transformers. With use_reentrant=False, the input
-        # of a block need not require a gradient.
+        # Activation checkpointing under its older name in transformers. use_reentrant=False is the variant
+        # that PyTorch recommends.
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     print(model.parameter_table())
 
@@ -157,8 +157,8 @@ def main():
         collate_fn=partial(collate, pad_token_id=pad_token_id), num_workers=args.workers,
         prefetch_factor=max(2, args.grad_accum) if args.workers else None,
         worker_init_fn=checkpoints.ignore_signals_in_worker, pin_memory=device.type == "cuda",
-        # Without its own generator, the loader draws a seed from the global one. A resumed run would then
-        # draw different dropout masks.
+        # Without its own generator, the loader draws a seed from the global one. A resumed run of stage 2
+        # would then draw different dropout masks.
         generator=torch.Generator())
     loaded = iter(loader)
     print(f"batch: {args.batch_size} (micro-batch) × {args.grad_accum} (accumulation) × "
