@@ -106,7 +106,7 @@ def main():
 
     # Frozen weights are never updated, so half precision is enough on a GPU, and halves their memory.
     clip = load_vision_tower(args.vision_tower, dtype)
-    llm = load_language_model(args.llm, dtype)
+    llm = load_language_model(args.llm, dtype, device)
     try:
         model = Llava(clip, llm, template.image_token_id, args.projector, args.vision_layer).to(device)
     except ValueError as error:

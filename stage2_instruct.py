@@ -112,7 +112,7 @@ def main():
     # -- 3. model ------------------------------------------------------------------------------------------
 
     clip = load_vision_tower(args.vision_tower, dtype)
-    llm = load_language_model(args.llm, dtype)
+    llm = load_language_model(args.llm, dtype, device)
     try:
         model = Llava(clip, llm, template.image_token_id, args.projector, args.vision_layer).to(device)
     except ValueError as error:

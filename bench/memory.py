@@ -6,9 +6,8 @@
 All samples are as long as the longest of the real data. The table is not measured. The check measures steps
 of a smaller model on the CPU (fp32, Linux only), and fails if a computed peak is off by more than 15%.
 
-The table has two cases, because TinyLlama has fewer key-value heads than heads. For that, PyTorch before 2.14
-has two CUDA kernels. Flash attention needs Linux and an A100, an RTX 30xx or a later GPU. A T4, an RTX 20xx
-and any GPU under Windows use the math kernel, which keeps all T×T attention weights in fp32.
+The table has two cases. On GPUs without flash attention (a T4, an RTX 20xx, any GPU under Windows) every head of
+TinyLlama gets its own copy of its keys and values; expanded_attention() in support/devices.py says why.
 """
 
 import argparse
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import support.devices  # registers the attention "expanded"
 from bench.speed import (LORA, Side, build_ours, call_in_new_process, geometry, make_batches, process_memory,
                          random_sample)
 
@@ -32,7 +32,7 @@ def peak_bytes(config, stage, batch, recompute, flash, size, on_gpu):
     """Returns the peak memory of one of our training steps, in bytes.
 
     Args: batch: samples in the micro-batch, all of LONGEST length. recompute: --activation-checkpointing.
-    flash: False for the math kernel. size: bytes of a number in frozen weights and in matrix products."""
+    flash: False for expanded_attention(). size: bytes of a number in frozen weights and in matrix products."""
     vision, text, rank = config.vision_config, config.text_config, LORA["r"]
     d_v, d, mlp, layers = vision.hidden_size, text.hidden_size, text.intermediate_size, text.num_hidden_layers
     heads, kv = text.num_attention_heads, text.num_key_value_heads * text.head_dim
@@ -47,8 +47,8 @@ def peak_bytes(config, stage, batch, recompute, flash, size, on_gpu):
     # Bytes per token that a block keeps for the backward pass. Frozen linear layers and CLIP keep nothing.
     block = 2 * 4 * d  # the inputs of both norms, in fp32
     block += size * 3 * mlp  # gate, silu(gate) and up
-    # Flash keeps q, k, v and the output. Math keeps q, k, v of all heads and the attention weights, in fp32.
-    block += size * (2 * d + 2 * kv) if flash else 4 * (3 * d + heads * tokens)
+    # Attention keeps q, k, v and the output, and a sum in fp32 per head. Expanded, k and v are as wide as q.
+    block += size * (2 * d + 2 * (kv if flash else d)) + 4 * heads
     if stage == 2:  # LoRA keeps the inputs of A and B, and dropout its mask (on a CPU a float per element)
         block += sum((size + (1 if on_gpu else 4)) * i + size * rank for i, _ in linear)
     kept = layers * (size * d if recompute else block) + 4 * d
@@ -56,8 +56,7 @@ def peak_bytes(config, stage, batch, recompute, flash, size, on_gpu):
     # On top of that comes the loss or the backward pass of one block, whichever needs more.
     loss = 3 * 4 * batch * LONGEST[stage][1] * text.vocab_size  # log-probabilities and two gradients
     mlp_backward = size * (3 * mlp + 2 * d) + (4 * mlp if stage == 2 else 0)
-    attention_backward = 0 if flash else 2 * 4 * heads * tokens  # gradients of attention weights and scores
-    backward = max(mlp_backward, attention_backward) + (block if recompute else 0)
+    backward = mlp_backward + (block if recompute else 0)
     return weights + batch * tokens * kept + max(loss, batch * tokens * backward)
 
 
@@ -73,7 +72,9 @@ def measure(stage, batch, recompute, flash):
     side = Side(build_ours, config, stage, *settings)
     if recompute:
         side.model.llm.gradient_checkpointing_enable({"use_reentrant": False})
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if flash else SDPBackend.MATH):
+    if not flash:
+        side.model.llm.set_attn_implementation("expanded")
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # never the math kernel, which keeps T×T attention weights
         step(side, config, 1, 1)  # creates Adam's moments
         step(side, config, stage, batch)
     return process_memory("VmHWM") - before
@@ -86,7 +87,7 @@ def check():
         measured = call_in_new_process(measure, stage, batch, recompute, flash)
         computed = peak_bytes(geometry("mid"), stage, batch, recompute, flash, size=4, on_gpu=False)
         largest = max(largest, abs(computed / measured - 1))
-        print(f"stage {stage}, micro-batch {batch}, {'flash' if flash else 'math'} kernel"
+        print(f"stage {stage}, micro-batch {batch}, {'shared' if flash else 'copied'} keys and values"
               f"{', checkpointing' * recompute}: measured {measured / GIB:.2f} GiB, computed "
               f"{computed / GIB:.2f} GiB ({computed / measured - 1:+.1%})", flush=True)
     return largest

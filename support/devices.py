@@ -1,6 +1,9 @@
-"""Which device to compute on, and in which precision."""
+"""Which device to compute on, in which precision, and with which attention kernel."""
 
 import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 from support.errors import UserError
 
@@ -29,3 +32,40 @@ def choose_dtype(name, device):
     # torch.cuda.is_bf16_supported() returns True on a T4, which only emulates bf16, slowly. Ask for the
     # hardware.
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+# -- attention ---------------------------------------------------------------------------------------------
+
+
+def expanded_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Attention as transformers' "sdpa" computes it, but every query head gets its own copy of its keys and
+    values.
+
+    TinyLlama has 32 query heads and 4 key-value heads, so 8 query heads share keys and values. For such
+    attention PyTorch before 2.14 has two CUDA kernels. Flash attention needs half precision, Linux, and an
+    A100, an RTX 30xx or a later GPU. Elsewhere PyTorch falls back to the "math" kernel, which keeps all T×T
+    attention weights in fp32 for the backward pass. With copies, PyTorch can use its memory-efficient kernel,
+    which keeps none and runs on every CUDA GPU.
+
+    Shapes: query (B, heads, T, D / heads); key, value (B, key-value heads, T, D / heads).
+    """
+    copies = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))  # (B, heads, T, D / heads)
+    is_causal = attention_mask is None and query.shape[2] > 1
+    output = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, is_causal,
+                                            scale=scaling)  # (B, heads, T, D / heads)
+    return output.transpose(1, 2).contiguous(), None  # (B, T, heads, D / heads), and no attention weights
+
+
+AttentionInterface.register("expanded", expanded_attention)
+AttentionMaskInterface.register("expanded", sdpa_mask)
+
+
+def choose_attention(device, dtype):
+    """Returns the name of the attention that transformers should use: "sdpa", or "expanded" on a CUDA GPU
+    without flash attention."""
+    if device.type != "cuda":
+        return "sdpa"
+    has_flash = (dtype != torch.float32 and torch.backends.cuda.is_flash_attention_available()
+                 and torch.cuda.get_device_capability(device)[0] >= 8)
+    return "sdpa" if has_flash else "expanded"

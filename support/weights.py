@@ -19,6 +19,7 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, 
 
 from data import ChatTemplate
 from model import Llava
+from support.devices import choose_attention
 from support.errors import UserError
 from support.files import atomic_write, find_pretrained, read_json, write_json
 
@@ -76,9 +77,11 @@ def load_vision_tower(name, dtype):
     return vision_tower
 
 
-def load_language_model(name, dtype):
-    """Returns a decoder-only language model with its pretrained weights."""
-    llm = _load_strictly(AutoModelForCausalLM, name, dtype)
+def load_language_model(name, dtype, device):
+    """Returns a decoder-only language model with its pretrained weights, on the CPU. `device` is where it will
+    compute, which decides the attention kernel."""
+    attention = choose_attention(device, dtype)
+    llm = _load_strictly(AutoModelForCausalLM, name, dtype, attn_implementation=attention)
     # Llava.forward() applies the head to the decoder's output. Some models (Gemma 2, Cohere, Granite) then
     # change the logits once more. Refuse them, because their loss would be wrong.
     ids = torch.arange(3)[None]  # (1, 3)
@@ -189,8 +192,9 @@ def load_trained(folder, device, dtype):
     run = read_run(folder)
     template, image_processor = ChatTemplate(run["llm"]), load_image_processor(run["vision_tower"])
     check_same_template(run, template, folder)
-    model = Llava(load_vision_tower(run["vision_tower"], dtype), load_language_model(run["llm"], dtype),
-                  template.image_token_id, run["projector"], run["vision_layer"])
+    model = Llava(load_vision_tower(run["vision_tower"], dtype),
+                  load_language_model(run["llm"], dtype, device), template.image_token_id, run["projector"],
+                  run["vision_layer"])
     load_projector(model, Path(folder) / "projector.safetensors")
     if run["stage"] == 2:
         load_adapter(model, Path(folder) / "adapter")

@@ -173,8 +173,9 @@ def batch_of(samples, template):
 def build(vision_tower, llm, projector="linear", vision_layer=-2):
     """Returns (model, template) from folders of pretrained models, as the stages build them."""
     template = ChatTemplate(llm)
-    model = Llava(load_vision_tower(vision_tower, torch.float32), load_language_model(llm, torch.float32),
-                  template.image_token_id, projector, vision_layer)
+    model = Llava(load_vision_tower(vision_tower, torch.float32),
+                  load_language_model(llm, torch.float32, torch.device("cpu")), template.image_token_id,
+                  projector, vision_layer)
     return model.eval(), template
 
 

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import N, batch_of, draw, preprocess
 from peft import LoraConfig
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data import IGNORE_INDEX, collate
 from model import LORA_TARGETS
+from support.devices import choose_attention
 
 
 @pytest.fixture
@@ -75,6 +78,41 @@ def test_no_mask_for_padding_on_the_right_changes_no_gradient(step):
 
     assert_same(step(), step(with_a_mask))
     assert masks == [None]
+
+
+def test_expanded_attention_changes_no_gradient(step):
+    assert_same(step(lambda model, batch: model.llm.set_attn_implementation("expanded")), step())
+
+
+@pytest.mark.parametrize("capability, dtype, keeps_weights", [
+    ((7, 5), torch.float16, False), ((8, 6), torch.float32, False), ((8, 6), torch.bfloat16, True)],
+    ids=["T4", "RTX 30xx in fp32", "RTX 30xx in bf16"])
+def test_without_flash_attention_no_attention_weights_are_kept(step, monkeypatch, capability, dtype,
+                                                               keeps_weights):
+    """Imitates a GPU whose kernel for shared keys and values is the math kernel, and sums up the bytes of the
+    T×T tensors that autograd keeps. In the last case flash attention is expected, so the model leaves keys
+    and values shared, and the imitated GPU shows what the math kernel would keep."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    fused, kept = F.scaled_dot_product_attention, []
+
+    def attention(*args, enable_gqa=False, **kwargs):
+        with sdpa_kernel(SDPBackend.MATH if enable_gqa else SDPBackend.FLASH_ATTENTION):
+            return fused(*args, enable_gqa=enable_gqa, **kwargs)
+
+    def change(model, batch):
+        model.llm.set_attn_implementation(choose_attention(torch.device("cuda"), dtype))
+        monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step(change)
+    longest = max(tensor.shape[1] for tensor in kept if tensor.dim() == 3)  # T
+    kept_bytes = sum(tensor.nbytes for tensor in kept if tensor.shape[-2:] == (longest, longest))
+    assert (kept_bytes > 0) == keeps_weights
 
 
 def test_logits_only_at_labels_change_no_gradient(step):
