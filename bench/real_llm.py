@@ -139,3 +139,104 @@ def score_blind(by_image, most_frequent):
             correct["all"].append(right)
     print("answers that are right without the image: "
           + ", ".join(f"{kind} {np.mean(right):.3f} of {len(right):,}" for kind, right in correct.items()))
+
+
+# -- 3. the vision tower -----------------------------------------------------------------------------------
+
+SIDE, PATCH, WIDTH, BLOCKS = 64, 16, 192, 5  # easy-VQA's images are 64 × 64, so N = 16 patches
+COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0),
+          "teal": (0, 128, 128), "gray": (128, 128, 128), "black": (0, 0, 0), "brown": (165, 42, 42),
+          "orange": (255, 140, 0), "purple": (128, 0, 128), "pink": (255, 120, 180)}
+SHAPES = ["circle", "rectangle", "triangle", "cross", "ring"]
+SIZES, ROWS, COLUMNS = ["small", "medium", "large"], ["top", "middle", "bottom"], ["left", "center", "right"]
+WORDS = [*COLORS, *SHAPES, *SIZES, *ROWS, *COLUMNS]
+
+
+def draw(rng):
+    """Returns a picture (64, 64, 3) of one shape of any size at any place, and its caption as five words."""
+    color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
+    half_width = rng.uniform(3.5, 16)
+    half_height = half_width * (rng.uniform(.45, 2) if shape == "rectangle" else 1)
+    half_height = min(max(half_height, 3.5), 16)
+    x, y = rng.uniform(half_width, SIDE - half_width), rng.uniform(half_height, SIDE - half_height)
+    background = tuple(rng.randint(225, 255) for _ in range(3))
+    # Drawn at four times the size. Reducing the image below smooths the edges.
+    image = Image.new("RGB", (4 * SIDE, 4 * SIDE), background)
+    canvas = ImageDraw.Draw(image)
+    fill = tuple(max(0, min(255, value + rng.randint(-20, 20))) for value in COLORS[color])
+    left, top, right, bottom = (4 * value for value in (x - half_width, y - half_height,
+                                                        x + half_width, y + half_height))
+    if shape == "rectangle":
+        canvas.rectangle([left, top, right, bottom], fill=fill)
+    elif shape == "circle":
+        canvas.ellipse([left, top, right, bottom], fill=fill)
+    elif shape == "ring":
+        canvas.ellipse([left, top, right, bottom], outline=fill, width=int(1.6 * half_width))
+    elif shape == "triangle":
+        canvas.polygon([(left, bottom), (right, bottom), (4 * x, top)], fill=fill)
+    else:
+        arm = 1.32 * half_width
+        canvas.rectangle([4 * x - arm, top, 4 * x + arm, bottom], fill=fill)
+        canvas.rectangle([left, 4 * y - arm, right, 4 * y + arm], fill=fill)
+    size = SIZES[min(2, int((half_width * half_height) ** .5 / 16 * 3))]
+    return np.asarray(image.reduce(4)), [color, shape, size, ROWS[int(y / SIDE * 3)], COLUMNS[int(x / SIDE * 3)]]
+
+
+def train_vision_tower(folder, steps=3000, batch_size=128, lr=1e-3):
+    """Trains a small CLIP vision tower with CLIP's contrastive loss and writes it to `folder`.
+
+    The image's vector is the mean of the patch features, not the class token's feature. So the patches, which
+    LLaVA uses, must contain what the caption says. The caption's vector is the sum of its words' vectors.
+    """
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    tower = CLIPVisionModel(CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_attention_heads=WIDTH // 32,
+        num_hidden_layers=BLOCKS, image_size=SIDE, patch_size=PATCH))
+    # As in toy/pretrain.py: with the usual 0.02, patches would hardly encode their place.
+    tower.embeddings.position_embedding.weight.data.normal_(std=.2)
+    words = nn.Embedding(len(WORDS), WIDTH)
+    model = nn.ModuleDict({"tower": tower, "words": words})
+    model.register_parameter("log_scale", nn.Parameter(torch.tensor(math.log(10.))))
+    optimizer_step = make_optimizer_step(model, lr, steps, warmup=.1)
+    for step in range(1, steps + 1):
+        images, captions = zip(*(draw(rng) for _ in range(batch_size)))
+        pixels = (torch.tensor(np.stack(images)) / 255 - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)
+        features = tower(pixels.permute(0, 3, 1, 2).float()).last_hidden_state[:, 1:]  # (B, N, WIDTH)
+        image_vectors = F.normalize(features.mean(dim=1), dim=-1)  # (B, WIDTH)
+        ids = torch.tensor([[WORDS.index(word) for word in caption] for caption in captions])  # (B, 5)
+        caption_vectors = F.normalize(words(ids).sum(dim=1), dim=-1)  # (B, WIDTH)
+        logits = model.log_scale.exp().clamp(max=100) * image_vectors @ caption_vectors.T  # (B, B)
+        same = (ids[:, None] == ids[None]).all(dim=-1).float()  # two pictures may have the same caption
+        targets = same / same.sum(dim=1, keepdim=True)
+        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+        optimizer_step(loss)
+        if step % 100 == 0:
+            print(f"vision tower, step {step} of {steps}: loss {loss:.3f}", flush=True)
+    tower.half().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({
+        "crop_size": SIDE, "do_center_crop": True, "do_normalize": True, "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": IMAGE_MEAN, "image_std": IMAGE_STD,
+        "resample": 3, "size": SIDE}, indent=2) + "\n")
+
+
+# -- the command -------------------------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--prepare", action="store_true", required=True, help=f"write {DATA}/")
+    parser.parse_args()
+    DATA.mkdir(parents=True, exist_ok=True)
+    for name, make in (("smollm2", convert_llm), ("easy-vqa", convert_data), ("clip-vit", train_vision_tower)):
+        if (DATA / name).exists():
+            print(f"{DATA / name} exists already")
+            continue
+        print(f"writing {DATA / name}", flush=True)
+        with atomic_write(DATA / name) as folder:
+            folder.mkdir()
+            make(folder)
+
+
+if __name__ == "__main__":
+    run_script(main)
