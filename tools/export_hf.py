@@ -77,13 +77,15 @@ def build_hf_model(model, template, run_json):
         vision_config=vision_tower.config, text_config=llm.config, image_token_index=template.image_token_id,
         image_seq_length=model.num_image_tokens, vision_feature_layer=run_json["vision_layer"],
         vision_feature_select_strategy=select_strategy(model),
-        projector_hidden_act="linear" if run_json["projector"] == "linear" else "gelu",
+        projector_hidden_act="linear" if needs_linear_activation(model.projector) else "gelu",
         tie_word_embeddings=llm.config.tie_word_embeddings)
     with torch.device("meta"):  # without memory for weights, because all weights exist already
         llava = LlavaForConditionalGeneration(config)
     llava.model.vision_tower = vision_tower
     llava.model.language_model = llm.get_decoder()
     llava.lm_head = llm.get_output_embeddings()
+    for part in (config.vision_config, config.text_config):
+        part._name_or_path = ""  # else config.json would tell where the models lie on this machine
     llava.model.multi_modal_projector.to_empty(device="cpu")
     copy_projector(model.projector, llava.model.multi_modal_projector)
     llava.generation_config = GenerationConfig(
@@ -117,16 +119,31 @@ def select_strategy(model):
     return "default" if positions > model.num_image_tokens else "full"
 
 
+def needs_linear_activation(projector):
+    """Returns True for a linear projector that is too narrow for the GELU, see copy_projector()."""
+    return isinstance(projector, nn.Linear) and projector.out_features < 2 * projector.in_features
+
+
 @torch.no_grad()
 def copy_projector(ours, theirs):
     """Copies our projector into that of transformers, which is always linear_2(act(linear_1(x)))."""
-    if isinstance(ours, nn.Linear):  # I · (W·x + b) + 0, with an activation that does nothing
-        theirs.linear_1.load_state_dict(ours.state_dict())
-        nn.init.eye_(theirs.linear_2.weight)
-        nn.init.zeros_(theirs.linear_2.bias)
-    else:
+    if not isinstance(ours, nn.Linear):
         theirs.linear_1.load_state_dict(ours[0].state_dict())
         theirs.linear_2.load_state_dict(ours[2].state_dict())
+        return
+    for parameter in theirs.parameters():
+        nn.init.zeros_(parameter)
+    w, d_v = ours.weight.cpu(), ours.in_features  # (D, D_v)
+    if needs_linear_activation(ours):  # I · (W·x + b), with an activation that does nothing
+        theirs.linear_1.load_state_dict(ours.state_dict())
+        nn.init.eye_(theirs.linear_2.weight)
+    else:
+        # Some tools always apply a GELU. It can be undone: GELU(v) = v·Φ(v) and Φ(v) + Φ(-v) = 1, also in the
+        # usual approximations of Φ, so GELU(v) - GELU(-v) = v. Here linear_1 computes x and -x, and linear_2
+        # computes W·GELU(x) - W·GELU(-x) + b = W·x + b. The rows of linear_1 beyond 2·D_v stay zero.
+        theirs.linear_1.weight[:2 * d_v] = torch.cat([torch.eye(d_v), -torch.eye(d_v)])
+        theirs.linear_2.weight[:, :2 * d_v] = torch.cat([w, -w], dim=1)
+        theirs.linear_2.bias.copy_(ours.bias)
 
 
 def build_hf_processor(model, template, image_processor):
@@ -229,6 +246,10 @@ def export(args, folder):
     image_processor.save_pretrained(folder)  # older tools read preprocessor_config.json
     del llava, model  # because compare() loads all weights again
     llava = compare(folder, expected, device)
+    if llava.config.projector_hidden_act == "linear":
+        print("The LLM is less than twice as wide as the vision tower, so the projector needs an activation\n"
+              "that does nothing. transformers has it. vLLM refuses to load this export. mlx-vlm always\n"
+              "applies a GELU, so it would answer wrongly.")
     if args.dtype != "fp32":
         llava.to(DTYPES[args.dtype]).save_pretrained(folder)
     for file in folder.iterdir():
