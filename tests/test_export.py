@@ -1,16 +1,30 @@
 """tools.export_hf: the exported folder computes the same as the run, without the code of this repository."""
 
+import base64
+import io
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import N, draw, make_llm
+from huggingface_hub import metadata_load
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from data import collate
 from support.devices import DTYPES
-from support.weights import load_trained
+from support.weights import load_trained, read_run
 from tools import export_hf
+from tools.model_card import write_model_card
 
 CPU = torch.device("cpu")
 COLORS = ("red", "blue", "green")
@@ -159,6 +173,103 @@ def test_the_adapter_alone_loads_with_plain_peft(trained, parts, template):
         plain = PeftModel.from_pretrained(base, folder / "adapter").eval()(ids).logits
         torch.testing.assert_close(plain, model.llm(ids).logits, atol=1e-4, rtol=0)
     assert (plain - before).abs().max() > 0.1
+
+
+# -- the model card ----------------------------------------------------------------------------------------
+
+
+def test_the_card_has_the_hubs_fields_and_the_scores(script, trained, tmp_path):
+    run = trained(2)
+    script("tools.evaluate", "--run", run, "--device", "cpu")
+    script("tools.export_hf", "--run", run, "--out", tmp_path / "exported")
+    fields, card = metadata_load(tmp_path / "exported" / "README.md"), read_card(tmp_path / "exported")
+    assert fields == {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["llava"]}
+    assert "| 1 | chat.json | 2 |" in card and "| 2 | instruct.json | 2 |" in card  # data and steps
+    held_out, evaluation = read_run(run / "stage2")["held_out"], json.loads((run / "eval.json").read_text())
+    assert f"| {held_out['loss']:.3f} | {held_out['loss_shuffled']:.3f} |" in card
+    assert f"{evaluation['answers_loss_blank']:.3f} |" in card
+    assert "equal to the reference answer" in card
+
+
+def test_nothing_exported_tells_where_the_files_were(exported, tmp_path):
+    folder = exported(stage=2)[0]
+    for path in folder.iterdir():  # models, data and run are in folders beside tmp_path
+        assert str(tmp_path.parent).encode() not in path.read_bytes(), path.name
+
+
+def test_the_card_names_base_models_of_the_hub_and_known_licenses(trained, tmp_path):
+    run = read_run(trained(1) / "stage1")
+    run |= {"vision_tower": "openai/clip-vit-large-patch14", "llm": "TinyLlama/TinyLlama-1.1B-Chat-v1.0"}
+    run["settings"]["data"] = "data/LLaVA-CC3M-Pretrain-595K/chat.json"
+    write_model_card(tmp_path, [run], evaluation=None)
+    assert metadata_load(tmp_path / "README.md")["base_model"] == [run["vision_tower"], run["llm"]]
+    licenses = read_card(tmp_path).split("## Licenses")[1]
+    assert "MIT" in licenses and "Apache 2.0" in licenses and "CC3M" in licenses and "unknown" not in licenses
+
+
+@pytest.mark.parametrize("change, expected", [({}, True), ({"stage": 2}, False),
+                                              ({"captions_loss": 9.9}, False)])
+def test_an_eval_json_of_another_stage_or_training_is_left_out(trained, tmp_path, change, expected):
+    run = read_run(trained(1) / "stage1")
+    evaluation = {"stage": 1, "captions_loss": run["held_out"]["loss"], "captions_loss_shuffled": 1.0,
+                  "captions_loss_blank": 1.23456}
+    write_model_card(tmp_path, [run], evaluation | change)
+    assert ("1.235" in read_card(tmp_path)) == expected
+
+
+def read_card(folder):
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+# -- transformers serve ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def serve(folder, log):
+    """Runs `transformers serve` on a free port and yields its address. The server is always killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [shutil.which("transformers", path=Path(sys.executable).parent), "serve", str(folder)]
+    with open(log, "w") as output:
+        server = subprocess.Popen([*words, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
+                                  stdout=output, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:  # it does not listen yet
+                assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_transformers_serve_answers_the_openai_client_as_the_run_does(exported, tmp_path, monkeypatch):
+    for package in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package, reason="needs pip install 'transformers[serving]' openai")
+    import openai
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    folder, model, template, image_processor = exported(stage=2)
+    with serve(folder, tmp_path / "serve.log") as address:
+        client = openai.OpenAI(base_url=address, api_key="none", timeout=60, max_retries=0)
+        answers = set()
+        for color in COLORS:
+            file = io.BytesIO()
+            draw(color).save(file, "PNG")
+            url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+            content = [{"type": "image_url", "image_url": {"url": url}}, TEXT]
+            reply = client.chat.completions.create(model=str(folder), temperature=0, max_tokens=32,
+                                                   messages=[{"role": "user", "content": content}])
+            answer = reply.choices[0].message.content
+            ours = our_answer(model, template, image_processor, color)
+            assert answer == template.tokenizer.decode(ours, skip_special_tokens=True)
+            answers.add(answer)
+    assert len(answers) > 1  # otherwise a lost image would not be noticed
 
 
 # -- what is refused ---------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ The toy takes about 10 seconds on 2 CPU cores. The exported folder does not need
 Before the folder gets its name, transformers' Auto classes load it, and it is compared with the run on some
 held-out records. Prompts, pixels, logits and up to 32 generated tokens must be the same, else the folder is
 deleted. The adapter is merged in fp32 and the comparison is in fp32. --dtype rounds the weights at the end.
+docs/export.md says which other tools load the folder, and how to serve it or publish it.
 
 If torchvision is installed, transformers resizes images with it. Pixels then differ by up to one of their 256
 levels from those of the run. AutoProcessor.from_pretrained("exported", backend="pil") avoids that.
@@ -31,9 +32,10 @@ from data import IMAGE_TOKEN, collate
 from sanity_check import load_heldout_dataset
 from support.devices import DTYPES, choose_device
 from support.errors import UserError, run_script
-from support.files import atomic_write, delete, find_pretrained
+from support.files import atomic_write, delete, find_pretrained, read_json
 from support.settings import POSITIVE
-from support.weights import load_trained
+from support.weights import load_trained, read_run
+from tools.model_card import write_model_card
 
 TOLERANCE = 1e-4  # between logits; the order of summation changes them by about 1e-5 in fp32
 NEW_TOKENS = 32
@@ -133,7 +135,6 @@ def copy_projector(ours, theirs):
         return
     for parameter in theirs.parameters():
         nn.init.zeros_(parameter)
-    w, d_v = ours.weight.cpu(), ours.in_features  # (D, D_v)
     if needs_linear_activation(ours):  # I · (W·x + b), with an activation that does nothing
         theirs.linear_1.load_state_dict(ours.state_dict())
         nn.init.eye_(theirs.linear_2.weight)
@@ -141,6 +142,7 @@ def copy_projector(ours, theirs):
         # Some tools always apply a GELU. It can be undone: GELU(v) = v·Φ(v) and Φ(v) + Φ(-v) = 1, also in the
         # usual approximations of Φ, so GELU(v) - GELU(-v) = v. Here linear_1 computes x and -x, and linear_2
         # computes W·GELU(x) - W·GELU(-x) + b = W·x + b. The rows of linear_1 beyond 2·D_v stay zero.
+        w, d_v = ours.weight.cpu(), ours.in_features  # (D, D_v)
         theirs.linear_1.weight[:2 * d_v] = torch.cat([torch.eye(d_v), -torch.eye(d_v)])
         theirs.linear_2.weight[:, :2 * d_v] = torch.cat([w, -w], dim=1)
         theirs.linear_2.bias.copy_(ours.bias)
@@ -230,6 +232,9 @@ def export(args, folder):
     """Writes the run to `folder` and compares it. Raises UserError if it differs from the run."""
     device = choose_device(args.device)
     stage = args.stage or (2 if (args.run / "stage2" / "run.json").exists() else 1)
+    paths = [args.run / f"stage{i}" for i in (1, 2)[:stage]]
+    stages = [read_run(path) for path in paths if (path / "run.json").exists()]  # for the model card
+    evaluation = read_json(args.run / "eval.json")
     # fp32, because merging in half precision would round W + (alpha / r)·B·A to the precision of W.
     model, template, image_processor, run_json = load_trained(args.run / f"stage{stage}", device,
                                                               torch.float32)
@@ -249,9 +254,10 @@ def export(args, folder):
     if llava.config.projector_hidden_act == "linear":
         print("The LLM is less than twice as wide as the vision tower, so the projector needs an activation\n"
               "that does nothing. transformers has it. vLLM refuses to load this export. mlx-vlm always\n"
-              "applies a GELU, so it would answer wrongly.")
+              "applies a GELU, so it would answer wrongly. See docs/export.md.")
     if args.dtype != "fp32":
         llava.to(DTYPES[args.dtype]).save_pretrained(folder)
+    write_model_card(folder, stages, evaluation)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner can read
 
@@ -276,7 +282,8 @@ def main():
         except BaseException:
             delete(temporary)
             raise
-    print(f"wrote {out}, with weights in {args.dtype}")
+    print(f"wrote {out}, with weights in {args.dtype}. Read its README.md, then publish it with\n"
+          f"    hf upload YOUR_NAME/YOUR_MODEL {out}")
 
 
 if __name__ == "__main__":
