@@ -17,6 +17,7 @@ import torch
 from conftest import N, draw, make_llm
 from huggingface_hub import metadata_load
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, pipeline
 
@@ -136,6 +137,20 @@ def test_content_as_text_or_as_a_list_gives_our_prompt_with_one_start_token(expo
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
         assert text == template.render(texts, prompt=True)
         assert processor(text=text, images=draw("red"))["input_ids"] == [expected]
+
+
+def test_the_weights_have_the_names_of_the_llava_models_on_the_hub(script, trained, tmp_path):
+    run = trained(1)
+    for dtype in ("fp32", "bf16"):  # a model that has been loaded once must not be saved under other names
+        script("tools.export_hf", "--run", run, "--out", tmp_path / dtype, "--dtype", dtype, "--samples", 1)
+        names = set(load_file(tmp_path / dtype / "model.safetensors"))
+        assert {"language_model.lm_head.weight", "language_model.model.embed_tokens.weight",
+                "language_model.model.layers.0.self_attn.q_proj.weight",
+                "multi_modal_projector.linear_1.weight",
+                "vision_tower.vision_model.embeddings.class_embedding",
+                "vision_tower.vision_model.encoder.layers.2.mlp.fc1.weight"} <= names
+        assert {name.split(".")[0] for name in names} == {"language_model", "multi_modal_projector",
+                                                          "vision_tower"}
 
 
 @pytest.mark.parametrize("tied", [False, True])

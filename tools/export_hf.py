@@ -60,6 +60,12 @@ ACCEPT_LISTS = """\
 {%- set messages = joined.messages %}
 """
 
+# How names of weights begin in memory, and in the files of the LLaVA models on the hub. vLLM looks for the
+# latter. transformers alone would leave out "vision_model.".
+HUB_NAMES = {"lm_head.": "language_model.lm_head.", "model.language_model.": "language_model.model.",
+             "model.vision_tower.": "vision_tower.vision_model.",
+             "model.multi_modal_projector.": "multi_modal_projector."}
+
 # -- the model ---------------------------------------------------------------------------------------------
 
 
@@ -146,6 +152,16 @@ def copy_projector(ours, theirs):
         theirs.linear_1.weight[:2 * d_v] = torch.cat([torch.eye(d_v), -torch.eye(d_v)])
         theirs.linear_2.weight[:, :2 * d_v] = torch.cat([w, -w], dim=1)
         theirs.linear_2.bias.copy_(ours.bias)
+
+
+def save_model(llava, folder):
+    """Writes config.json, generation_config.json and the weights, under the names that the hub's LLaVA models
+    have."""
+    weights = {}
+    for name, tensor in llava.state_dict().items():
+        prefix = next(prefix for prefix in HUB_NAMES if name.startswith(prefix))
+        weights[HUB_NAMES[prefix] + name.removeprefix(prefix)] = tensor
+    llava.save_pretrained(folder, state_dict=weights, save_original_format=False)
 
 
 def build_hf_processor(model, template, image_processor):
@@ -246,7 +262,7 @@ def export(args, folder):
 
     processor = build_hf_processor(model, template, image_processor)
     llava = build_hf_model(model, template, run_json)
-    llava.save_pretrained(folder)
+    save_model(llava, folder)
     processor.save_pretrained(folder)
     image_processor.save_pretrained(folder)  # older tools read preprocessor_config.json
     del llava, model  # because compare() loads all weights again
@@ -256,7 +272,7 @@ def export(args, folder):
               "that does nothing. transformers has it. vLLM refuses to load this export. mlx-vlm always\n"
               "applies a GELU, so it would answer wrongly. See docs/export.md.")
     if args.dtype != "fp32":
-        llava.to(DTYPES[args.dtype]).save_pretrained(folder)
+        save_model(llava.to(DTYPES[args.dtype]), folder)
     write_model_card(folder, stages, evaluation)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner can read
