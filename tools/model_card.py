@@ -65,9 +65,8 @@ This model has no license yet. Before you publish it, check the licenses of its 
 from transformers import pipeline
 
 ask = pipeline("image-text-to-text", model="FOLDER_OR_NAME_OF_THIS_MODEL")
-print(ask([{{"role": "user", "content": [{{"type": "image", "path": "photo.jpg"}},
-                                       {{"type": "text", "text": "What is in the image?"}}]}}],
-          return_full_text=False))
+question = [{{"type": "image", "path": "photo.jpg"}}, {{"type": "text", "text": "What is in the image?"}}]
+print(ask([{{"role": "user", "content": question}}], return_full_text=False)[0]["generated_text"])
 ```
 """
 
