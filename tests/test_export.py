@@ -1,29 +1,49 @@
 """tools.export_hf: the exported folder computes the same as the run, without the code of this repository."""
 
+import base64
+import io
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import N, draw, make_llm
+from huggingface_hub import metadata_load
 from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from data import collate
 from support.devices import DTYPES
-from support.weights import load_trained
+from support.weights import load_trained, read_run
 from tools import export_hf
+from tools.model_card import write_model_card
 
 CPU = torch.device("cpu")
 COLORS = ("red", "blue", "green")
 QUESTION = "What object is shown?"
 PROMPT = [{"role": "user", "content": f"<image>\n{QUESTION}"}]
 TEXT = {"type": "text", "text": QUESTION}
-RUNS = [(1, "linear"), (1, "mlp"), (2, "linear"), (2, "mlp")]
+# (stage, projector, D, activation of the export). The tiny CLIP has D_v = 32, so a GELU needs D >= 64.
+RUNS = [(1, "linear", 48, "linear"), (1, "linear", 64, "gelu"), (1, "mlp", 48, "gelu"),
+        (2, "linear", 48, "linear"), (2, "linear", 80, "gelu"), (2, "mlp", 48, "gelu")]
 
 
 @pytest.fixture
-def trained(script, flags, tmp_path):
-    """trained(stage, projector) returns the folder of a run whose projector and adapter change the output."""
-    def make(stage, projector="linear"):
-        changes = dict(run=tmp_path / "run", projector=projector, max_steps=2)
+def trained(script, flags, parts, tmp_path):
+    """trained(stage, projector, width) returns the folder of a run whose projector and adapter change the
+    output. width is D, the width of the LLM."""
+    def make(stage, projector="linear", width=48):
+        llm = parts.llm if width == 48 else make_llm(tmp_path / "llm", hidden_size=width)
+        changes = dict(run=tmp_path / "run", projector=projector, llm=llm, max_steps=2)
         script("stage1_align", *flags(1, lr=0.01, **changes))
         if stage == 2:
             script("stage2_instruct", *flags(2, lr=0.01, projector_lr=0.01, **changes))
@@ -34,9 +54,10 @@ def trained(script, flags, tmp_path):
 
 @pytest.fixture
 def exported(script, trained, tmp_path):
-    """exported(stage, projector) returns (the exported folder, our model, template, image processor)."""
-    def make(stage, projector="linear"):
-        run = trained(stage, projector)
+    """exported(stage, projector, width) returns (the exported folder, our model, template, image
+    processor)."""
+    def make(stage, projector="linear", width=48):
+        run = trained(stage, projector, width)
         script("tools.export_hf", "--run", run, "--out", tmp_path / "exported", "--device", "cpu")
         return tmp_path / "exported", *load_trained(run / f"stage{stage}", CPU, torch.float32)[:3]
 
@@ -54,11 +75,14 @@ def our_answer(model, template, image_processor, color):
     return model.generate(**batch, end_token_ids=[template.end_token_id], max_new_tokens=32)[0].tolist()
 
 
-@pytest.mark.parametrize("stage, projector", RUNS)
-def test_ids_pixels_logits_and_greedy_text_of_the_export_are_those_of_the_run(exported, stage, projector):
-    folder, model, template, image_processor = exported(stage, projector)
+@pytest.mark.parametrize("stage, projector, width, activation", RUNS)
+def test_ids_pixels_logits_and_greedy_text_of_the_export_are_those_of_the_run(
+        exported, capsys, stage, projector, width, activation):
+    folder, model, template, image_processor = exported(stage, projector, width)
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     llava = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    assert llava.config.projector_hidden_act == activation
+    assert ("vLLM refuses to load this export" in capsys.readouterr().out) == (activation == "linear")
     messages = [{"role": "user", "content": [{"type": "image", "image": draw("red")}, TEXT]}]
     theirs = processor.apply_chat_template([messages], tokenize=True, add_generation_prompt=True,
                                            return_dict=True, return_tensors="pt")
@@ -82,6 +106,20 @@ def test_ids_pixels_logits_and_greedy_text_of_the_export_are_those_of_the_run(ex
             == template.tokenizer.decode(answer, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("d", [64, 70])  # 2·D_v, and six rows of padding
+@pytest.mark.parametrize("gelu", [nn.GELU(), nn.GELU("tanh"), lambda v: v * torch.sigmoid(1.702 * v)])
+def test_a_linear_projector_is_exact_behind_any_gelu(d, gelu):
+    torch.manual_seed(0)
+    ours = nn.Linear(32, d)
+    theirs = nn.ModuleDict({"linear_1": nn.Linear(32, d), "linear_2": nn.Linear(d, d)})
+    assert not export_hf.needs_linear_activation(ours)
+    export_hf.copy_projector(ours, theirs)
+    x = 10 * torch.randn(100, 32)
+    torch.testing.assert_close(theirs.linear_2(gelu(theirs.linear_1(x))), ours(x), atol=1e-5, rtol=0)
+    assert not theirs.linear_1.weight[64:].any() and not theirs.linear_2.weight[:, 64:].any()
+    assert export_hf.needs_linear_activation(nn.Linear(32, 63))
+
+
 def test_content_as_text_or_as_a_list_gives_our_prompt_with_one_start_token(exported):
     folder, _, template, _ = exported(stage=1)
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
@@ -99,6 +137,20 @@ def test_content_as_text_or_as_a_list_gives_our_prompt_with_one_start_token(expo
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
         assert text == template.render(texts, prompt=True)
         assert processor(text=text, images=draw("red"))["input_ids"] == [expected]
+
+
+def test_the_weights_have_the_names_of_the_llava_models_on_the_hub(script, trained, tmp_path):
+    run = trained(1)
+    for dtype in ("fp32", "bf16"):  # a model that has been loaded once must not be saved under other names
+        script("tools.export_hf", "--run", run, "--out", tmp_path / dtype, "--dtype", dtype, "--samples", 1)
+        names = set(load_file(tmp_path / dtype / "model.safetensors"))
+        assert {"language_model.lm_head.weight", "language_model.model.embed_tokens.weight",
+                "language_model.model.layers.0.self_attn.q_proj.weight",
+                "multi_modal_projector.linear_1.weight",
+                "vision_tower.vision_model.embeddings.class_embedding",
+                "vision_tower.vision_model.encoder.layers.2.mlp.fc1.weight"} <= names
+        assert {name.split(".")[0] for name in names} == {"language_model", "multi_modal_projector",
+                                                          "vision_tower"}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -136,6 +188,103 @@ def test_the_adapter_alone_loads_with_plain_peft(trained, parts, template):
         plain = PeftModel.from_pretrained(base, folder / "adapter").eval()(ids).logits
         torch.testing.assert_close(plain, model.llm(ids).logits, atol=1e-4, rtol=0)
     assert (plain - before).abs().max() > 0.1
+
+
+# -- the model card ----------------------------------------------------------------------------------------
+
+
+def test_the_card_has_the_hubs_fields_and_the_scores(script, trained, tmp_path):
+    run = trained(2)
+    script("tools.evaluate", "--run", run, "--device", "cpu")
+    script("tools.export_hf", "--run", run, "--out", tmp_path / "exported")
+    fields, card = metadata_load(tmp_path / "exported" / "README.md"), read_card(tmp_path / "exported")
+    assert fields == {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["llava"]}
+    assert "| 1 | chat.json | 2 |" in card and "| 2 | instruct.json | 2 |" in card  # data and steps
+    held_out, evaluation = read_run(run / "stage2")["held_out"], json.loads((run / "eval.json").read_text())
+    assert f"| {held_out['loss']:.3f} | {held_out['loss_shuffled']:.3f} |" in card
+    assert f"{evaluation['answers_loss_blank']:.3f} |" in card
+    assert "equal to the reference answer" in card
+
+
+def test_nothing_exported_tells_where_the_files_were(exported, tmp_path):
+    folder = exported(stage=2)[0]
+    for path in folder.iterdir():  # models, data and run are in folders beside tmp_path
+        assert str(tmp_path.parent).encode() not in path.read_bytes(), path.name
+
+
+def test_the_card_names_base_models_of_the_hub_and_known_licenses(trained, tmp_path):
+    run = read_run(trained(1) / "stage1")
+    run |= {"vision_tower": "openai/clip-vit-large-patch14", "llm": "TinyLlama/TinyLlama-1.1B-Chat-v1.0"}
+    run["settings"]["data"] = "data/LLaVA-CC3M-Pretrain-595K/chat.json"
+    write_model_card(tmp_path, [run], evaluation=None)
+    assert metadata_load(tmp_path / "README.md")["base_model"] == [run["vision_tower"], run["llm"]]
+    licenses = read_card(tmp_path).split("## Licenses")[1]
+    assert "MIT" in licenses and "Apache 2.0" in licenses and "CC3M" in licenses and "unknown" not in licenses
+
+
+@pytest.mark.parametrize("change, expected", [({}, True), ({"stage": 2}, False),
+                                              ({"captions_loss": 9.9}, False)])
+def test_an_eval_json_of_another_stage_or_training_is_left_out(trained, tmp_path, change, expected):
+    run = read_run(trained(1) / "stage1")
+    evaluation = {"stage": 1, "captions_loss": run["held_out"]["loss"], "captions_loss_shuffled": 1.0,
+                  "captions_loss_blank": 1.23456}
+    write_model_card(tmp_path, [run], evaluation | change)
+    assert ("1.235" in read_card(tmp_path)) == expected
+
+
+def read_card(folder):
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+# -- transformers serve ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def serve(folder, log):
+    """Runs `transformers serve` on a free port and yields its address. The server is always killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [shutil.which("transformers", path=Path(sys.executable).parent), "serve", str(folder)]
+    with open(log, "w") as output:
+        server = subprocess.Popen([*words, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
+                                  stdout=output, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:  # it does not listen yet
+                assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_transformers_serve_answers_the_openai_client_as_the_run_does(exported, tmp_path, monkeypatch):
+    for package in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package, reason="needs pip install 'transformers[serving]' openai")
+    import openai
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    folder, model, template, image_processor = exported(stage=2)
+    with serve(folder, tmp_path / "serve.log") as address:
+        client = openai.OpenAI(base_url=address, api_key="none", timeout=60, max_retries=0)
+        answers = set()
+        for color in COLORS:
+            file = io.BytesIO()
+            draw(color).save(file, "PNG")
+            url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+            content = [{"type": "image_url", "image_url": {"url": url}}, TEXT]
+            reply = client.chat.completions.create(model=str(folder), temperature=0, max_tokens=32,
+                                                   messages=[{"role": "user", "content": content}])
+            answer = reply.choices[0].message.content
+            ours = our_answer(model, template, image_processor, color)
+            assert answer == template.tokenizer.decode(ours, skip_special_tokens=True)
+            answers.add(answer)
+    assert len(answers) > 1  # otherwise a lost image would not be noticed
 
 
 # -- what is refused ---------------------------------------------------------------------------------------

@@ -148,8 +148,8 @@ def score_answers(questions, answers, suffix=""):
                                           for kind in sorted(correct)}}
 
 
-def print_table(result):
-    """Prints the content of eval.json."""
+def make_table(result):
+    """Returns the content of eval.json as rows of texts. The first row is the header."""
     rows = [("held-out records, with the", "correct image", "different image", "blank image")]
     for name in ("captions", "answers"):
         if f"{name}_loss" in result:
@@ -163,7 +163,12 @@ def print_table(result):
     for kind, fraction in result.get("qa_exact_by_kind", {}).items():
         rows.append((f"    {kind} ({result['counts']['answers_by_kind'][kind]})", f"{fraction:.3f}",
                      f"{result['qa_exact_shuffled_by_kind'][kind]:.3f}"))
-    for name, *cells in rows:
+    return rows
+
+
+def print_table(result):
+    """Prints the content of eval.json."""
+    for name, *cells in make_table(result):
         print(f"{name:<42}" + "".join(f"{cell:>17}" for cell in cells))
     print(f"correct image more likely: {result['image_match']:.1%} (chance 50%)")
 

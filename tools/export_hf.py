@@ -13,6 +13,7 @@ The toy takes about 10 seconds on 2 CPU cores. The exported folder does not need
 Before the folder gets its name, transformers' Auto classes load it, and it is compared with the run on some
 held-out records. Prompts, pixels, logits and up to 32 generated tokens must be the same, else the folder is
 deleted. The adapter is merged in fp32 and the comparison is in fp32. --dtype rounds the weights at the end.
+docs/export.md says which other tools load the folder, and how to serve it or publish it.
 
 If torchvision is installed, transformers resizes images with it. Pixels then differ by up to one of their 256
 levels from those of the run. AutoProcessor.from_pretrained("exported", backend="pil") avoids that.
@@ -31,9 +32,10 @@ from data import IMAGE_TOKEN, collate
 from sanity_check import load_heldout_dataset
 from support.devices import DTYPES, choose_device
 from support.errors import UserError, run_script
-from support.files import atomic_write, delete, find_pretrained
+from support.files import atomic_write, delete, find_pretrained, read_json
 from support.settings import POSITIVE
-from support.weights import load_trained
+from support.weights import load_trained, read_run
+from tools.model_card import write_model_card
 
 TOLERANCE = 1e-4  # between logits; the order of summation changes them by about 1e-5 in fp32
 NEW_TOKENS = 32
@@ -58,6 +60,12 @@ ACCEPT_LISTS = """\
 {%- set messages = joined.messages %}
 """
 
+# How names of weights begin in memory, and in the files of the LLaVA models on the hub. vLLM looks for the
+# latter. transformers alone would leave out "vision_model.".
+HUB_NAMES = {"lm_head.": "language_model.lm_head.", "model.language_model.": "language_model.model.",
+             "model.vision_tower.": "vision_tower.vision_model.",
+             "model.multi_modal_projector.": "multi_modal_projector."}
+
 # -- the model ---------------------------------------------------------------------------------------------
 
 
@@ -77,13 +85,15 @@ def build_hf_model(model, template, run_json):
         vision_config=vision_tower.config, text_config=llm.config, image_token_index=template.image_token_id,
         image_seq_length=model.num_image_tokens, vision_feature_layer=run_json["vision_layer"],
         vision_feature_select_strategy=select_strategy(model),
-        projector_hidden_act="linear" if run_json["projector"] == "linear" else "gelu",
+        projector_hidden_act="linear" if needs_linear_activation(model.projector) else "gelu",
         tie_word_embeddings=llm.config.tie_word_embeddings)
     with torch.device("meta"):  # without memory for weights, because all weights exist already
         llava = LlavaForConditionalGeneration(config)
     llava.model.vision_tower = vision_tower
     llava.model.language_model = llm.get_decoder()
     llava.lm_head = llm.get_output_embeddings()
+    for part in (config.vision_config, config.text_config):
+        part._name_or_path = ""  # else config.json would tell where the models lie on this machine
     llava.model.multi_modal_projector.to_empty(device="cpu")
     copy_projector(model.projector, llava.model.multi_modal_projector)
     llava.generation_config = GenerationConfig(
@@ -117,16 +127,41 @@ def select_strategy(model):
     return "default" if positions > model.num_image_tokens else "full"
 
 
+def needs_linear_activation(projector):
+    """Returns True for a linear projector that is too narrow for the GELU, see copy_projector()."""
+    return isinstance(projector, nn.Linear) and projector.out_features < 2 * projector.in_features
+
+
 @torch.no_grad()
 def copy_projector(ours, theirs):
     """Copies our projector into that of transformers, which is always linear_2(act(linear_1(x)))."""
-    if isinstance(ours, nn.Linear):  # I · (W·x + b) + 0, with an activation that does nothing
-        theirs.linear_1.load_state_dict(ours.state_dict())
-        nn.init.eye_(theirs.linear_2.weight)
-        nn.init.zeros_(theirs.linear_2.bias)
-    else:
+    if not isinstance(ours, nn.Linear):
         theirs.linear_1.load_state_dict(ours[0].state_dict())
         theirs.linear_2.load_state_dict(ours[2].state_dict())
+        return
+    for parameter in theirs.parameters():
+        nn.init.zeros_(parameter)
+    if needs_linear_activation(ours):  # I · (W·x + b), with an activation that does nothing
+        theirs.linear_1.load_state_dict(ours.state_dict())
+        nn.init.eye_(theirs.linear_2.weight)
+    else:
+        # Some tools always apply a GELU. It can be undone: GELU(v) = v·Φ(v) and Φ(v) + Φ(-v) = 1, also in the
+        # usual approximations of Φ, so GELU(v) - GELU(-v) = v. Here linear_1 computes x and -x, and linear_2
+        # computes W·GELU(x) - W·GELU(-x) + b = W·x + b. The rows of linear_1 beyond 2·D_v stay zero.
+        w, d_v = ours.weight.cpu(), ours.in_features  # (D, D_v)
+        theirs.linear_1.weight[:2 * d_v] = torch.cat([torch.eye(d_v), -torch.eye(d_v)])
+        theirs.linear_2.weight[:, :2 * d_v] = torch.cat([w, -w], dim=1)
+        theirs.linear_2.bias.copy_(ours.bias)
+
+
+def save_model(llava, folder):
+    """Writes config.json, generation_config.json and the weights, under the names that the hub's LLaVA models
+    have."""
+    weights = {}
+    for name, tensor in llava.state_dict().items():
+        prefix = next(prefix for prefix in HUB_NAMES if name.startswith(prefix))
+        weights[HUB_NAMES[prefix] + name.removeprefix(prefix)] = tensor
+    llava.save_pretrained(folder, state_dict=weights, save_original_format=False)
 
 
 def build_hf_processor(model, template, image_processor):
@@ -213,6 +248,9 @@ def export(args, folder):
     """Writes the run to `folder` and compares it. Raises UserError if it differs from the run."""
     device = choose_device(args.device)
     stage = args.stage or (2 if (args.run / "stage2" / "run.json").exists() else 1)
+    paths = [args.run / f"stage{i}" for i in (1, 2)[:stage]]
+    stages = [read_run(path) for path in paths if (path / "run.json").exists()]  # for the model card
+    evaluation = read_json(args.run / "eval.json")
     # fp32, because merging in half precision would round W + (alpha / r)·B·A to the precision of W.
     model, template, image_processor, run_json = load_trained(args.run / f"stage{stage}", device,
                                                               torch.float32)
@@ -224,13 +262,18 @@ def export(args, folder):
 
     processor = build_hf_processor(model, template, image_processor)
     llava = build_hf_model(model, template, run_json)
-    llava.save_pretrained(folder)
+    save_model(llava, folder)
     processor.save_pretrained(folder)
     image_processor.save_pretrained(folder)  # older tools read preprocessor_config.json
     del llava, model  # because compare() loads all weights again
     llava = compare(folder, expected, device)
+    if llava.config.projector_hidden_act == "linear":
+        print("The LLM is less than twice as wide as the vision tower, so the projector needs an activation\n"
+              "that does nothing. transformers has it. vLLM refuses to load this export. mlx-vlm always\n"
+              "applies a GELU, so it would answer wrongly. See docs/export.md.")
     if args.dtype != "fp32":
-        llava.to(DTYPES[args.dtype]).save_pretrained(folder)
+        save_model(llava.to(DTYPES[args.dtype]), folder)
+    write_model_card(folder, stages, evaluation)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner can read
 
@@ -255,7 +298,8 @@ def main():
         except BaseException:
             delete(temporary)
             raise
-    print(f"wrote {out}, with weights in {args.dtype}")
+    print(f"wrote {out}, with weights in {args.dtype}. Read its README.md, then publish it with\n"
+          f"    hf upload YOUR_NAME/YOUR_MODEL {out}")
 
 
 if __name__ == "__main__":

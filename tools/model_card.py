@@ -1,0 +1,133 @@
+"""Writes the model card of an exported model: its README.md, which the hub shows on the model's page.
+
+The card names models and data as they were given on the command line. A path that leads outside the current
+folder is shortened to its last part, because it would tell strangers about this machine.
+"""
+
+import math
+from pathlib import Path
+
+from support.files import REPOSITORY
+from tools.evaluate import make_table
+
+# What the publishers state, by a part of the name. It can change, so the card asks its reader to check.
+LICENSES = {
+    "openai/clip-vit-": "OpenAI's code is under the MIT license. Its model card calls any deployed use out "
+                        "of scope.",
+    "TinyLlama/TinyLlama-1.1B": "Apache 2.0.",
+    "LLaVA-CC3M-Pretrain-595K/": "Its images are for research only, under the license of CC3M.",
+    "LLaVA-Instruct-150K/": "CC BY 4.0, within OpenAI's terms of use, because GPT-4 wrote it. Its images are "
+                            "from COCO.",
+    "toy/": "MIT, like the code that trained this model.",
+}
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-text-to-text
+{base_model}tags:
+- llava
+# license: choose one after you have read those listed under "Licenses"
+---
+
+# LLaVA after stage {stage}: {vision_tower} and {llm}
+
+The model answers questions about an image. It was trained by a small replication of
+[Visual Instruction Tuning](https://arxiv.org/abs/2304.08485), which is made for learning.
+
+| component | |
+|--|--|
+| vision tower | {vision_tower}, hidden state {vision_layer}, not trained |
+| projector | {projector}, trained in {projector_stages} |
+| language model | {llm}, {llm_training} |
+
+## Training
+
+| stage | data | optimizer steps |
+|--|--|--|
+{training}
+
+## Scores
+
+Losses are in nats per token. If the model ignored the image, it would be as good with a different image.
+
+{scores}
+
+## Licenses
+
+This model has no license yet. Before you publish it, check the licenses of its components and of its data:
+
+{licenses}
+
+## Use
+
+```python
+from transformers import pipeline
+
+ask = pipeline("image-text-to-text", model="FOLDER_OR_NAME_OF_THIS_MODEL")
+question = [{{"type": "image", "path": "photo.jpg"}}, {{"type": "text", "text": "What is in the image?"}}]
+print(ask([{{"role": "user", "content": question}}], return_full_text=False)[0]["generated_text"])
+```
+"""
+
+
+def write_model_card(folder, stages, evaluation):
+    """Writes README.md into the exported folder.
+
+    Args:
+        stages: run.json of each stage that was trained, in order. The last one is exported.
+        evaluation: eval.json of the run, or None.
+    """
+    exported, trained_llm = stages[-1], stages[-1]["stage"] == 2
+    vision_tower, llm = public_name(exported["vision_tower"]), public_name(exported["llm"])
+    data = [public_name(run["settings"]["data"]) for run in stages]
+    # The hub links the names under base_model to their pages. A local folder has no page there.
+    on_hub = [f"- {name}\n" for name in (exported["vision_tower"], exported["llm"]) if not is_local(name)]
+    (folder / "README.md").write_text(encoding="utf-8", data=CARD.format(
+        base_model="".join(["base_model:\n", *on_hub] if on_hub else []), stage=exported["stage"],
+        vision_tower=vision_tower, vision_layer=exported["vision_layer"], llm=llm,
+        projector=exported["projector"], projector_stages="stages 1 and 2" if trained_llm else "stage 1",
+        llm_training="trained in stage 2 with a LoRA adapter, now merged" if trained_llm else "not trained",
+        training="\n".join(f"| {run['stage']} | {name} | {run['steps']:,} |"
+                           for run, name in zip(stages, data)),
+        scores=markdown_table(score_rows(exported, evaluation)),
+        licenses="\n".join(f"- {name}: {license_of(name)}" for name in (vision_tower, llm, *data))))
+
+
+def is_local(name):
+    """Returns True if find_pretrained() would take the model from a folder, and not from the hub's cache."""
+    return any(path.is_dir() for path in (Path(name), REPOSITORY / name))
+
+
+def public_name(name):
+    """Returns a name without the folders that lead to it from outside: /home/me/clip -> clip."""
+    path = Path(name)
+    return path.name if path.is_absolute() or ".." in path.parts else path.as_posix()
+
+
+def license_of(name):
+    """Returns what LICENSES has about a model or a data file."""
+    return next((text for part, text in LICENSES.items() if f"/{part}" in f"/{name}"),
+                "unknown to the script that wrote this card.")
+
+
+def score_rows(run_json, evaluation):
+    """Returns the rows of the table of scores: those of run.json, and those of eval.json if it belongs to the
+    exported stage."""
+    held_out = run_json["held_out"]
+    rows = [("on held-out records, with the", "correct image", "different image", "blank image"),
+            ("loss of the reference answers at the end of training", f"{held_out['loss']:.3f}",
+             f"{held_out['loss_shuffled']:.3f}")]
+    # eval.json may be older than the training. If it is not, its loss is that of run.json, up to rounding.
+    name = "captions_loss" if run_json["stage"] == 1 else "answers_loss"
+    if isinstance(evaluation, dict) and evaluation.get("stage") == run_json["stage"] and math.isclose(
+            evaluation.get(name, math.inf), held_out["loss"], rel_tol=0.05, abs_tol=0.01):
+        rows += [row for row in make_table(evaluation)[1:] if not row[0].startswith(" ")]  # no single kinds
+    return rows
+
+
+def markdown_table(rows):
+    """Returns rows of cells, of which the first is the header, as a table in Markdown."""
+    rows = [(*row, *[""] * (len(rows[0]) - len(row))) for row in rows]
+    rows.insert(1, ["--"] * len(rows[0]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
