@@ -138,7 +138,19 @@ def test_stage_2_without_the_data_of_stage_1_leaves_the_captions_out_and_says_so
     assert "The captions are left out" in out and "chat.json does not exist" in out
 
 
+@pytest.mark.parametrize("count", [2, 6])
+def test_another_number_of_held_out_records_can_be_evaluated(script, flags, drawn, tmp_path, count):
+    chat = drawn / "chat.json"
+    run = train(script, flags, tmp_path / "run", stages=[1], data={1: chat}, held_out=4)
+    assert evaluate_run(script, run, "--held-out", count, "--count", 9)["counts"]["captions"] == count
+
+
 # -- what is refused ---------------------------------------------------------------------------------------
+
+
+def test_records_that_were_trained_on_are_not_evaluated(refusal, script, flags, tmp_path):
+    train(script, flags, tmp_path / "run", stages=[1], heldout_data="", heldout_images="", held_out=4)
+    assert "--held-out 5" in refusal("tools.evaluate", "--run", "run", "--held-out", 5)
 
 
 def test_a_run_that_does_not_exist_is_refused(refusal, tmp_path):

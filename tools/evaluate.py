@@ -176,10 +176,16 @@ def print_table(result):
 # -- the command -------------------------------------------------------------------------------------------
 
 
-def open_held_out(run_json, template, image_processor, num_image_tokens):
-    """Returns the usable held-out records of a run as a ChatDataset. Raises UserError if fewer than two have
-    an image."""
-    dataset = load_heldout_dataset(run_json, template, image_processor, num_image_tokens)
+def open_held_out(run_json, count, template, image_processor, num_image_tokens):
+    """Returns the usable ones of the run's first `count` held-out records as a ChatDataset; None stands for
+    the run's own number. Raises UserError if fewer than two have an image."""
+    settings = dict(run_json["settings"])
+    if count and count > settings["held_out"] and not settings["heldout_data"]:
+        raise UserError(f"--held-out {count}: the run has held out {settings['held_out']} records of its "
+                        "training data and trained on the others")
+    settings["held_out"] = count or settings["held_out"]
+    dataset = load_heldout_dataset({**run_json, "settings": settings}, template, image_processor,
+                                   num_image_tokens)
     if sum(dataset.records.image_name(record) is not None for record in dataset.records) < 2:
         raise UserError(f"{dataset.records.file.path}: fewer than two usable held-out records have an "
                         "image, so none can be evaluated with a different image")
@@ -191,6 +197,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default="runs/toy", help="folder of the run (default: runs/toy)")
     parser.add_argument("--stage", type=int, choices=(1, 2), help="default: 2 if it is finished, else 1")
+    parser.add_argument("--held-out", type=POSITIVE, help="evaluate on the first HELD_OUT records of the "
+                        "held-out data (default: on as many as during training)")
     parser.add_argument("--batch-size", type=POSITIVE, default=32, help="records per batch (default: 32)")
     parser.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="longest answer in tokens")
     parser.add_argument("--count", type=COUNT, default=5, help="how many mistakes to print; if the answers "
@@ -206,7 +214,7 @@ def main():
     make_writable_folder(args.run)
     print(f"{args.run}/stage{stage}: {run_json['steps']:,} steps, {run_json['projector']} projector, "
           f"{'LoRA adapter' if stage == 2 else 'no adapter'}")
-    processors = template, image_processor, model.num_image_tokens
+    processors = args.held_out, template, image_processor, model.num_image_tokens
     datasets = {"captions" if stage == 1 else "answers": open_held_out(run_json, *processors)}
     if stage == 2:
         try:
