@@ -93,8 +93,13 @@ class Llava(nn.Module):
 
         The adapter is added to the LLM alone. On the whole model, the names q_proj, k_proj and v_proj would
         match CLIP's attention too. CLIP would get adapters that are saved but never receive a gradient.
+
+        A and B are fp32. If W is in half precision, the model must be called under autocast.
         """
         self.llm = get_peft_model(self.llm, config)
+        for module in self.llm.modules():  # peft would convert x to fp32, and autocast would convert it back
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = False
 
     def trainable(self):
         """Returns {name: parameter} of all parameters that are trained."""

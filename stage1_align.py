@@ -130,6 +130,8 @@ def main():
     # by it before the step. bf16 and fp32 have a larger range. For them the scaler is disabled: scale()
     # returns the loss unchanged, and step() only calls optimizer.step().
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    # Autocast runs matrix products in half precision, and operations such as the loss in fp32.
+    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     # -- 5. the loop ---------------------------------------------------------------------------------------
 
@@ -163,9 +165,10 @@ def main():
 
     def evaluate():
         """Measures the held-out loss with the correct and with a different image, and logs one answer."""
-        measured = measure_grounding(model, heldout_batches, device)
         prompt, reference = heldout_dataset.make_prompt(0)
-        generated = generate_answers(model, template, [prompt], device, max_new_tokens=64)[0]
+        with autocast():
+            measured = measure_grounding(model, heldout_batches, device)
+            generated = generate_answers(model, template, [prompt], device, max_new_tokens=64)[0]
         log.log_heldout(progress.step, measured, generated, reference)
         return measured
 
@@ -197,8 +200,7 @@ def main():
         loss = torch.zeros((), device=device)
         for batch in micro_batches:
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            # Autocast runs matrix products in half precision, and operations such as the loss in fp32.
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            with autocast():
                 losses = model(**batch)  # (K,)
             micro_loss = losses.sum() / n
             # backward() computes gradients through the frozen LLM, but stores none for its weights. It adds

@@ -139,6 +139,7 @@ def main():
                                    {"params": model.projector.parameters(), "peak_lr": args.projector_lr}],
                                   weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     # -- 5. the loop ---------------------------------------------------------------------------------------
 
@@ -169,9 +170,10 @@ def main():
 
     def evaluate():
         """Measures the held-out loss with the correct and with a different image, and logs one answer."""
-        measured = measure_grounding(model, heldout_batches, device)
         prompt, reference = heldout_dataset.make_prompt(0)
-        generated = generate_answers(model, template, [prompt], device, max_new_tokens=64)[0]
+        with autocast():
+            measured = measure_grounding(model, heldout_batches, device)
+            generated = generate_answers(model, template, [prompt], device, max_new_tokens=64)[0]
         log.log_heldout(progress.step, measured, generated, reference)
         return measured
 
@@ -196,7 +198,7 @@ def main():
         loss = torch.zeros((), device=device)
         for batch in micro_batches:
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            with autocast():
                 losses = model(**batch)  # (K,)
             micro_loss = losses.sum() / n
             # Gradients flow back through the frozen weights into LoRA's A and B, and through the image

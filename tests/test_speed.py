@@ -115,6 +115,21 @@ def test_without_flash_attention_no_attention_weights_are_kept(step, monkeypatch
     assert (kept_bytes > 0) == keeps_weights
 
 
+def test_lora_reads_its_inputs_in_half_precision_under_autocast(tiny, template):
+    model, _, _ = tiny()
+    model.llm.to(torch.bfloat16)
+    model.add_lora(LoraConfig(r=4, target_modules=LORA_TARGETS))
+    dtypes = set()
+    for name, module in model.llm.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_pre_hook(lambda _, args: dtypes.add(args[0].dtype))
+    ids = torch.tensor([template.encode_prompt([{"role": "user", "content": "Hi"}], N)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.llm(ids).logits.float().sum().backward()
+    assert dtypes == {torch.bfloat16}
+    assert {parameter.grad.dtype for parameter in model.trainable().values()} == {torch.float32}
+
+
 def test_logits_only_at_labels_change_no_gradient(step):
     rows = []
 
