@@ -9,6 +9,7 @@
 import os
 import signal
 import sys
+import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -59,6 +60,9 @@ def open_stage_folder(folder, settings, world_size):
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load() does not compare the checksums in the file
+                raise ValueError("wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         before, progress = checkpoint["settings"], Progress(**checkpoint["progress"])
     except Exception as error:  # a damaged file can raise anything

@@ -1,5 +1,6 @@
 """Files: where the inputs are, and writing outputs so that a killed run never leaves half a file."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -102,6 +103,11 @@ def read_json(path):
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+
+
+def checksum(path):
+    """Returns a hash of the content of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 class WorkerFile:

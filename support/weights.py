@@ -20,11 +20,14 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, 
 from data import ChatTemplate
 from model import Llava
 from support.errors import UserError
-from support.files import atomic_write, find_pretrained, read_json, write_json
+from support.files import atomic_write, checksum, find_pretrained, read_json, write_json
 
 VISION_MODELS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
 # A projector translates from one layer of one vision tower to one LLM. With another it is noise.
 MODEL_SETTINGS = ("vision_tower", "vision_layer", "llm", "projector")
+RESULT_FILES = ("projector.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+RUN_JSON = {"stage": int, "vision_tower": str, "vision_layer": int, "llm": str, "projector": str,
+            "template": str, "steps": int, "settings": dict}  # what run.json must contain
 
 
 # -- pretrained models -------------------------------------------------------------------------------------
@@ -123,20 +126,31 @@ def save_result(folder, stage, model, template, settings, steps, held_out, skipp
             model.llm.save_pretrained(temporary)
     write_json(folder / "run.json", {
         "stage": stage, **{name: settings[name] for name in MODEL_SETTINGS}, "template": template.fingerprint,
-        "steps": steps, "held_out": held_out, "skipped_images": skipped, "settings": settings,
+        "checksums": result_checksums(folder), "steps": steps, "held_out": held_out,
+        "skipped_images": skipped, "settings": settings,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})
 
 
+def result_checksums(folder):
+    """Returns {name: checksum} of the result files of a stage."""
+    return {name: checksum(folder / name) for name in RESULT_FILES if (folder / name).is_file()}
+
+
 def read_run(folder):
-    """Returns run.json of a finished stage. Raises UserError if the stage is not finished."""
+    """Returns run.json of a finished stage. Raises UserError if the stage is not finished, or if a file is
+    damaged."""
     run = read_json(Path(folder) / "run.json")
     if run is None:
         script = "stage2_instruct.py" if Path(folder).name == "stage2" else "stage1_align.py"
         raise UserError(f"{folder} holds no finished run: run python {script} --run {Path(folder).parent} "
                         "first")
-    required = {"stage", "template", "settings", *MODEL_SETTINGS}
-    if not isinstance(run, dict) or not required <= run.keys() or run["stage"] not in (1, 2):
+    if (not isinstance(run, dict) or run.get("stage") not in (1, 2)
+            or not all(isinstance(run.get(name), kind) for name, kind in RUN_JSON.items())):
         raise UserError(f"{folder}/run.json is damaged: it was not written by a stage of this project")
+    saved, found = run.get("checksums"), result_checksums(Path(folder))
+    if saved is not None and saved != found:  # one flipped bit would change the answers, and nothing else
+        raise UserError(f"{folder} is damaged: a file is missing or has changed since it was written (one of "
+                        f"{', '.join(RESULT_FILES)}): copy the folder again, or train again with --restart")
     return run
 
 

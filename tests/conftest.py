@@ -324,6 +324,13 @@ def watched(monkeypatch):
     return watch
 
 
+def forget_checksums(folder):
+    """Lets a test change the files of a finished stage, as somebody does who also changes its run.json."""
+    run = json.loads((folder / "run.json").read_text())
+    del run["checksums"]
+    (folder / "run.json").write_text(json.dumps(run))
+
+
 def metrics(folder):
     """Returns the lines of metrics.jsonl: (those of training steps, those of evaluations)."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -22,7 +22,7 @@ import model
 import stage1_align
 import toy.world
 from data import ChatDataset
-from support import metrics_log
+from support import metrics_log, weights
 from support.errors import UserError, run_script
 from support.images import ImageStore
 from support.records import RecordFile, RecordSet
@@ -163,6 +163,8 @@ class Dangerous:
 
 def damaged_checkpoints(content):
     yield "truncated", content[:len(content) // 2]
+    middle = len(content) // 2
+    yield "a bit flipped in a weight", content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
     yield "a bit flipped in its pickle", content.replace(b"weights", b"weight\xff")
     yield "empty", b""
     yield "no checkpoint", b"<html>404</html>"
@@ -186,6 +188,42 @@ def test_a_damaged_checkpoint_is_refused_and_its_code_is_not_run(script, refusal
         sentence = refusal("stage1_align", *arguments, "--resume")
         assert "checkpoint.pt is damaged" in sentence and "--restart" in sentence, name
     assert not (tmp_path / "created by a pickle").exists()
+
+
+@pytest.mark.parametrize("name", weights.RESULT_FILES)
+def test_a_flipped_bit_or_a_missing_file_of_a_finished_stage_is_noticed(
+        name, script, refusal, flags, tmp_path):
+    script("stage1_align", *flags(1, max_steps=0))
+    script("stage2_instruct", *flags(2, max_steps=0))
+    folder = tmp_path / "runs" / "toy" / "stage2"
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) * 3 // 4] ^= 1
+    (folder / name).write_bytes(content)
+    sentence = refusal("sanity_check", "--sample", "0")
+    assert "stage2 is damaged" in sentence and name in sentence
+    (folder / name).unlink()
+    assert "stage2 is damaged" in refusal("sanity_check", "--sample", "0")
+
+
+def test_stage_2_does_not_begin_with_a_damaged_projector(script, refusal, flags, tmp_path):
+    script("stage1_align", *flags(1, max_steps=0))
+    path = tmp_path / "runs" / "toy" / "stage1" / "projector.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "stage1 is damaged" in refusal("stage2_instruct", *flags(2, max_steps=0))
+
+
+@pytest.mark.parametrize("change", [
+    lambda run: run.pop("steps"), lambda run: run.update(settings=[]), lambda run: run.update(stage="2"),
+    lambda run: run.update(vision_tower=None), lambda run: run.update(checksums=7)])
+def test_a_changed_run_json_is_one_sentence(change, script, refusal, flags, tmp_path):
+    script("stage1_align", *flags(1, max_steps=0))
+    path = tmp_path / "runs" / "toy" / "stage1" / "run.json"
+    run = json.loads(path.read_text())
+    change(run)
+    path.write_text(json.dumps(run))
+    assert "is damaged" in refusal("sanity_check")
 
 
 def test_another_chat_template_than_that_of_the_training_is_refused(tmp_path):

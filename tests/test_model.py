@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import N, batch_of, build, draw, make_llm, preprocess
+from conftest import N, batch_of, build, draw, forget_checksums, make_llm, preprocess
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, AutoTokenizer, CLIPModel, CLIPVisionModel, LlavaConfig,
@@ -390,6 +390,7 @@ def spoil(path, change):
 @pytest.mark.parametrize("file", ["projector.safetensors", "adapter/adapter_model.safetensors"])
 def test_a_projector_or_adapter_that_does_not_fit_is_refused(saved, file, change):
     _, folder = saved()
+    forget_checksums(folder)
     spoil(folder / file, change)
     with pytest.raises(UserError, match="fit"):
         load(folder)
@@ -397,6 +398,7 @@ def test_a_projector_or_adapter_that_does_not_fit_is_refused(saved, file, change
 
 def test_half_a_projector_file_is_refused(saved):
     _, folder = saved(stage=1)
+    forget_checksums(folder)
     path = folder / "projector.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match="projector.safetensors"):
