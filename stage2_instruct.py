@@ -28,6 +28,7 @@ from support import checkpoints
 from support.check_records import count_skipped_images, drop_unusable_records
 from support.devices import choose_dtype
 from support.errors import Stopped, UserError, run_script
+from support.files import checksum
 from support.metrics_log import MetricsLog, format_grounding, import_tracker
 from support.processes import Processes
 from support.records import open_records
@@ -80,6 +81,7 @@ def main():
     stage1_folder, folder = Path(args.run) / "stage1", Path(args.run) / "stage2"
     stage1_run = read_run(stage1_folder)
     check_same_models(stage1_run, args, stage1_folder)
+    args.stage1_checksum = checksum(stage1_folder / "projector.safetensors")  # stored with the other settings
     tracker = import_tracker(args.tracker) if args.tracker else None
     checkpoint = None
     if not args.check_data:

@@ -132,6 +132,18 @@ def test_a_run_killed_at_any_operation_on_a_file_is_never_taken_for_another(scri
         assert outcome(folder) == new
 
 
+def test_a_stage_2_of_another_stage_1_is_pointed_out(script, refusal, flags, capsys):
+    script("stage1_align", *flags(1, max_steps=0))
+    script("stage2_instruct", *flags(2, max_steps=0))
+    for seed, expected in ((0, False), (1, True)):
+        script("stage1_align", *flags(1, max_steps=0, seed=seed), "--restart")
+        capsys.readouterr()
+        script("sanity_check", "--show-mask", 0)
+        assert ("trained from another stage 1" in capsys.readouterr().out) == expected
+    script("sanity_check", "--show-mask", 0, "--stage", 1)
+    assert "another stage 1" not in capsys.readouterr().out
+
+
 def test_a_finished_run_is_not_overwritten_without_restart(script, refusal, flags, tmp_path):
     script("stage1_align", *flags(1, max_steps=2))
     folder = tmp_path / "runs" / "toy" / "stage1"
