@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from support.errors import Stopped, UserError
-from support.files import atomic_write, delete, make_writable_folder, read_json
+from support.files import atomic_write, delete, lock_folder, make_writable_folder, read_json
 
 # Settings that a resumed run may change, because they do not change what is computed. batch_size and
 # grad_accum may change if the effective batch stays the same.
@@ -38,10 +38,13 @@ class Progress:
 def open_stage_folder(folder, settings, world_size):
     """Creates a stage's folder and returns its checkpoint to resume from, or None to begin at step 0.
 
-    Raises UserError if the folder is not writable, or holds a run and neither --resume nor --restart was
-    given, or if --resume comes with other settings. Raises Stopped if --resume finds a finished run.
+    Raises UserError if the folder is not writable, or another process trains in it, or it holds a run and
+    neither --resume nor --restart was given, or --resume comes with other settings. Raises Stopped if
+    --resume finds a finished run.
     """
     folder = make_writable_folder(folder)
+    if int(os.environ.get("RANK", 0)) == 0:  # of torchrun's processes, only one writes
+        lock_folder(folder)
     path = folder / "checkpoint.pt"
     # If torchrun has restarted its workers, they continue from their checkpoint, even with --restart.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0

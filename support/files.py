@@ -13,6 +13,11 @@ from safetensors import SafetensorError
 
 from support.errors import UserError
 
+if os.name == "nt":
+    import msvcrt
+else:
+    import fcntl
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -56,6 +61,22 @@ def make_writable_folder(path):
         raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder with --run"
                         ) from error
     return path
+
+
+def lock_folder(folder):
+    """Raises UserError if another process trains in this folder. Otherwise this process holds a lock on the
+    folder until it ends. The operating system releases the lock, so a killed run leaves none."""
+    try:
+        file = os.open(Path(folder) / ".lock", os.O_RDWR | os.O_CREAT)  # never closed
+        if os.name == "nt":
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise UserError(f"another process is training in {folder}: wait until it ends, or choose another "
+                        "folder with --run") from error
+    except OSError as error:  # some network drives have no locks
+        print(f"{folder} cannot be locked ({error.strerror}): start no second process in it")
 
 
 @contextmanager

@@ -209,8 +209,8 @@ def load_trained(folder, device, dtype):
     if run["stage"] == 2:
         stage1, expected = Path(folder).parent / "stage1", run["settings"].get("stage1_checksum")
         if expected and result_checksums(stage1).get("projector.safetensors", expected) != expected:
-            print(f"NOTE: {folder} was trained from another stage 1 than the one that is now in {stage1}: train "
-                  "stage 2 again with --restart, or pass --stage 1")
+            print(f"NOTE: {folder} was trained from another stage 1 than the one that is now in {stage1}: "
+                  "train stage 2 again with --restart, or pass --stage 1")
         load_adapter(model, Path(folder) / "adapter")
         if dtype == torch.float32:
             # W + (alpha / r)·B·A has the shape of W, so the adapter can be added to W once and costs nothing

@@ -22,7 +22,7 @@ import model
 import stage1_align
 import toy.world
 from data import ChatDataset
-from support import metrics_log, weights
+from support import files, metrics_log, weights
 from support.errors import UserError, run_script
 from support.images import ImageStore
 from support.records import RecordFile, RecordSet
@@ -86,6 +86,31 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
     process.join(5)
     assert process.exitcode == 128 + signal.SIGINT
     assert "saved" not in (tmp_path / "log").read_text()
+
+
+def test_a_second_process_in_the_same_folder_is_refused_until_the_first_has_ended(tmp_path):
+    arguments = ["--run", str(tmp_path), *SMALL, "--workers", "1"]
+    first = start("stage1_align", arguments, tmp_path / "log")
+    wait_for(first, lambda: (tmp_path / "stage1" / "checkpoint.pt").exists())
+    for flag in ("--resume", "--restart"):
+        sentence = failure("stage1_align", [*arguments, flag], tmp_path / "second log")
+        assert "another process is training" in sentence and "stage1" in sentence and "--run" in sentence
+    assert first.is_alive()
+    first.kill()  # leaves .lock behind, and for some seconds its worker
+    first.join()
+    resumed = start("stage1_align", [*arguments, "--resume", "--workers", "0"], tmp_path / "log")
+    wait_for(resumed, lambda: "resuming" in (tmp_path / "log").read_text())
+    resumed.kill()
+    resumed.join()
+
+
+def test_a_drive_without_locks_is_pointed_out_and_used(script, flags, monkeypatch, capsys):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "lockf", unsupported)
+    script("stage1_align", *flags(1, max_steps=0))
+    assert "cannot be locked (No locks available)" in capsys.readouterr().out
 
 
 # -- resuming, or not --------------------------------------------------------------------------------------

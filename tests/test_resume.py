@@ -177,4 +177,4 @@ def test_a_restarted_run_that_is_killed_early_leaves_nothing_of_the_run_before(u
         process.kill()
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
-        assert [path.name for path in (tmp_path / stage).iterdir()] == ["metrics.jsonl"]
+        assert {path.name for path in (tmp_path / stage).iterdir()} == {"metrics.jsonl", ".lock"}

@@ -107,7 +107,7 @@ def trained(tmp_path_factory, flags):
 
 def test_stage_1_writes_a_projector_and_stage_2_an_adapter_too(trained):
     folder = trained[0] / "runs" / "toy"
-    files = {"projector.safetensors", "run.json", "metrics.jsonl"}
+    files = {"projector.safetensors", "run.json", "metrics.jsonl", ".lock"}
     assert {path.name for path in (folder / "stage1").iterdir()} == files
     assert {path.name for path in (folder / "stage2").iterdir()} == {*files, "adapter"}
     assert set(load_file(folder / "stage1" / "projector.safetensors")) == {"weight", "bias"}
