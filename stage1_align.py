@@ -90,7 +90,7 @@ def main():
     num_image_tokens = count_patches(load_vision_config(args.vision_tower))  # N
     # lengths[i] is the approximate number of tokens of training record i.
     train_records, lengths, heldout_records = drop_unusable_records(
-        train_records, heldout_records, template, num_image_tokens, args.max_length, args.allow_bad)
+        train_records, heldout_records, template, num_image_tokens, args)
     if args.check_data:
         return
     image_processor = load_image_processor(args.vision_tower)

@@ -22,7 +22,7 @@ from support.files import atomic_write, delete, lock_folder, make_writable_folde
 # grad_accum may change if the effective batch stays the same.
 MAY_CHANGE = {"preset", "run", "device", "workers", "eval_every", "log_every", "save_every", "batch_size",
               "grad_accum", "allow_bad", "tracker", "activation_checkpointing", "resume", "restart",
-              "check_data"}
+              "check_data", "decode"}
 
 
 @dataclass

@@ -58,6 +58,7 @@ SWITCHES = {
     "resume": "continue the unfinished run in the folder from its checkpoint",
     "restart": "discard the run in the folder and train again",
     "check_data": "check the data and stop; no weights are loaded",
+    "decode": "check the data more slowly: open every image too, in --workers processes",
     "activation_checkpointing": "recompute activations in the backward pass: less memory, more time",
 }
 

@@ -448,6 +448,22 @@ def test_an_image_that_cannot_be_decoded_is_replaced_named_and_counted_once(
     assert metrics(tmp_path / "stage1")[-2]["samples"] == 3 * 40
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_decode_finds_an_image_that_cannot_be_decoded_before_the_training(
+        half_an_image, workers, script, refusal, tmp_path, capsys):
+    record, folder = half_an_image
+    arguments = [*SMALL, "--data", str(folder / "chat.json"), "--images", str(folder / "images"),
+                 "--check-data", "--workers", workers]
+    script("stage1_align", *arguments)
+    out = capsys.readouterr().out
+    assert "40 usable" in out and "not opened; --decode" in out
+    script("stage1_align", *arguments, "--decode", "--allow-bad", "0.03")
+    out = capsys.readouterr().out
+    assert "39 usable" in out and "1 unusable: image cannot be decoded" in out and "not opened" not in out
+    assert record["id"] in out and record["image"] in out
+    assert "1 of 44 records cannot be used" in refusal("stage1_align", *arguments, "--decode")
+
+
 def test_more_undecodable_images_than_allowed_stop_the_run(half_an_image, tmp_path):
     record, folder = half_an_image
     arguments = ["--run", str(tmp_path), *SMALL, "--data", str(folder / "chat.json"), "--epochs", "1",
