@@ -45,6 +45,9 @@ def open_stage_folder(folder, settings, world_size):
     folder = make_writable_folder(folder)
     if int(os.environ.get("RANK", 0)) == 0:  # of torchrun's processes, only one writes
         lock_folder(folder)
+    for name in ("metrics.jsonl", "skipped.txt"):  # files that are appended to
+        if (folder / name).is_symlink():
+            raise UserError(f"{folder / name} is a symbolic link, and its target would be changed: delete it")
     path = folder / "checkpoint.pt"
     # If torchrun has restarted its workers, they continue from their checkpoint, even with --restart.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0

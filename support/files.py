@@ -80,6 +80,16 @@ def lock_folder(folder):
 
 
 @contextmanager
+def explain_write_errors(path):
+    """Turns an error such as a full disk into a UserError about `path`."""
+    try:
+        yield
+    # torch and safetensors report a full disk by exceptions of their own.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+@contextmanager
 def atomic_write(path):
     """Yields a temporary path beside `path`; what is written there, a file or a folder, then replaces `path`.
 
@@ -88,7 +98,7 @@ def atomic_write(path):
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with explain_write_errors(path):
         delete(temporary)  # left by a run that was killed here
         yield temporary
         for file in [temporary] if temporary.is_file() else temporary.rglob("*"):
@@ -98,9 +108,6 @@ def atomic_write(path):
         if path.is_dir() and not path.is_symlink():  # a rename cannot replace a folder with contents
             delete(path)
         os.replace(temporary, path)
-    # torch and safetensors report a full disk by exceptions of their own.
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def delete(path):

@@ -23,6 +23,7 @@ import stage1_align
 import toy.world
 from data import ChatDataset
 from support import files, metrics_log, weights
+from support.check_records import count_skipped_images
 from support.errors import UserError, run_script
 from support.images import ImageStore
 from support.records import RecordFile, RecordSet
@@ -301,6 +302,8 @@ def test_ten_overflows_in_a_row_stop_an_fp16_run_and_nine_do_not(script, refusal
     # Nine, then one good step, after which the count begins again.
     poisoned(lambda number, training: training and number not in (10, 20), float("inf"))
     script("stage1_align", *arguments)
+    lines = (tmp_path / "runs" / "toy" / "stage1" / "metrics.jsonl").read_text()
+    assert "Infinity" not in lines and "NaN" not in lines and '"loss": null' in lines
     poisoned(lambda number, training: training and number != 5, float("inf"))
     sentence = refusal("stage1_align", *arguments, "--restart")
     assert "step 15: loss inf" in sentence and "drawn_0" in sentence
@@ -400,6 +403,26 @@ def test_a_disk_that_fills_up_while_the_log_is_written_is_one_sentence(refusal, 
     monkeypatch.setattr(metrics_log, "open", FullDisk, raising=False)
     sentence = refusal("stage1_align", *flags(1, max_steps=1))
     assert "cannot write" in sentence and "metrics.jsonl" in sentence and "No space left" in sentence
+
+
+def test_a_disk_that_fills_up_while_skipped_images_are_listed_is_one_sentence(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    os.symlink("/dev/full", tmp_path / "skipped.txt")
+    with pytest.raises(UserError, match="cannot write .*skipped.txt: No space left on device"):
+        count_skipped_images([], ["an image"], tmp_path, 1.0, 1)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "skipped.txt"])
+def test_a_resumed_run_does_not_write_through_a_symbolic_link(name, script, refusal, flags, tmp_path):
+    arguments = flags(1, max_steps=4, save_every=1, batch_size=2)
+    interrupt_after_step(2, script, arguments)
+    link = tmp_path / "runs" / "toy" / "stage1" / name
+    link.unlink(missing_ok=True)
+    (tmp_path / "precious.txt").write_text("precious" * 1000)
+    os.symlink(tmp_path / "precious.txt", link)
+    assert name in refusal("stage1_align", *arguments, "--resume")
+    assert (tmp_path / "precious.txt").read_text() == "precious" * 1000
 
 
 def test_a_folder_that_vanishes_during_the_run_is_one_sentence(refusal, flags, monkeypatch, tmp_path):
