@@ -18,7 +18,7 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, 
                           SiglipVisionModel)
 
 from data import ChatTemplate
-from model import Llava
+from model import LORA_TARGETS, Llava
 from support.errors import UserError
 from support.files import atomic_write, checksum, find_pretrained, read_json, write_json
 
@@ -181,13 +181,23 @@ def load_projector(model, path):
 def load_adapter(model, folder):
     """Adds a saved LoRA adapter to the model, frozen. Raises UserError if it does not fit exactly (peft
     itself only warns about missing tensors)."""
+    # Only the fields that stage 2 sets are used. Others could change the base weights, or match the names of
+    # modules by a regular expression that never ends.
+    saved = read_json(Path(folder) / "adapter_config.json")
+    r, alpha, targets = ((saved if isinstance(saved, dict) else {}).get(name)
+                         for name in ("r", "lora_alpha", "target_modules"))
     try:
-        config = LoraConfig.from_pretrained(folder)
         tensors = load_file(Path(folder) / "adapter_model.safetensors")
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read the adapter in {folder}: {error}") from error
-    config.inference_mode = True
-    model.add_lora(config)
+    ranks = {tensor.shape[:1] for name, tensor in tensors.items() if ".lora_A." in name}
+    if (not isinstance(r, int) or ranks != {(r,)}
+            or not isinstance(alpha, (int, float)) or not 0 < alpha < 2**31
+            or not isinstance(targets, list) or not all(name in LORA_TARGETS for name in targets)):
+        raise UserError(f"{folder}/adapter_config.json does not fit this project: it needs the adapter's rank "
+                        f"r, a positive lora_alpha, and target_modules among {', '.join(LORA_TARGETS)}")
+    model.add_lora(LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM",
+                              inference_mode=True))
     expected = get_peft_model_state_dict(model.llm)
     wrong = {name for name in expected.keys() | tensors.keys()
              if name not in expected or name not in tensors or expected[name].shape != tensors[name].shape}

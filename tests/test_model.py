@@ -1,5 +1,6 @@
 """The model against transformers' own LLaVA with the same weights, and faults that would stay silent."""
 
+import json
 import logging
 import shutil
 
@@ -394,6 +395,31 @@ def test_a_projector_or_adapter_that_does_not_fit_is_refused(saved, file, change
     spoil(folder / file, change)
     with pytest.raises(UserError, match="fit"):
         load(folder)
+
+
+@pytest.mark.parametrize("change", [
+    {"target_modules": "^(([a-z_.0-9]+)+)+!$"}, {"target_modules": ["lm_head"]},
+    {"target_modules": [["q_proj"]]}, {"target_modules": None}, {"r": 4096}, {"r": -1}, {"r": "4"}, {"lora_alpha": float("inf")},
+    {"lora_alpha": None}, {"lora_alpha": 10**400}], ids=str)
+def test_a_hostile_adapter_configuration_is_one_sentence(saved, change):
+    _, folder = saved()
+    forget_checksums(folder)
+    path = folder / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match="adapter_config.json does not fit"):
+        load(folder)
+
+
+def test_other_fields_of_an_adapter_configuration_change_nothing(saved, batch):
+    """pissa would change the base weights, and layer_replication would build a larger model."""
+    _, folder = saved()
+    expected = logits_of(load(folder)[0], batch)
+    forget_checksums(folder)
+    path = folder / "adapter" / "adapter_config.json"
+    change = {"init_lora_weights": "pissa", "layer_replication": [[0, 2], [0, 2]],
+              "megatron_config": {"a": 1}, "exclude_modules": "^(([a-z_.0-9]+)+)+!$", "lora_dropout": 7, "unknown": True}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert torch.equal(logits_of(load(folder)[0], batch), expected)
 
 
 def test_half_a_projector_file_is_refused(saved):
