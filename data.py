@@ -37,7 +37,7 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
 from model import IGNORE_INDEX
-from support.errors import BadRecord, UserError
+from support.errors import BadRecord, UserError, explain_errors
 from support.files import find_pretrained
 from support.records import check_turns
 from support.templates import check_template
@@ -61,10 +61,8 @@ class ChatTemplate:
 
     def __init__(self, llm):
         folder = find_pretrained(llm)
-        try:
+        with explain_errors(f"load the tokenizer in {folder}"):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the tokenizer in {folder}: {str(error).splitlines()[0]}") from error
         if not self.tokenizer.chat_template:
             raise UserError(f"the tokenizer in {folder} has no chat template: --llm must name a chat model")
         # The tokenizer gets one more token. The LLM's embedding table does not: Llava.embed() puts an image
@@ -77,7 +75,7 @@ class ChatTemplate:
         if self.tokenizer.pad_token_id is None:  # any token will do, because padding is known by its position
             self.tokenizer.pad_token = self.tokenizer.eos_token
         # run.json stores this hash, because a model must be prompted with the template it was trained with.
-        self.fingerprint = hashlib.sha256(self.tokenizer.chat_template.encode()).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(self.tokenizer.get_chat_template().encode()).hexdigest()[:16]
         self.end_token_id = check_template(self, folder)
 
     def render(self, messages, prompt=False):

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,6 +33,21 @@ class Stopped(Exception):
     def __init__(self, sentence, exit_code):
         super().__init__(sentence)
         self.exit_code = exit_code
+
+
+@contextmanager
+def explain_errors(action):
+    """Turns every exception into the UserError "cannot <action>: …". It is for library calls that read the
+    user's files, because they can raise almost anything if a file is damaged."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"cannot {action}: {reason[:300]}") from error
 
 
 def run_script(main):

@@ -11,7 +11,6 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, CLIPVisionModel,
@@ -19,7 +18,7 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, 
 
 from data import ChatTemplate
 from model import LORA_TARGETS, Llava
-from support.errors import UserError
+from support.errors import UserError, explain_errors
 from support.files import atomic_write, checksum, find_pretrained, read_json, write_json
 
 VISION_MODELS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
@@ -36,10 +35,8 @@ RUN_JSON = {"stage": int, "vision_tower": str, "vision_layer": int, "llm": str, 
 def load_vision_config(name):
     """Returns the configuration of the vision half of a CLIP or SigLIP."""
     folder = find_pretrained(name)
-    try:
+    with explain_errors(f"read {folder}/config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the configuration in {folder}: {str(error).splitlines()[0]}") from error
     config = getattr(config, "vision_config", config)
     if config.model_type not in VISION_MODELS:
         raise UserError(f"{folder} is a '{config.model_type}'; --vision-tower must name a CLIP or SigLIP")
@@ -53,12 +50,9 @@ def load_image_processor(name):
     installed, and pixels would differ between machines.
     """
     folder, size = find_pretrained(name), load_vision_config(name).image_size
-    try:
+    with explain_errors(f"read {folder}/preprocessor_config.json"):
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
         pixel_values = image_processor(Image.new("RGB", (size, size)), return_tensors="pt")["pixel_values"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read {folder}/preprocessor_config.json: {str(error).splitlines()[0]}"
-                        ) from error
     if pixel_values.shape != (1, 3, size, size):
         raise UserError(f"{folder}/preprocessor_config.json makes images of another size than {size} × "
                         f"{size}, which the vision tower needs")
@@ -93,17 +87,17 @@ def load_language_model(name, dtype):
 
 
 def _load_strictly(model_class, name, dtype, **kwargs):
-    """from_pretrained() that raises UserError if weights are missing; transformers would fill in random
-    numbers."""
+    """from_pretrained() that raises UserError if weights are missing or have another shape than the model;
+    transformers would fill in random numbers."""
     folder = find_pretrained(name)
-    try:
+    with explain_errors(f"load the weights in {folder}"):
         model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True,
-                                                  use_safetensors=True, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the weights in {folder}: {str(error).splitlines()[0]}") from error
-    if info["missing_keys"]:
-        raise UserError(f"the weights in {folder} lack {len(info['missing_keys'])} tensors, for example "
-                        f"{sorted(info['missing_keys'])[0]}: fetch them again")
+                                                  ignore_mismatched_sizes=True, use_safetensors=True,
+                                                  trust_remote_code=False, **kwargs)
+    wrong = sorted(info["missing_keys"]) + sorted(str(key) for key, *_ in info["mismatched_keys"])
+    if wrong:
+        raise UserError(f"the weights in {folder} do not fit its config.json: {len(wrong)} missing or of "
+                        f"another shape, for example {wrong[0]}; fetch the folder again")
     return model
 
 
@@ -172,10 +166,8 @@ def check_same_template(run, template, folder):
 
 def load_projector(model, path):
     """Loads projector.safetensors into the model. Raises UserError if it does not fit exactly."""
-    try:
+    with explain_errors(f"load {path}, which must fit this projector"):
         model.projector.load_state_dict(load_file(path), strict=True)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit this projector: {' '.join(str(error).split())}") from error
 
 
 def load_adapter(model, folder):
@@ -186,16 +178,15 @@ def load_adapter(model, folder):
     saved = read_json(Path(folder) / "adapter_config.json")
     r, alpha, targets = ((saved if isinstance(saved, dict) else {}).get(name)
                          for name in ("r", "lora_alpha", "target_modules"))
-    try:
+    with explain_errors(f"read the adapter in {folder}"):
         tensors = load_file(Path(folder) / "adapter_model.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot read the adapter in {folder}: {error}") from error
     ranks = {tensor.shape[:1] for name, tensor in tensors.items() if ".lora_A." in name}
     if (not isinstance(r, int) or ranks != {(r,)}
             or not isinstance(alpha, (int, float)) or not 0 < alpha < 2**31
             or not isinstance(targets, list) or not all(name in LORA_TARGETS for name in targets)):
-        raise UserError(f"{folder}/adapter_config.json does not fit this project: it needs the adapter's rank "
-                        f"r, a positive lora_alpha, and target_modules among {', '.join(LORA_TARGETS)}")
+        raise UserError(f"{folder}/adapter_config.json does not fit this project: it needs the adapter's "
+                        "rank r, a positive lora_alpha, and target_modules among "
+                        f"{', '.join(LORA_TARGETS)}")
     model.add_lora(LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM",
                               inference_mode=True))
     expected = get_peft_model_state_dict(model.llm)
