@@ -1,5 +1,6 @@
 """Errors that a user can mend, and how a script ends with them: in one sentence and an exit code."""
 
+import re
 import sys
 import warnings
 from contextlib import contextmanager
@@ -8,6 +9,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+
+
+def printable(text):
+    """Returns the text with control characters escaped, because a file name can contain a line break or a
+    code that changes the terminal."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 class UserError(Exception):
@@ -24,7 +31,8 @@ class BadRecord(UserError):
     def __init__(self, record, reason=None, detail=""):
         self.reason = reason
         name = record.get("id", "without an id") if isinstance(record, dict) else None
-        super().__init__(record if reason is None else f"record {name!r}: {reason}{detail and ': ' + detail}")
+        super().__init__(record if reason is None else
+                         printable(f"record {name!r}: {reason}{detail and ': ' + detail}"))
 
 
 class Stopped(Exception):
@@ -68,7 +76,8 @@ def run_script(main):
         sys.exit(stop.exit_code)
     except UserError as error:
         # An error of a DataLoader worker arrives as text, with the worker's traceback above it.
-        sys.exit(f"{script}: {str(error).splitlines()[-1].removeprefix('support.errors.UserError: ')}")
+        sentence = re.split(r"support\.errors\.(?:UserError|BadRecord): ", str(error))[-1].strip()
+        sys.exit(f"{script}: {printable(sentence)}")
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

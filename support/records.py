@@ -67,7 +67,10 @@ class RecordFile:
 
     def __getitem__(self, index):
         start, end = self.spans[index].tolist()
-        return json.loads(self._file.read(start, end - start))
+        record = json.loads(self._file.read(start, end - start))
+        if record.get("id") is None:  # so that a message about the record says where it is
+            record["id"] = f"number {index + 1} of {self.path.name}"
+        return record
 
 
 class RecordSet:
@@ -101,7 +104,7 @@ class RecordSet:
         if name is None:
             name = f"{record.get('id')}.jpg"
             return name if name in self.images else None
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not name.strip():
             raise BadRecord(record, "'image' is not the name of a file", repr(name)[:80])
         return name
 

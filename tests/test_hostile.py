@@ -14,7 +14,7 @@ from PIL import Image, features
 
 from data import IGNORE_INDEX
 from support import images
-from support.errors import BadRecord, UserError
+from support.errors import BadRecord, UserError, printable
 from support.images import ImageStore, decode_image
 from support.records import RecordFile, RecordSet
 
@@ -242,6 +242,21 @@ def test_a_damaged_avif_is_a_bad_record(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(content)
     with pytest.raises(BadRecord, match="photo.jpg"):
         ImageStore(tmp_path).open(RECORD, "photo.jpg")
+
+
+@pytest.mark.parametrize("name", ["", " ", 7, ["a.jpg"]])
+def test_an_image_that_is_no_file_name_is_named_as_such(broken, name, tmp_path):
+    (tmp_path / "chat.json").write_text(json.dumps([{"id": "a"}, {"image": name}]))
+    records = RecordSet(RecordFile(tmp_path / "chat.json"), ImageStore(broken / "images"), np.arange(2))
+    with pytest.raises(BadRecord, match="record 'number 2 of chat.json': 'image' is not the name of a file"):
+        records.open_image(records[1])
+
+
+def test_a_line_break_or_a_terminal_code_in_a_name_is_escaped(refusal, flags):
+    sentence = refusal("stage1_align", *flags(1, data="no\nsuch\x1b[31m\u202e.json"))
+    assert sentence.startswith(r"stage1_align.py: no\nsuch\x1b[31m\u202e.json does not exist")
+    assert str(BadRecord(RECORD, "image missing", "a\nb\x1b[0m")) == r"record 'a': image missing: a\nb\x1b[0m"
+    assert printable("ü 漢 🙂 אב") == "ü 漢 🙂 אב"
 
 
 # -- .zip files --------------------------------------------------------------------------------------------
