@@ -213,7 +213,8 @@ class ChatDataset(Dataset):
         sample["skipped"]. All other problems were found by check_records().
         """
         skipped = []
-        for j in range(i, i + 20):  # 20 bad records in a row mean that the image folder is broken
+        # 20 bad records in a row mean that the image folder is broken.
+        for j in range(i, i + min(20, len(self))):
             record = self.records[j % len(self)]
             try:
                 ids, labels = self.encode(record)
@@ -221,7 +222,7 @@ class ChatDataset(Dataset):
                         "skipped": skipped}
             except BadRecord as error:
                 skipped.append(str(error))
-        raise UserError(f"20 records in a row cannot be used; the last: {skipped[-1]}")
+        raise UserError(f"{len(skipped)} records in a row cannot be used; the last: {skipped[-1]}")
 
     def to_messages(self, record):
         return self.template.to_messages(record, has_image=self.records.image_name(record) is not None)

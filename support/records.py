@@ -34,7 +34,8 @@ class RecordFile:
         self._file = WorkerFile(self.path)
 
     def _find_spans(self, text):
-        decode, skip = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*").match
+        decode = json.JSONDecoder().raw_decode
+        skip = re.compile(r"\s*,\s*(?!\])|\s*(?=\]|\Z)").match  # to the next record, or the ] or the end
         # In an ASCII file, as json.dump writes it, characters are bytes. Elsewhere they must be counted.
         size = (lambda start, end: end - start) if text.isascii() else \
             (lambda start, end: len(text[start:end].encode()))
@@ -51,7 +52,10 @@ class RecordFile:
                 start_byte = position + size(at, here)
                 position = start_byte + size(here, end)
                 spans.append((start_byte, position))
-                at, here = end, skip(text, end).end()
+                following = skip(text, end)
+                if not following:
+                    raise ValueError("a comma is missing, or is one too many")
+                at, here = end, following.end()
             if text[here + 1:].strip():
                 raise ValueError("there is more text after the closing ]")
         except (ValueError, IndexError, RecursionError) as error:

@@ -128,6 +128,22 @@ def test_a_zip_made_on_a_mac_is_read_without_its_hidden_files(tmp_path):
     assert store.open(RECORD, "a.png").size == store.open(RECORD, "photos/a.png").size == (5, 5)
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_zip_with_a_file_beside_its_one_folder_or_with_two_members_of_one_name_is_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("README.txt", "Photos.")
+        for side in (5, 6):  # unzip and zipfile take the last
+            archive.writestr("photos/a.png", saved(Image.new("RGB", (side, side), RED), "PNG").getvalue())
+    store = ImageStore(tmp_path / "images.zip")
+    assert store.open(RECORD, "a.png").size == store.open(RECORD, "photos/a.png").size == (6, 6)
+    assert "README.txt" in store and "b.png" not in store
+
+
+def test_a_photo_of_108_megapixels_is_opened(tmp_path):
+    Image.new("1", (12_000, 9_000)).save(tmp_path / "a.png")
+    assert ImageStore(tmp_path).open(RECORD, "a.png").size == (12_000, 9_000)
+
+
 # -- images that cannot ------------------------------------------------------------------------------------
 
 
@@ -144,7 +160,7 @@ def bomb(size=50_000):
 NOISE = Image.effect_noise((99, 99), 90)
 BROKEN = {
     "bomb.png": bomb(),
-    "real bomb.png": saved(Image.new("1", (10_000, 10_000)), "PNG").getvalue(),
+    "real bomb.png": saved(Image.new("1", (14_200, 14_200)), "PNG").getvalue(),
     "half.jpg": saved(NOISE, "JPEG").getvalue()[:900],
     "half.png": saved(NOISE, "PNG").getvalue()[:3000],
     "text.jpg": b"<html>404 Not Found</html>",
@@ -322,6 +338,10 @@ def test_a_zip_bomb_is_refused_without_unpacking_it(tmp_path, monkeypatch, claim
 NOT_RECORDS = {  # name: (content, what the sentence says)
     "truncated": (b'[{"id": 1}, {"id": 2', "1 complete"),
     "truncated after a comma": (b'[{"id": 1},', "ends in the middle.*1 complete"),
+    "without a comma": (b'[{"id": 1} {"id": 2}]', "comma is missing.*1 complete"),
+    "comma after the last": (b'[{"id": 1}, ]', "comma.*one too many|Expecting value"),
+    "two commas": (b'[{"id": 1},, {"id": 2}]', "Expecting value.*1 complete"),
+    "comma before the first": (b'[, {"id": 1}]', "Expecting value"),
     "without an end": (b'[{"id": 1}', "ends in the middle.*1 complete"),
     "only [": (b"[", "ends in the middle"),
     "object": (b'{"id": 1}', r"does not begin with \["),
