@@ -33,7 +33,7 @@ import hashlib
 import re
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from transformers import AutoTokenizer
 
 from model import IGNORE_INDEX
@@ -304,4 +304,10 @@ def collate(samples, pad_token_id, padding_side="right"):
     if "labels" in samples[0]:
         batch["labels"] = torch.tensor([pad(sample["labels"], IGNORE_INDEX) for sample in samples])
         batch["skipped"] = [sentence for sample in samples for sentence in sample.get("skipped", [])]
+    if get_worker_info():
+        # Move the batch to shared memory here. If there is too little, this raises an error. Later, a thread
+        # of the worker would only print it, and the training would wait for the batch forever.
+        for value in batch.values():
+            if torch.is_tensor(value):
+                value.share_memory_()
     return batch

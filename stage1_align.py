@@ -170,7 +170,7 @@ def main():
         return measured
 
     model.train()
-    stop_signal = checkpoints.StopSignal()  # Ctrl-C or SIGTERM
+    stop_signal = checkpoints.StopSignal()  # Ctrl-C, SIGTERM or SIGHUP
     warmup_steps = max(1, round(args.warmup * total_steps))
     if progress.step == 0:
         progress.before = evaluate()

@@ -6,6 +6,8 @@
     <run>/stage1/run.json                how it was trained, written last
 """
 
+import atexit
+import multiprocessing
 import os
 import signal
 import sys
@@ -23,6 +25,8 @@ from support.files import atomic_write, delete, lock_folder, make_writable_folde
 MAY_CHANGE = {"preset", "run", "device", "workers", "eval_every", "log_every", "save_every", "batch_size",
               "grad_accum", "allow_bad", "tracker", "activation_checkpointing", "resume", "restart",
               "check_data", "decode"}
+# Ctrl-C, the signal of kill and of cluster schedulers, and that of a closed terminal (not on Windows).
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @dataclass
@@ -145,25 +149,39 @@ def restore(checkpoint, model, optimizer, scaler, fingerprint, processes):
 
 
 class StopSignal:
-    """Remembers Ctrl-C or SIGTERM, so that the loop can finish its step and save. `number` is 0 until then.
+    """Remembers a stop signal, so that the loop can finish its step and save. `number` is 0 until then.
 
     A second signal ends the process at once. Nothing is saved then, and nothing is damaged.
     """
 
     def __init__(self):
         self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup lets a run ignore SIGHUP
+                signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
         if self.number:
             os._exit(128 + number)
         self.number = number
+        if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal is gone, and printing would fail
+            for output in (sys.stdout.fileno(), sys.stderr.fileno()):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), output)
         print("\nfinishing this step, then saving (press again to stop at once)", file=sys.stderr)
 
 
 def ignore_signals_in_worker(worker):
-    """Lets DataLoader workers ignore Ctrl-C and SIGTERM, which reach every process. The main process still
+    """Lets DataLoader workers ignore the stop signals, which reach every process. The main process still
     needs them to finish its step, and ends them afterwards."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def kill_workers():
+    """Kills DataLoader workers that are left at exit, after an error. Otherwise multiprocessing would send
+    them SIGTERM, which they ignore, and wait forever."""
+    if os.name != "nt":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report them as lost
+    for child in multiprocessing.active_children():
+        child.kill()

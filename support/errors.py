@@ -79,11 +79,20 @@ def run_script(main):
         sentence = re.split(r"support\.errors\.(?:UserError|BadRecord): ", str(error))[-1].strip()
         sys.exit(f"{script}: {printable(sentence)}")
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if "shared memory" in str(error):
+            sys.exit(f"{script}: the worker processes have too little shared memory to pass their batches "
+                     "on. Pass --workers 0, or start Docker with --shm-size=4g")
+        if re.search("DataLoader worker.*(exited unexpectedly|signal: Killed)", str(error)):
+            sys.exit(f"{script}: a worker process was killed, probably because the memory was full. Lower "
+                     "--workers")
         if not is_out_of_memory(error):
             raise
+        advice = ("Halve --batch-size and double --grad-accum, which keeps the effective batch, or add "
+                  "--activation-checkpointing, or lower --max-length")
+        if not script.startswith("stage"):
+            advice = "Use a GPU with more memory, or --device cpu"
         details = (str(error).splitlines() or ["no details"])[0]
-        sys.exit(f"{script}: out of memory ({details}). Halve --batch-size and double --grad-accum, which "
-                 "keeps the effective batch, or add --activation-checkpointing, or lower --max-length")
+        sys.exit(f"{script}: out of memory ({details}). {advice}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -10,19 +10,20 @@ import signal
 import sys
 import time
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import N, REPOSITORY, draw
+from conftest import N, REPOSITORY, command, draw
 from processes import SMALL, finish, metrics, start
 from torch.utils.data import DataLoader
 
 import model
 import stage1_align
 import toy.world
-from data import ChatDataset
-from support import files, metrics_log, weights
+from data import ChatDataset, collate
+from support import checkpoints, files, metrics_log, weights
 from support.check_records import count_skipped_images
 from support.errors import UserError, run_script
 from support.images import ImageStore
@@ -32,7 +33,7 @@ from support.records import RecordFile, RecordSet
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """Restores pytest's own handlers after a test that has run a stage in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in checkpoints.STOP_SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -74,6 +75,32 @@ def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_continue(num
     last = (tmp_path / "log").read_text().strip().splitlines()[-1]
     assert f"at step {step} of" in last and "--resume" in last
     assert metrics(tmp_path / "stage1")[-1]["step"] == step
+
+
+def test_a_closed_terminal_lets_a_run_save_and_stop(tmp_path):
+    """The kernel sends SIGHUP, and writing to the terminal fails from then on."""
+    pty = pytest.importorskip("pty")
+    words = [sys.executable, str(REPOSITORY / "stage1_align.py"), "--run", str(tmp_path), *SMALL,
+             "--save-every", "9999", "--workers", "1"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, words)
+    while not first_step_is_logged(tmp_path / "stage1"):
+        os.read(terminal, 10_000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    checkpoint = torch.load(tmp_path / "stage1" / "checkpoint.pt", weights_only=True)
+    assert metrics(tmp_path / "stage1")[-1]["step"] == checkpoint["progress"]["step"]
+
+
+def test_a_run_under_nohup_ignores_a_closed_terminal(monkeypatch):
+    monkeypatch.setattr(checkpoints, "STOP_SIGNALS", [signal.SIGHUP])
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        checkpoints.StopSignal()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path):
@@ -365,6 +392,57 @@ def test_out_of_memory_says_which_flags_to_change(monkeypatch, error):
                   "--activation-checkpointing", "--max-length"):
         assert words in stop.value.code
     assert "\n" not in stop.value.code
+
+
+def test_out_of_memory_of_a_tool_names_no_flag_of_the_stages(monkeypatch):
+    def main():
+        raise MemoryError
+
+    monkeypatch.setattr(sys, "argv", ["sanity_check.py"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert "out of memory" in stop.value.code and "--device cpu" in stop.value.code
+    assert "--grad-accum" not in stop.value.code
+
+
+@pytest.mark.parametrize("error, flag", [
+    ("DataLoader worker (pid 12) is killed by signal: Killed. ", "--workers"),
+    ("DataLoader worker (pid(s) 1, 2) exited unexpectedly", "--workers"),
+    ("DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that dataloader's workers "
+     "are out of shared memory. Please try to raise your shared memory limit.", "--shm-size"),
+])
+def test_a_lost_worker_says_what_to_change(monkeypatch, error, flag):
+    def main():
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(sys, "argv", ["stage1_align.py"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert flag in stop.value.code and "--workers" in stop.value.code and "\n" not in stop.value.code
+
+
+def test_too_little_shared_memory_is_one_sentence_and_no_endless_wait(monkeypatch):
+    """As in Docker with its 64 MB. A worker that fails while it sends a batch would only print the error."""
+    def too_little(self):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", too_little)  # workers are forked and inherit it
+    monkeypatch.setattr(sys, "argv", ["stage1_align.py"])
+    samples = [{"input_ids": [1, 2], "labels": [1, 2], "pixel_values": None}] * 4
+    loader = DataLoader(samples, batch_size=2, num_workers=1, collate_fn=partial(collate, pad_token_id=0),
+                        multiprocessing_context="fork")
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: next(iter(loader)))
+    assert "too little shared memory" in stop.value.code and "--workers 0" in stop.value.code
+
+
+def test_an_error_in_a_worker_ends_the_command(flags, tmp_path, drawn):
+    """The exception keeps the workers alive. They ignore SIGTERM, so multiprocessing would wait forever."""
+    shutil.copytree(drawn / "images", tmp_path / "images")
+    for path in (tmp_path / "images").iterdir():
+        path.write_text("<html>404</html>")
+    done = command("stage1_align", *flags(1, images=tmp_path / "images", workers=2), cwd=tmp_path)
+    assert done.returncode == 1 and "8 records in a row cannot be used" in done.stderr.splitlines()[-1]
 
 
 def test_a_bug_still_shows_its_traceback():
