@@ -130,6 +130,7 @@ def main():
     # by it before the step. bf16 and fp32 have a larger range. For them the scaler is disabled: scale()
     # returns the loss unchanged, and step() only calls optimizer.step().
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler.scale(torch.zeros((), device=device))  # creates its state, which a step without samples would not
 
     # -- 5. the loop ---------------------------------------------------------------------------------------
 

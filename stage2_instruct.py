@@ -141,6 +141,7 @@ def main():
                                    {"params": model.projector.parameters(), "peak_lr": args.projector_lr}],
                                   weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler.scale(torch.zeros((), device=device))  # creates its state, which a step without samples would not
 
     # -- 5. the loop ---------------------------------------------------------------------------------------
 
