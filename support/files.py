@@ -67,7 +67,7 @@ def lock_folder(folder):
     """Raises UserError if another process trains in this folder. Otherwise this process holds a lock on the
     folder until it ends. The operating system releases the lock, so a killed run leaves none."""
     try:
-        file = os.open(Path(folder) / ".lock", os.O_RDWR | os.O_CREAT)  # never closed
+        file = os.open(Path(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # never closed
         if os.name == "nt":
             msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
         else:
@@ -101,10 +101,13 @@ def atomic_write(path):
     with explain_write_errors(path):
         delete(temporary)  # left by a run that was killed here
         yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
         for file in [temporary] if temporary.is_file() else temporary.rglob("*"):
             if file.is_file():
                 with open(file, "r+b") as handle:
                     os.fsync(handle.fileno())
+                file.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
         if path.is_dir() and not path.is_symlink():  # a rename cannot replace a folder with contents
             delete(path)
         os.replace(temporary, path)
