@@ -90,6 +90,9 @@ def print_settings(settings, device, dtype):
     print(textwrap.fill("settings: " + ", ".join(pairs), 110, subsequent_indent="    ",
                         break_on_hyphens=False))
     print(f"device {device}, {dtype}")
+    if settings.preset != "toy" and settings.device == "auto" and device.type == "cpu":
+        print("WARNING: no GPU was found, and on a CPU this training is many times slower. Install a PyTorch "
+              "that supports your GPU, or pass --device cpu if this is what you want.")
 
 
 def next_command(script, settings):

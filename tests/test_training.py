@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from data import collate
 from model import LORA_TARGETS
+from support.settings import print_settings
 
 NAMES = {1: "stage1_align", 2: "stage2_instruct"}
 
@@ -115,6 +116,26 @@ def test_stage_1_writes_a_projector_and_stage_2_an_adapter_too(trained):
     assert adapter and all("lora_" in name for name in adapter)
     run = json.loads((folder / "stage2" / "run.json").read_text())
     assert (run["stage"], run["steps"], run["settings"]["lr"]) == (2, 40, 1e-2)
+
+
+def test_results_are_as_readable_as_any_other_file(script, flags, tmp_path):
+    """safetensors writes files that only their owner can read. On a cluster, others need them too."""
+    script("stage1_align", *flags(1, max_steps=0))
+    script("stage2_instruct", *flags(2, max_steps=0))
+    (tmp_path / "other").touch()
+    folder = tmp_path / "runs" / "toy" / "stage2"
+    modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "other").stat().st_mode}
+
+
+@pytest.mark.parametrize("device, loud", [("auto", True), ("cpu", False)])
+def test_a_real_model_on_a_cpu_is_pointed_out_before_it_starts(capsys, device, loud):
+    settings = SimpleNamespace(preset="tinyllama", device=device)
+    print_settings(settings, torch.device("cpu"), torch.float32)
+    assert ("WARNING: no GPU was found" in capsys.readouterr().out) == loud
+    settings.preset = "toy"
+    print_settings(settings, torch.device("cpu"), torch.float32)
+    assert "WARNING" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stage, steps", [(1, 30), (2, 40)])
