@@ -78,8 +78,10 @@ def parse_settings(description, presets):
         defaults = ", ".join(f"{preset}: {values[name]}" for preset, values in presets.items())
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{text} ({defaults})", **how)
+    resume_or_restart = parser.add_mutually_exclusive_group()
     for name, text in SWITCHES.items():
-        parser.add_argument("--" + name.replace("_", "-"), action="store_true", help=text)
+        group = resume_or_restart if name in ("resume", "restart") else parser
+        group.add_argument("--" + name.replace("_", "-"), action="store_true", help=text)
     given = vars(parser.parse_args())
     return argparse.Namespace(**{"preset": given["preset"], **presets[given["preset"]], **given})
 

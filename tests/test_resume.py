@@ -157,6 +157,12 @@ def test_a_finished_run_is_not_overwritten_without_restart(script, refusal, flag
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
 
 
+def test_resume_and_restart_together_are_refused_because_restart_would_discard_the_run(script, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script("stage1_align", *flags(1), "--resume", "--restart")
+    assert stop.value.code == 2 and "not allowed with" in capsys.readouterr().err
+
+
 def test_a_restarted_run_that_is_killed_early_leaves_nothing_of_the_run_before(unbroken, tmp_path):
     shutil.copytree(unbroken / "stage1", tmp_path / "stage1")
     shutil.copytree(unbroken / "stage2", tmp_path / "stage2")

@@ -322,6 +322,7 @@ def test_stage_2_refuses_a_projector_made_for_other_models(refusal, script, flag
     ({"llm": "{clip}"}, "clip"),
     ({"data": "{images}"}, "images.zip"),
     ({"device": "cuda:99"}, "cuda:99"),
+    ({"device": "meta"}, "meta"),
     ({"vision_layer": 7}, "vision"),
     ({"vision_layer": -9}, "vision"),
 ])
