@@ -213,8 +213,7 @@ class ChatDataset(Dataset):
         sample["skipped"]. All other problems were found by check_records().
         """
         skipped = []
-        # 20 bad records in a row mean that the image folder is broken.
-        for j in range(i, i + min(20, len(self))):
+        for j in range(i, i + min(20, len(self))):  # 20 bad records in a row: the image folder is broken
             record = self.records[j % len(self)]
             try:
                 ids, labels = self.encode(record)
@@ -304,10 +303,7 @@ def collate(samples, pad_token_id, padding_side="right"):
     if "labels" in samples[0]:
         batch["labels"] = torch.tensor([pad(sample["labels"], IGNORE_INDEX) for sample in samples])
         batch["skipped"] = [sentence for sample in samples for sentence in sample.get("skipped", [])]
-    if get_worker_info():
-        # Move the batch to shared memory here. If there is too little, this raises an error. Later, a thread
-        # of the worker would only print it, and the training would wait for the batch forever.
-        for value in batch.values():
-            if torch.is_tensor(value):
-                value.share_memory_()
+    if get_worker_info():  # in a worker; without this, a lack of shared memory would end in an endless wait
+        for value in filter(torch.is_tensor, batch.values()):
+            value.share_memory_()
     return batch

@@ -28,7 +28,6 @@ from support import checkpoints
 from support.check_records import count_skipped_images, drop_unusable_records
 from support.devices import choose_dtype
 from support.errors import Stopped, UserError, run_script
-from support.files import checksum
 from support.metrics_log import MetricsLog, format_grounding, import_tracker
 from support.processes import Processes
 from support.records import open_records
@@ -36,7 +35,7 @@ from support.settings import next_command, parse_settings, print_settings
 from support.step_batches import plan_steps
 from support.weights import (check_same_models, check_same_template, load_image_processor,
                              load_language_model, load_projector, load_vision_config, load_vision_tower,
-                             read_run, save_result)
+                             read_run, result_checksums, save_result)
 
 # -- 1. settings: each one is also a flag, see --help ------------------------------------------------------
 
@@ -81,7 +80,7 @@ def main():
     stage1_folder, folder = Path(args.run) / "stage1", Path(args.run) / "stage2"
     stage1_run = read_run(stage1_folder)
     check_same_models(stage1_run, args, stage1_folder)
-    args.stage1_checksum = checksum(stage1_folder / "projector.safetensors")  # stored with the other settings
+    args.stage1_checksum = result_checksums(stage1_folder).get("projector.safetensors")  # goes to run.json
     tracker = import_tracker(args.tracker) if args.tracker else None
     checkpoint = None
     if not args.check_data:

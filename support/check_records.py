@@ -10,8 +10,7 @@ from tqdm import tqdm
 
 from data import ChatDataset
 from support.checkpoints import ignore_signals_in_worker
-from support.errors import BadRecord, UserError
-from support.files import explain_write_errors
+from support.errors import BadRecord, UserError, explain_errors
 from support.records import RecordSet
 
 
@@ -123,7 +122,7 @@ def count_skipped_images(skipped, sentences, folder, allow_bad, num_samples):
     if new:
         skipped += new
         path = folder / "skipped.txt"
-        with explain_write_errors(path), open(path, "a", encoding="utf-8") as file:
+        with explain_errors(f"write {path}"), open(path, "a", encoding="utf-8") as file:
             file.writelines(sentence + "\n" for sentence in new)
         if len(skipped) > allow_bad * num_samples:
             raise UserError(f"{len(skipped)} images cannot be decoded, more than --allow-bad {allow_bad} "

@@ -151,7 +151,7 @@ def restore(checkpoint, model, optimizer, scaler, fingerprint, processes):
 class StopSignal:
     """Remembers a stop signal, so that the loop can finish its step and save. `number` is 0 until then.
 
-    A second signal ends the process at once. Nothing is saved then, and nothing is damaged.
+    A second Ctrl-C or SIGTERM ends the process at once. Nothing is saved then, and nothing is damaged.
     """
 
     def __init__(self):
@@ -161,12 +161,12 @@ class StopSignal:
                 signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
-        if self.number:
-            os._exit(128 + number)
-        self.number = number
         if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal is gone, and printing would fail
             for output in (sys.stdout.fileno(), sys.stderr.fileno()):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+        elif self.number:
+            os._exit(128 + number)
+        self.number = number
         print("\nfinishing this step, then saving (press again to stop at once)", file=sys.stderr)
 
 

@@ -45,8 +45,8 @@ class Stopped(Exception):
 
 @contextmanager
 def explain_errors(action):
-    """Turns every exception into the UserError "cannot <action>: …". It is for library calls that read the
-    user's files, because they can raise almost anything if a file is damaged."""
+    """Turns every exception into the UserError "cannot <action>: …". It is for reading and writing files,
+    because libraries can raise almost anything if a file is damaged or the disk is full."""
     try:
         yield
     except UserError:
@@ -54,7 +54,7 @@ def explain_errors(action):
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"cannot {action}: {reason[:300]}") from error
 
 

@@ -1,6 +1,5 @@
 """Files: where the inputs are, and writing outputs so that a killed run never leaves half a file."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -9,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 
-from support.errors import UserError
+from support.errors import UserError, explain_errors
 
 if os.name == "nt":
     import msvcrt
@@ -80,16 +78,6 @@ def lock_folder(folder):
 
 
 @contextmanager
-def explain_write_errors(path):
-    """Turns an error such as a full disk into a UserError about `path`."""
-    try:
-        yield
-    # torch and safetensors report a full disk by exceptions of their own.
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
-
-
-@contextmanager
 def atomic_write(path):
     """Yields a temporary path beside `path`; what is written there, a file or a folder, then replaces `path`.
 
@@ -98,7 +86,7 @@ def atomic_write(path):
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    with explain_write_errors(path):
+    with explain_errors(f"write {path}"):  # torch and safetensors report a full disk by errors of their own
         delete(temporary)  # left by a run that was killed here
         yield temporary
         umask = os.umask(0)
@@ -134,11 +122,6 @@ def read_json(path):
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-
-
-def checksum(path):
-    """Returns a hash of the content of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 class WorkerFile:

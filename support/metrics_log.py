@@ -10,8 +10,7 @@ import time
 
 from tqdm import tqdm
 
-from support.errors import UserError
-from support.files import explain_write_errors
+from support.errors import UserError, explain_errors
 
 
 class MetricsLog:
@@ -29,7 +28,7 @@ class MetricsLog:
         self.file = self.tracker = None
         if rank == 0:
             path = folder / "metrics.jsonl"
-            with explain_write_errors(path):
+            with explain_errors(f"write {path}"):
                 self.file = open(path, "ab")
                 self.file.truncate(min(checkpoint["metrics_bytes"] if checkpoint else 0, self.file.tell()))
             if tracker:
@@ -84,7 +83,7 @@ class MetricsLog:
             finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                       for name, value in values.items()}
             line = json.dumps({"step": step, **finite, "time": round(time.time(), 2)}, ensure_ascii=False)
-            with explain_write_errors(self.file.name):
+            with explain_errors(f"write {self.file.name}"):
                 self.file.write(line.encode("utf-8", "replace") + b"\n")
                 self.file.flush()
                 os.fsync(self.file.fileno())  # a checkpoint stores the length of this file

@@ -35,7 +35,7 @@ class RecordFile:
 
     def _find_spans(self, text):
         decode = json.JSONDecoder().raw_decode
-        skip = re.compile(r"\s*,\s*(?!\])|\s*(?=\]|\Z)").match  # to the next record, or the ] or the end
+        skip = re.compile(r"\s*,\s*(?!\])|\s*(?=\]|\Z)").match  # to the next record, the ] or the end
         # In an ASCII file, as json.dump writes it, characters are bytes. Elsewhere they must be counted.
         size = (lambda start, end: end - start) if text.isascii() else \
             (lambda start, end: len(text[start:end].encode()))

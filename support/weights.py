@@ -5,6 +5,7 @@ one place still answers fluently. Weights are safetensors and the rest is JSON, 
 opened.
 """
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, 
 from data import ChatTemplate
 from model import LORA_TARGETS, Llava
 from support.errors import UserError, explain_errors
-from support.files import atomic_write, checksum, find_pretrained, read_json, write_json
+from support.files import atomic_write, find_pretrained, read_json, write_json
 
 VISION_MODELS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
 # A projector translates from one layer of one vision tower to one LLM. With another it is noise.
@@ -127,7 +128,8 @@ def save_result(folder, stage, model, template, settings, steps, held_out, skipp
 
 def result_checksums(folder):
     """Returns {name: checksum} of the result files of a stage."""
-    return {name: checksum(folder / name) for name in RESULT_FILES if (folder / name).is_file()}
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16] for name in RESULT_FILES
+            if (folder / name).is_file()}
 
 
 def read_run(folder):
@@ -141,8 +143,8 @@ def read_run(folder):
     if (not isinstance(run, dict) or run.get("stage") not in (1, 2)
             or not all(isinstance(run.get(name), kind) for name, kind in RUN_JSON.items())):
         raise UserError(f"{folder}/run.json is damaged: it was not written by a stage of this project")
-    saved, found = run.get("checksums"), result_checksums(Path(folder))
-    if saved is not None and saved != found:  # one flipped bit would change the answers, and nothing else
+    found = result_checksums(Path(folder))
+    if run.get("checksums", found) != found:  # one flipped bit would change the answers, and nothing else
         raise UserError(f"{folder} is damaged: a file is missing or has changed since it was written (one of "
                         f"{', '.join(RESULT_FILES)}): copy the folder again, or train again with --restart")
     return run
@@ -184,9 +186,8 @@ def load_adapter(model, folder):
     if (not isinstance(r, int) or ranks != {(r,)}
             or not isinstance(alpha, (int, float)) or not 0 < alpha < 2**31
             or not isinstance(targets, list) or not all(name in LORA_TARGETS for name in targets)):
-        raise UserError(f"{folder}/adapter_config.json does not fit this project: it needs the adapter's "
-                        "rank r, a positive lora_alpha, and target_modules among "
-                        f"{', '.join(LORA_TARGETS)}")
+        raise UserError(f"{folder}/adapter_config.json does not fit: it needs the adapter's rank r, a "
+                        f"positive lora_alpha, and target_modules among {', '.join(LORA_TARGETS)}")
     model.add_lora(LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM",
                               inference_mode=True))
     expected = get_peft_model_state_dict(model.llm)

@@ -88,6 +88,7 @@ def test_a_closed_terminal_lets_a_run_save_and_stop(tmp_path):
     while not first_step_is_logged(tmp_path / "stage1"):
         os.read(terminal, 10_000)
     os.close(terminal)
+    os.kill(pid, signal.SIGHUP)  # a shell sends it to its jobs once more
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
     checkpoint = torch.load(tmp_path / "stage1" / "checkpoint.pt", weights_only=True)
     assert metrics(tmp_path / "stage1")[-1]["step"] == checkpoint["progress"]["step"]
