@@ -118,16 +118,16 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
 
 
 def test_a_second_process_in_the_same_folder_is_refused_until_the_first_has_ended(tmp_path):
-    arguments = ["--run", str(tmp_path), *SMALL, "--workers", "1"]
+    arguments = ["--run", str(tmp_path), *SMALL]
     first = start("stage1_align", arguments, tmp_path / "log")
     wait_for(first, lambda: (tmp_path / "stage1" / "checkpoint.pt").exists())
     for flag in ("--resume", "--restart"):
         sentence = failure("stage1_align", [*arguments, flag], tmp_path / "second log")
         assert "another process is training" in sentence and "stage1" in sentence and "--run" in sentence
     assert first.is_alive()
-    first.kill()  # leaves .lock behind, and for some seconds its worker
+    first.kill()  # leaves .lock behind
     first.join()
-    resumed = start("stage1_align", [*arguments, "--resume", "--workers", "0"], tmp_path / "log")
+    resumed = start("stage1_align", [*arguments, "--resume"], tmp_path / "log")
     wait_for(resumed, lambda: "resuming" in (tmp_path / "log").read_text())
     resumed.kill()
     resumed.join()
