@@ -33,11 +33,11 @@ import hashlib
 import re
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from transformers import AutoTokenizer
 
 from model import IGNORE_INDEX
-from support.errors import BadRecord, UserError
+from support.errors import BadRecord, UserError, explain_errors
 from support.files import find_pretrained
 from support.records import check_turns
 from support.templates import check_template
@@ -61,10 +61,8 @@ class ChatTemplate:
 
     def __init__(self, llm):
         folder = find_pretrained(llm)
-        try:
+        with explain_errors(f"load the tokenizer in {folder}"):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the tokenizer in {folder}: {str(error).splitlines()[0]}") from error
         if not self.tokenizer.chat_template:
             raise UserError(f"the tokenizer in {folder} has no chat template: --llm must name a chat model")
         # The tokenizer gets one more token. The LLM's embedding table does not: Llava.embed() puts an image
@@ -77,7 +75,7 @@ class ChatTemplate:
         if self.tokenizer.pad_token_id is None:  # any token will do, because padding is known by its position
             self.tokenizer.pad_token = self.tokenizer.eos_token
         # run.json stores this hash, because a model must be prompted with the template it was trained with.
-        self.fingerprint = hashlib.sha256(self.tokenizer.chat_template.encode()).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(self.tokenizer.get_chat_template().encode()).hexdigest()[:16]
         self.end_token_id = check_template(self, folder)
 
     def render(self, messages, prompt=False):
@@ -107,7 +105,7 @@ class ChatTemplate:
 
         labels[t] == ids[t] on every answer and on the end token after it, in every turn; IGNORE_INDEX
         elsewhere. The end token must be trained, because a model that never sees one does not learn to stop.
-        Raises ValueError if the template changes the text of an answer, or if a text contains U+E000.
+        Raises ValueError if the template changes the text of an answer.
         Source: preprocess_v1() in the original code's train.py, which finds the answers by tokenizing the
         turns separately and adding up their lengths. If the sum is wrong, it prints a warning and masks the
         whole sample. Character offsets avoid that.
@@ -135,18 +133,18 @@ class ChatTemplate:
         gives the text around the answers. Joining these pieces with the answers again rebuilds `text`, and
         the length so far gives each `end`.
         """
-        marker = "\ue000"  # a private-use character, which should occur in no text
-        if marker in text:
-            raise ValueError("a text that contains the character U+E000")
+        marker = "\ue000"  # a private-use character, which check_turns() refuses in a text
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         pieces = self.render([{**message, "content": marker} if message["role"] == "assistant" else message
                               for message in messages]).split(marker)
         spans, rebuilt = [], pieces[0]
         for i, (answer, piece) in enumerate(zip(answers, pieces[1:])):
             # Some templates write text between prompt and answer: Mistral a space, Qwen3 an empty thinking
-            # block. The prompt lacks this text, so the model must generate it. It is labeled.
-            start = len(self.render(messages[:2 * i + 1], prompt=True))
-            spans.append((start, len(rebuilt) + len(answer)))
+            # block before the last answer. The prompt lacks this text, so the model must generate it. It is
+            # labeled. It is the same before all answers but the last, so we measure it twice.
+            if i in (0, len(answers) - 1):
+                added = len(rebuilt) - len(self.render(messages[:2 * i + 1], prompt=True))
+            spans.append((len(rebuilt) - added, len(rebuilt) + len(answer)))
             rebuilt += answer + piece
         if rebuilt != text:
             raise ValueError("the chat template changes the text of an answer")
@@ -215,7 +213,7 @@ class ChatDataset(Dataset):
         sample["skipped"]. All other problems were found by check_records().
         """
         skipped = []
-        for j in range(i, i + 20):  # 20 bad records in a row mean that the image folder is broken
+        for j in range(i, i + min(20, len(self))):  # 20 bad records in a row: the image folder is broken
             record = self.records[j % len(self)]
             try:
                 ids, labels = self.encode(record)
@@ -223,7 +221,7 @@ class ChatDataset(Dataset):
                         "skipped": skipped}
             except BadRecord as error:
                 skipped.append(str(error))
-        raise UserError(f"20 records in a row cannot be used; the last: {skipped[-1]}")
+        raise UserError(f"{len(skipped)} records in a row cannot be used; the last: {skipped[-1]}")
 
     def to_messages(self, record):
         return self.template.to_messages(record, has_image=self.records.image_name(record) is not None)
@@ -305,4 +303,7 @@ def collate(samples, pad_token_id, padding_side="right"):
     if "labels" in samples[0]:
         batch["labels"] = torch.tensor([pad(sample["labels"], IGNORE_INDEX) for sample in samples])
         batch["skipped"] = [sentence for sample in samples for sentence in sample.get("skipped", [])]
+    if get_worker_info():  # in a worker; without this, a lack of shared memory would end in an endless wait
+        for value in filter(torch.is_tensor, batch.values()):
+            value.share_memory_()
     return batch

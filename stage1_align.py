@@ -90,7 +90,7 @@ def main():
     num_image_tokens = count_patches(load_vision_config(args.vision_tower))  # N
     # lengths[i] is the approximate number of tokens of training record i.
     train_records, lengths, heldout_records = drop_unusable_records(
-        train_records, heldout_records, template, num_image_tokens, args.max_length, args.allow_bad)
+        train_records, heldout_records, template, num_image_tokens, args)
     if args.check_data:
         return
     image_processor = load_image_processor(args.vision_tower)
@@ -130,6 +130,7 @@ def main():
     # by it before the step. bf16 and fp32 have a larger range. For them the scaler is disabled: scale()
     # returns the loss unchanged, and step() only calls optimizer.step().
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler.scale(torch.zeros((), device=device))  # creates its state, which a step without samples would not
     # Autocast runs matrix products in half precision, and operations such as the loss in fp32.
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
@@ -173,7 +174,7 @@ def main():
         return measured
 
     model.train()
-    stop_signal = checkpoints.StopSignal()  # Ctrl-C or SIGTERM
+    stop_signal = checkpoints.StopSignal()  # Ctrl-C, SIGTERM or SIGHUP
     warmup_steps = max(1, round(args.warmup * total_steps))
     if progress.step == 0:
         progress.before = evaluate()

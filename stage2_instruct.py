@@ -35,7 +35,7 @@ from support.settings import next_command, parse_settings, print_settings
 from support.step_batches import plan_steps
 from support.weights import (check_same_models, check_same_template, load_image_processor,
                              load_language_model, load_projector, load_vision_config, load_vision_tower,
-                             read_run, save_result)
+                             read_run, result_checksums, save_result)
 
 # -- 1. settings: each one is also a flag, see --help ------------------------------------------------------
 
@@ -80,6 +80,7 @@ def main():
     stage1_folder, folder = Path(args.run) / "stage1", Path(args.run) / "stage2"
     stage1_run = read_run(stage1_folder)
     check_same_models(stage1_run, args, stage1_folder)
+    args.stage1_checksum = result_checksums(stage1_folder).get("projector.safetensors")  # goes to run.json
     tracker = import_tracker(args.tracker) if args.tracker else None
     checkpoint = None
     if not args.check_data:
@@ -97,7 +98,7 @@ def main():
     num_image_tokens = count_patches(load_vision_config(args.vision_tower))  # N
     # lengths[i] is the approximate number of tokens of training record i.
     train_records, lengths, heldout_records = drop_unusable_records(
-        train_records, heldout_records, template, num_image_tokens, args.max_length, args.allow_bad)
+        train_records, heldout_records, template, num_image_tokens, args)
     if args.check_data:
         return
     image_processor = load_image_processor(args.vision_tower)
@@ -139,6 +140,7 @@ def main():
                                    {"params": model.projector.parameters(), "peak_lr": args.projector_lr}],
                                   weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler.scale(torch.zeros((), device=device))  # creates its state, which a step without samples would not
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     # -- 5. the loop ---------------------------------------------------------------------------------------
@@ -178,7 +180,7 @@ def main():
         return measured
 
     model.train()
-    stop_signal = checkpoints.StopSignal()  # Ctrl-C or SIGTERM
+    stop_signal = checkpoints.StopSignal()  # Ctrl-C, SIGTERM or SIGHUP
     warmup_steps = max(1, round(args.warmup * total_steps))
     if progress.step == 0:
         progress.before = evaluate()

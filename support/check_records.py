@@ -1,12 +1,16 @@
 """Checks the data before the first step, so that a missing image does not stop the run hours later."""
 
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import ChatDataset
-from support.errors import BadRecord, UserError
+from support.checkpoints import ignore_signals_in_worker
+from support.errors import BadRecord, UserError, explain_errors
 from support.records import RecordSet
 
 
@@ -18,15 +22,20 @@ class Checked(NamedTuple):
     shortened: int  # how many records lose turns to --max-length
 
 
-def drop_unusable_records(train_records, heldout_records, template, num_image_tokens, max_length, allow_bad):
+def drop_unusable_records(train_records, heldout_records, template, num_image_tokens, settings):
     """Checks both RecordSets, prints what it finds, and returns the usable records: (train_records, lengths,
     heldout_records). lengths[i] is the approximate number of tokens of training record i.
 
-    Training images are only looked up, because opening 595,375 of them takes long. Held-out images are opened
-    too. Raises UserError if more than the fraction `allow_bad` of all records is unusable.
+    Without --decode, training images are only looked up, because opening 595,375 of them takes long. Held-out
+    images are always opened. Raises UserError if more than the fraction --allow-bad of all records is
+    unusable.
     """
-    train = check_records(train_records, template, num_image_tokens, max_length)
+    max_length, allow_bad = settings.max_length, settings.allow_bad
+    workers = settings.workers if settings.decode else 0
+    train = check_records(train_records, template, num_image_tokens, max_length, settings.decode, workers)
     print_checked(train_records, train)
+    if not settings.decode:
+        print("  The images of these records were looked up but not opened; --decode opens them.")
     heldout = check_records(heldout_records, template, num_image_tokens, max_length, decode=True)
     print_checked(heldout_records, heldout)
     total = len(train_records) + len(heldout_records)
@@ -45,31 +54,51 @@ def drop_unusable_records(train_records, heldout_records, template, num_image_to
     return train.usable, train.lengths, heldout.usable
 
 
-def check_records(records, template, num_image_tokens, max_length, decode=False):
-    """Looks at every record of a RecordSet and returns a Checked. Opens the images if `decode` is true.
+class RecordChecks(ChatDataset):
+    """Item i is (approximate number of tokens, whether turns are lost) of record i, or its BadRecord.
 
     Most records are not even tokenized. A token is at least one byte long, so a text with at most
     max_length - num_image_tokens bytes fits.
     """
-    dataset = ChatDataset(records, template, None, num_image_tokens, max_length)
-    empty_turn = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-    overhead = len(template.render(empty_turn))  # upper bound of what the template adds to one message
-    usable, lengths, failures, shortened = [], [], {}, 0
-    for i in tqdm(range(len(records)), desc="checking the data", unit="record", leave=False, disable=None):
-        record = records[i]
+
+    def __init__(self, *args, decode):
+        super().__init__(*args)
+        self.decode = decode
+        empty_turn = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+        # Upper bound of what the template adds to one message.
+        self.overhead = len(self.template.render(empty_turn))
+
+    def __getitem__(self, i):
+        record, images, lost = self.records[i], self.records.images, False
         try:
-            name, messages = records.image_name(record), dataset.to_messages(record)
+            name, messages = self.records.image_name(record), self.to_messages(record)
             if name is not None:
-                records.images.open(record, name) if decode else records.images.check(record, name)
-            num_bytes = sum(len(message["content"].encode()) + overhead for message in messages)
-            if num_bytes > max_length - num_image_tokens:
-                length = len(dataset.encode(record)[0])
-                shortened += length < len(template.encode(messages, num_image_tokens)[0])
-            usable.append(i)
+                images.open(record, name) if self.decode else images.check(record, name)
+            num_bytes = sum(len(message["content"].encode()) + self.overhead for message in messages)
+            if num_bytes > self.max_length - self.num_image_tokens:
+                length = len(self.encode(record)[0])
+                lost = length < len(self.template.encode(messages, self.num_image_tokens)[0])
             # English text has about four bytes per token.
-            lengths.append((name is not None) * num_image_tokens + num_bytes // 4)
+            return (name is not None) * self.num_image_tokens + num_bytes // 4, lost
         except BadRecord as error:
-            failures.setdefault(error.reason, []).append(str(error))
+            return error
+
+
+def check_records(records, template, num_image_tokens, max_length, decode=False, workers=0):
+    """Looks at every record of a RecordSet and returns a Checked. Opens the images if `decode` is true."""
+    checks = RecordChecks(records, template, None, num_image_tokens, max_length, decode=decode)
+    loader = DataLoader(checks, batch_size=64, collate_fn=list, num_workers=workers,
+                        worker_init_fn=ignore_signals_in_worker,
+                        generator=torch.Generator())  # see stage1_align.py
+    usable, lengths, failures, shortened = [], [], {}, 0
+    for i, result in enumerate(tqdm(chain.from_iterable(loader), "checking the data", len(records),
+                                    unit="record", leave=False, disable=None)):
+        if isinstance(result, BadRecord):
+            failures.setdefault(result.reason, []).append(str(result))
+        else:
+            usable.append(i)
+            lengths.append(result[0])
+            shortened += result[1]
     return Checked(records.subset(usable), np.array(lengths), failures, shortened)
 
 
@@ -92,7 +121,8 @@ def count_skipped_images(skipped, sentences, folder, allow_bad, num_samples):
     new = [sentence for sentence in dict.fromkeys(sentences) if sentence not in skipped]
     if new:
         skipped += new
-        with open(folder / "skipped.txt", "a", encoding="utf-8") as file:
+        path = folder / "skipped.txt"
+        with explain_errors(f"write {path}"), open(path, "a", encoding="utf-8") as file:
             file.writelines(sentence + "\n" for sentence in new)
         if len(skipped) > allow_bad * num_samples:
             raise UserError(f"{len(skipped)} images cannot be decoded, more than --allow-bad {allow_bad} "

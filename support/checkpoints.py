@@ -6,22 +6,27 @@
     <run>/stage1/run.json                how it was trained, written last
 """
 
+import atexit
+import multiprocessing
 import os
 import signal
 import sys
+import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from support.errors import Stopped, UserError
-from support.files import atomic_write, delete, make_writable_folder, read_json
+from support.files import atomic_write, delete, lock_folder, make_writable_folder, read_json
 
 # Settings that a resumed run may change, because they do not change what is computed. batch_size and
 # grad_accum may change if the effective batch stays the same.
 MAY_CHANGE = {"preset", "run", "device", "workers", "eval_every", "log_every", "save_every", "batch_size",
               "grad_accum", "allow_bad", "tracker", "activation_checkpointing", "resume", "restart",
-              "check_data"}
+              "check_data", "decode"}
+# Ctrl-C, the signal of kill and of cluster schedulers, and that of a closed terminal (not on Windows).
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @dataclass
@@ -37,10 +42,16 @@ class Progress:
 def open_stage_folder(folder, settings, world_size):
     """Creates a stage's folder and returns its checkpoint to resume from, or None to begin at step 0.
 
-    Raises UserError if the folder is not writable, or holds a run and neither --resume nor --restart was
-    given, or if --resume comes with other settings. Raises Stopped if --resume finds a finished run.
+    Raises UserError if the folder is not writable, or another process trains in it, or it holds a run and
+    neither --resume nor --restart was given, or --resume comes with other settings. Raises Stopped if
+    --resume finds a finished run.
     """
     folder = make_writable_folder(folder)
+    if int(os.environ.get("RANK", 0)) == 0:  # of torchrun's processes, only one writes
+        lock_folder(folder)
+    for name in ("metrics.jsonl", "skipped.txt"):  # files that are appended to
+        if (folder / name).is_symlink():
+            raise UserError(f"{folder / name} is a symbolic link, and its target would be changed: delete it")
     path = folder / "checkpoint.pt"
     # If torchrun has restarted its workers, they continue from their checkpoint, even with --restart.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -59,6 +70,9 @@ def open_stage_folder(folder, settings, world_size):
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load() does not compare the checksums in the file
+                raise ValueError("wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         before, progress = checkpoint["settings"], Progress(**checkpoint["progress"])
     except Exception as error:  # a damaged file can raise anything
@@ -135,25 +149,39 @@ def restore(checkpoint, model, optimizer, scaler, fingerprint, processes):
 
 
 class StopSignal:
-    """Remembers Ctrl-C or SIGTERM, so that the loop can finish its step and save. `number` is 0 until then.
+    """Remembers a stop signal, so that the loop can finish its step and save. `number` is 0 until then.
 
-    A second signal ends the process at once. Nothing is saved then, and nothing is damaged.
+    A second Ctrl-C or SIGTERM ends the process at once. Nothing is saved then, and nothing is damaged.
     """
 
     def __init__(self):
         self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup lets a run ignore SIGHUP
+                signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
-        if self.number:
+        if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal is gone, and printing would fail
+            for output in (sys.stdout.fileno(), sys.stderr.fileno()):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+        elif self.number:
             os._exit(128 + number)
         self.number = number
         print("\nfinishing this step, then saving (press again to stop at once)", file=sys.stderr)
 
 
 def ignore_signals_in_worker(worker):
-    """Lets DataLoader workers ignore Ctrl-C and SIGTERM, which reach every process. The main process still
+    """Lets DataLoader workers ignore the stop signals, which reach every process. The main process still
     needs them to finish its step, and ends them afterwards."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def kill_workers():
+    """Kills DataLoader workers that are left at exit, after an error. Otherwise multiprocessing would send
+    them SIGTERM, which they ignore, and wait forever."""
+    if os.name != "nt":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report them as lost
+    for child in multiprocessing.active_children():
+        child.kill()

@@ -1,12 +1,20 @@
 """Errors that a user can mend, and how a script ends with them: in one sentence and an exit code."""
 
+import re
 import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import transformers
+
+
+def printable(text):
+    """Returns the text with control characters escaped, because a file name can contain a line break or a
+    code that changes the terminal."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 class UserError(Exception):
@@ -23,7 +31,8 @@ class BadRecord(UserError):
     def __init__(self, record, reason=None, detail=""):
         self.reason = reason
         name = record.get("id", "without an id") if isinstance(record, dict) else None
-        super().__init__(record if reason is None else f"record {name!r}: {reason}{detail and ': ' + detail}")
+        super().__init__(record if reason is None else
+                         printable(f"record {name!r}: {reason}{detail and ': ' + detail}"))
 
 
 class Stopped(Exception):
@@ -32,6 +41,21 @@ class Stopped(Exception):
     def __init__(self, sentence, exit_code):
         super().__init__(sentence)
         self.exit_code = exit_code
+
+
+@contextmanager
+def explain_errors(action):
+    """Turns every exception into the UserError "cannot <action>: …". It is for reading and writing files,
+    because libraries can raise almost anything if a file is damaged or the disk is full."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"cannot {action}: {reason[:300]}") from error
 
 
 def run_script(main):
@@ -52,13 +76,24 @@ def run_script(main):
         sys.exit(stop.exit_code)
     except UserError as error:
         # An error of a DataLoader worker arrives as text, with the worker's traceback above it.
-        sys.exit(f"{script}: {str(error).splitlines()[-1].removeprefix('support.errors.UserError: ')}")
+        sentence = re.split(r"support\.errors\.(?:UserError|BadRecord): ", str(error))[-1].strip()
+        sys.exit(f"{script}: {printable(sentence)}")
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if "shared memory" in str(error):
+            sys.exit(f"{script}: the worker processes have too little shared memory to pass their batches "
+                     "on. Pass --workers 0, or start Docker with --shm-size=4g")
+        if re.search("DataLoader worker.*(exited unexpectedly|signal: Killed)", str(error)):
+            sys.exit(f"{script}: a worker process was killed, probably because the memory was full. Lower "
+                     "--workers")
         if not is_out_of_memory(error):
             raise
+        advice = ("Halve --batch-size and double --grad-accum, which keeps the effective batch, or add "
+                  "--activation-checkpointing, or lower --max-length")
+        if not script.startswith("stage"):
+            has_batches = script == "evaluate.py"
+            advice = f"{'Lower --batch-size, use' if has_batches else 'Use'} a GPU with more memory, or --device cpu"
         details = (str(error).splitlines() or ["no details"])[0]
-        sys.exit(f"{script}: out of memory ({details}). Halve --batch-size and double --grad-accum, which "
-                 "keeps the effective batch, or add --activation-checkpointing, or lower --max-length")
+        sys.exit(f"{script}: out of memory ({details}). {advice}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -8,9 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 
-from support.errors import UserError
+from support.errors import UserError, explain_errors
+
+if os.name == "nt":
+    import msvcrt
+else:
+    import fcntl
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -57,6 +61,22 @@ def make_writable_folder(path):
     return path
 
 
+def lock_folder(folder):
+    """Raises UserError if another process trains in this folder. Otherwise this process holds a lock on the
+    folder until it ends. The operating system releases the lock, so a killed run leaves none."""
+    try:
+        file = os.open(Path(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # never closed
+        if os.name == "nt":
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise UserError(f"another process is training in {folder}: wait until it ends, or choose another "
+                        "folder with --run") from error
+    except OSError as error:  # some network drives have no locks
+        print(f"{folder} cannot be locked ({error.strerror}): start no second process in it")
+
+
 @contextmanager
 def atomic_write(path):
     """Yields a temporary path beside `path`; what is written there, a file or a folder, then replaces `path`.
@@ -66,19 +86,19 @@ def atomic_write(path):
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with explain_errors(f"write {path}"):  # torch and safetensors report a full disk by errors of their own
         delete(temporary)  # left by a run that was killed here
         yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
         for file in [temporary] if temporary.is_file() else temporary.rglob("*"):
             if file.is_file():
                 with open(file, "r+b") as handle:
                     os.fsync(handle.fileno())
+                file.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
         if path.is_dir() and not path.is_symlink():  # a rename cannot replace a folder with contents
             delete(path)
         os.replace(temporary, path)
-    # torch and safetensors report a full disk by exceptions of their own.
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def delete(path):

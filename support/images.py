@@ -18,6 +18,7 @@ from support.files import WorkerFile
 # Formats that Pillow decodes by itself. (EPS, for example, would start Ghostscript.)
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO"]
 MAX_FILE_BYTES = 256 * 2**20
+Image.MAX_IMAGE_PIXELS = 200_000_000  # Pillow's own limit refuses photos of 108 megapixels
 ORIENTATION = 0x112  # the EXIF tag that says how a camera was held
 TRANSPOSE = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
              4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
@@ -130,10 +131,9 @@ class ImageStore:
             if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise UserError(f"{self.root} is encrypted or compressed by a method other than deflate "
                                 f"({info.filename}): unpack it and name the folder")
-        # If all members are in one top folder ("train2017/" in COCO's zip), records do not mention it.
+        # If there is one top folder ("train2017/" in COCO's zip), records do not mention it.
         tops = {info.filename.split("/")[0] for info in members if "/" in info.filename}
-        single = len(tops) == 1 and all("/" in info.filename for info in members)
-        self.top = f"{tops.pop()}/" if single else ""
+        self.top = f"{tops.pop()}/" if len(tops) == 1 else ""
         members.sort(key=lambda info: info.filename.encode())
         self.members = np.array([info.filename.encode() for info in members])
         self.places = np.array([(info.header_offset, info.compress_size, info.file_size, info.compress_type,
@@ -144,8 +144,9 @@ class ImageStore:
         """Returns the row of the member called `name`, with or without the top folder, or None."""
         for candidate in (name.encode("utf-8", "replace"), (self.top + name).encode("utf-8", "replace")):
             if len(candidate) <= self.members.dtype.itemsize:  # else NumPy would copy all names
-                row = int(np.searchsorted(self.members, candidate))
-                if row < len(self.members) and self.members[row] == candidate:
+                # Of several members with one name, the last is valid, as for other programs.
+                row = int(np.searchsorted(self.members, candidate, side="right")) - 1
+                if row >= 0 and self.members[row] == candidate:
                     return row
         return None
 

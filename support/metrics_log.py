@@ -3,13 +3,14 @@ tracker."""
 
 import importlib
 import json
+import math
 import os
 import sys
 import time
 
 from tqdm import tqdm
 
-from support.errors import UserError
+from support.errors import UserError, explain_errors
 
 
 class MetricsLog:
@@ -26,8 +27,10 @@ class MetricsLog:
     def __init__(self, folder, rank, checkpoint, total_steps, tracker, settings):
         self.file = self.tracker = None
         if rank == 0:
-            self.file = open(folder / "metrics.jsonl", "ab")
-            self.file.truncate(min(checkpoint["metrics_bytes"] if checkpoint else 0, self.file.tell()))
+            path = folder / "metrics.jsonl"
+            with explain_errors(f"write {path}"):
+                self.file = open(path, "ab")
+                self.file.truncate(min(checkpoint["metrics_bytes"] if checkpoint else 0, self.file.tell()))
             if tracker:
                 self.tracker = tracker
                 self.tracker.init(project="llava", config=settings)
@@ -76,13 +79,14 @@ class MetricsLog:
 
     def _write(self, step, **values):
         if self.file:
-            line = json.dumps({"step": step, **values, "time": round(time.time(), 2)}, ensure_ascii=False)
-            try:
+            # JSON has no infinity, which is the gradient norm of a step that overflows in fp16.
+            finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                      for name, value in values.items()}
+            line = json.dumps({"step": step, **finite, "time": round(time.time(), 2)}, ensure_ascii=False)
+            with explain_errors(f"write {self.file.name}"):
                 self.file.write(line.encode("utf-8", "replace") + b"\n")
                 self.file.flush()
                 os.fsync(self.file.fileno())  # a checkpoint stores the length of this file
-            except OSError as error:
-                raise UserError(f"cannot write {self.file.name}: {error.strerror}") from error
         if self.tracker:
             values.pop("generated", None)
             self.tracker.log(values, step=step)

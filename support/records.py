@@ -16,6 +16,8 @@ from support.errors import BadRecord, UserError
 from support.files import WorkerFile, find_file
 from support.images import ImageStore
 
+MAX_CHARACTERS = 1_000_000  # of one record; more takes seconds to tokenize and is nearly all cut off
+
 
 class RecordFile:
     """The records of a JSON file, which must be a list of objects: `records[i]` is a dict."""
@@ -32,7 +34,8 @@ class RecordFile:
         self._file = WorkerFile(self.path)
 
     def _find_spans(self, text):
-        decode, skip = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*").match
+        decode = json.JSONDecoder().raw_decode
+        skip = re.compile(r"\s*,\s*(?!\])|\s*(?=\]|\Z)").match  # to the next record, the ] or the end
         # In an ASCII file, as json.dump writes it, characters are bytes. Elsewhere they must be counted.
         size = (lambda start, end: end - start) if text.isascii() else \
             (lambda start, end: len(text[start:end].encode()))
@@ -49,7 +52,10 @@ class RecordFile:
                 start_byte = position + size(at, here)
                 position = start_byte + size(here, end)
                 spans.append((start_byte, position))
-                at, here = end, skip(text, end).end()
+                following = skip(text, end)
+                if not following:
+                    raise ValueError("a comma is missing, or is one too many")
+                at, here = end, following.end()
             if text[here + 1:].strip():
                 raise ValueError("there is more text after the closing ]")
         except (ValueError, IndexError, RecursionError) as error:
@@ -65,7 +71,10 @@ class RecordFile:
 
     def __getitem__(self, index):
         start, end = self.spans[index].tolist()
-        return json.loads(self._file.read(start, end - start))
+        record = json.loads(self._file.read(start, end - start))
+        if record.get("id") is None:  # so that a message about the record says where it is
+            record["id"] = f"number {index + 1} of {self.path.name}"
+        return record
 
 
 class RecordSet:
@@ -99,7 +108,7 @@ class RecordSet:
         if name is None:
             name = f"{record.get('id')}.jpg"
             return name if name in self.images else None
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not name.strip():
             raise BadRecord(record, "'image' is not the name of a file", repr(name)[:80])
         return name
 
@@ -150,21 +159,25 @@ def check_turns(record, has_image):
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise BadRecord(record, "'conversations' is not a list of turns")
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-    if turns and roles.get(str(turns[0].get("from"))) == "assistant":
-        turns = turns[1:]  # an answer without a question; the original code skips it too
+    # The original code too skips an answer that comes before the first question.
+    skipped = int(bool(turns) and roles.get(str(turns[0].get("from"))) == "assistant")
+    turns = turns[skipped:]
     if len(turns) < 2:
         raise BadRecord(record, "no human turn with a gpt turn after it")
     texts = [turn.get("value") for turn in turns]
     for i, (turn, text) in enumerate(zip(turns, texts)):
-        role = "assistant" if i % 2 else "user"
+        number, role = i + 1 + skipped, "assistant" if i % 2 else "user"
         if roles.get(str(turn.get("from"))) != role or not isinstance(text, str):
             speaker = "gpt" if i % 2 else "human"
             raise BadRecord(record, "turns that do not alternate between human and gpt",
-                            f"turn {i + 1} should be from {speaker}, and its value a text")
-        if re.search("[\ud800-\udfff]", text):  # half of a UTF-16 pair, which cannot be encoded
-            raise BadRecord(record, "text that is not Unicode", f"turn {i + 1}")
+                            f"turn {number} should be from {speaker}, and its value a text")
+        # Half of a UTF-16 pair cannot be encoded. U+E000 is the marker of ChatTemplate.answer_spans().
+        if bad := re.search("[\ud800-\udfff\ue000]", text):
+            raise BadRecord(record, "a character that no text should have", f"{ascii(bad[0])}, turn {number}")
         if i % 2 and not text.strip():  # it would teach the model to say nothing
-            raise BadRecord(record, "an empty answer", f"turn {i + 1}")
+            raise BadRecord(record, "an empty answer", f"turn {number}")
+    if (length := sum(map(len, texts))) > MAX_CHARACTERS:
+        raise BadRecord(record, f"more than {MAX_CHARACTERS:,} characters of text", f"{length:,}")
     count = sum(text.count("<image>") for text in texts[::2])
     if count > int(has_image):
         raise BadRecord(record, "more <image> in its human turns than images",

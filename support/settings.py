@@ -58,6 +58,7 @@ SWITCHES = {
     "resume": "continue the unfinished run in the folder from its checkpoint",
     "restart": "discard the run in the folder and train again",
     "check_data": "check the data and stop; no weights are loaded",
+    "decode": "check the data more slowly: open every image too, in --workers processes",
     "activation_checkpointing": "recompute activations in the backward pass: less memory, more time",
 }
 
@@ -77,8 +78,10 @@ def parse_settings(description, presets):
         defaults = ", ".join(f"{preset}: {values[name]}" for preset, values in presets.items())
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{text} ({defaults})", **how)
+    resume_or_restart = parser.add_mutually_exclusive_group()
     for name, text in SWITCHES.items():
-        parser.add_argument("--" + name.replace("_", "-"), action="store_true", help=text)
+        group = resume_or_restart if name in ("resume", "restart") else parser
+        group.add_argument("--" + name.replace("_", "-"), action="store_true", help=text)
     given = vars(parser.parse_args())
     return argparse.Namespace(**{"preset": given["preset"], **presets[given["preset"]], **given})
 
@@ -89,6 +92,9 @@ def print_settings(settings, device, dtype):
     print(textwrap.fill("settings: " + ", ".join(pairs), 110, subsequent_indent="    ",
                         break_on_hyphens=False))
     print(f"device {device}, {dtype}")
+    if settings.preset != "toy" and settings.device == "auto" and device.type == "cpu":
+        print("WARNING: no GPU was found, and on a CPU this training is many times slower. Install a PyTorch "
+              "that supports your GPU, or pass --device cpu if this is what you want.")
 
 
 def next_command(script, settings):

@@ -5,27 +5,30 @@ one place still answers fluently. Weights are safetensors and the rest is JSON, 
 opened.
 """
 
+import hashlib
 from pathlib import Path
 
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, CLIPVisionModel,
                           SiglipVisionModel)
 
 from data import ChatTemplate
-from model import Llava
+from model import LORA_TARGETS, Llava
 from support.devices import choose_attention
-from support.errors import UserError
+from support.errors import UserError, explain_errors
 from support.files import atomic_write, find_pretrained, read_json, write_json
 
 VISION_MODELS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
 # A projector translates from one layer of one vision tower to one LLM. With another it is noise.
 MODEL_SETTINGS = ("vision_tower", "vision_layer", "llm", "projector")
+RESULT_FILES = ("projector.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+RUN_JSON = {"stage": int, "vision_tower": str, "vision_layer": int, "llm": str, "projector": str,
+            "template": str, "steps": int, "settings": dict}  # what run.json must contain
 
 
 # -- pretrained models -------------------------------------------------------------------------------------
@@ -34,10 +37,8 @@ MODEL_SETTINGS = ("vision_tower", "vision_layer", "llm", "projector")
 def load_vision_config(name):
     """Returns the configuration of the vision half of a CLIP or SigLIP."""
     folder = find_pretrained(name)
-    try:
+    with explain_errors(f"read {folder}/config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the configuration in {folder}: {str(error).splitlines()[0]}") from error
     config = getattr(config, "vision_config", config)
     if config.model_type not in VISION_MODELS:
         raise UserError(f"{folder} is a '{config.model_type}'; --vision-tower must name a CLIP or SigLIP")
@@ -51,12 +52,9 @@ def load_image_processor(name):
     installed, and pixels would differ between machines.
     """
     folder, size = find_pretrained(name), load_vision_config(name).image_size
-    try:
+    with explain_errors(f"read {folder}/preprocessor_config.json"):
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
         pixel_values = image_processor(Image.new("RGB", (size, size)), return_tensors="pt")["pixel_values"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read {folder}/preprocessor_config.json: {str(error).splitlines()[0]}"
-                        ) from error
     if pixel_values.shape != (1, 3, size, size):
         raise UserError(f"{folder}/preprocessor_config.json makes images of another size than {size} × "
                         f"{size}, which the vision tower needs")
@@ -93,17 +91,17 @@ def load_language_model(name, dtype, device):
 
 
 def _load_strictly(model_class, name, dtype, **kwargs):
-    """from_pretrained() that raises UserError if weights are missing; transformers would fill in random
-    numbers."""
+    """from_pretrained() that raises UserError if weights are missing or have another shape than the model;
+    transformers would fill in random numbers."""
     folder = find_pretrained(name)
-    try:
+    with explain_errors(f"load the weights in {folder}"):
         model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True,
-                                                  use_safetensors=True, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the weights in {folder}: {str(error).splitlines()[0]}") from error
-    if info["missing_keys"]:
-        raise UserError(f"the weights in {folder} lack {len(info['missing_keys'])} tensors, for example "
-                        f"{sorted(info['missing_keys'])[0]}: fetch them again")
+                                                  ignore_mismatched_sizes=True, use_safetensors=True,
+                                                  trust_remote_code=False, **kwargs)
+    wrong = sorted(info["missing_keys"]) + sorted(str(key) for key, *_ in info["mismatched_keys"])
+    if wrong:
+        raise UserError(f"the weights in {folder} do not fit its config.json: {len(wrong)} missing or of "
+                        f"another shape, for example {wrong[0]}; fetch the folder again")
     return model
 
 
@@ -126,20 +124,32 @@ def save_result(folder, stage, model, template, settings, steps, held_out, skipp
             model.llm.save_pretrained(temporary)
     write_json(folder / "run.json", {
         "stage": stage, **{name: settings[name] for name in MODEL_SETTINGS}, "template": template.fingerprint,
-        "steps": steps, "held_out": held_out, "skipped_images": skipped, "settings": settings,
+        "checksums": result_checksums(folder), "steps": steps, "held_out": held_out,
+        "skipped_images": skipped, "settings": settings,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})
 
 
+def result_checksums(folder):
+    """Returns {name: checksum} of the result files of a stage."""
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16] for name in RESULT_FILES
+            if (folder / name).is_file()}
+
+
 def read_run(folder):
-    """Returns run.json of a finished stage. Raises UserError if the stage is not finished."""
+    """Returns run.json of a finished stage. Raises UserError if the stage is not finished, or if a file is
+    damaged."""
     run = read_json(Path(folder) / "run.json")
     if run is None:
         script = "stage2_instruct.py" if Path(folder).name == "stage2" else "stage1_align.py"
         raise UserError(f"{folder} holds no finished run: run python {script} --run {Path(folder).parent} "
                         "first")
-    required = {"stage", "template", "settings", *MODEL_SETTINGS}
-    if not isinstance(run, dict) or not required <= run.keys() or run["stage"] not in (1, 2):
+    if (not isinstance(run, dict) or run.get("stage") not in (1, 2)
+            or not all(isinstance(run.get(name), kind) for name, kind in RUN_JSON.items())):
         raise UserError(f"{folder}/run.json is damaged: it was not written by a stage of this project")
+    found = result_checksums(Path(folder))
+    if run.get("checksums", found) != found:  # one flipped bit would change the answers, and nothing else
+        raise UserError(f"{folder} is damaged: a file is missing or has changed since it was written (one of "
+                        f"{', '.join(RESULT_FILES)}): copy the folder again, or train again with --restart")
     return run
 
 
@@ -161,22 +171,28 @@ def check_same_template(run, template, folder):
 
 def load_projector(model, path):
     """Loads projector.safetensors into the model. Raises UserError if it does not fit exactly."""
-    try:
+    with explain_errors(f"load {path}, which must fit this projector"):
         model.projector.load_state_dict(load_file(path), strict=True)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit this projector: {' '.join(str(error).split())}") from error
 
 
 def load_adapter(model, folder):
     """Adds a saved LoRA adapter to the model, frozen. Raises UserError if it does not fit exactly (peft
     itself only warns about missing tensors)."""
-    try:
-        config = LoraConfig.from_pretrained(folder)
+    # Only the fields that stage 2 sets are used. Others could change the base weights, or match the names of
+    # modules by a regular expression that never ends.
+    saved = read_json(Path(folder) / "adapter_config.json")
+    r, alpha, targets = ((saved if isinstance(saved, dict) else {}).get(name)
+                         for name in ("r", "lora_alpha", "target_modules"))
+    with explain_errors(f"read the adapter in {folder}"):
         tensors = load_file(Path(folder) / "adapter_model.safetensors")
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read the adapter in {folder}: {error}") from error
-    config.inference_mode = True
-    model.add_lora(config)
+    ranks = {tensor.shape[:1] for name, tensor in tensors.items() if ".lora_A." in name}
+    if (not isinstance(r, int) or ranks != {(r,)}
+            or not isinstance(alpha, (int, float)) or not 0 < alpha < 2**31
+            or not isinstance(targets, list) or not all(name in LORA_TARGETS for name in targets)):
+        raise UserError(f"{folder}/adapter_config.json does not fit: it needs the adapter's rank r, a "
+                        f"positive lora_alpha, and target_modules among {', '.join(LORA_TARGETS)}")
+    model.add_lora(LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM",
+                              inference_mode=True))
     expected = get_peft_model_state_dict(model.llm)
     wrong = {name for name in expected.keys() | tensors.keys()
              if name not in expected or name not in tensors or expected[name].shape != tensors[name].shape}
@@ -197,9 +213,15 @@ def load_trained(folder, device, dtype):
                   run["vision_layer"])
     load_projector(model, Path(folder) / "projector.safetensors")
     if run["stage"] == 2:
+        stage1, expected = Path(folder).parent / "stage1", run["settings"].get("stage1_checksum")
+        if expected and result_checksums(stage1).get("projector.safetensors", expected) != expected:
+            print(f"NOTE: {folder} was trained from another stage 1 than the one that is now in {stage1}: "
+                  "train stage 2 again with --restart, or pass --stage 1")
         load_adapter(model, Path(folder) / "adapter")
         if dtype == torch.float32:
             # W + (alpha / r)·B·A has the shape of W, so the adapter can be added to W once and costs nothing
             # afterwards. In half precision, small parts of B·A would be rounded away.
             model.llm = model.llm.merge_and_unload(safe_merge=True)
+        else:  # as autocast does in training, where A and B are fp32
+            model.llm.to(dtype)
     return model.to(device).eval(), template, image_processor, run

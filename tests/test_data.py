@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import time
 import zipfile
 
 import numpy as np
@@ -272,16 +273,29 @@ def test_half_an_emoji_in_a_text_makes_that_record_unusable_and_no_other(dataset
     record = record_of("Who?", "A cat \ud83d")
     dataset = dataset_of([record, record_of("Who?", "A cat .")])
     checked = check_records(dataset.records, template, N, 500)
-    assert checked.usable.indices.tolist() == [1] and "text that is not Unicode" in checked.failures
+    assert checked.usable.indices.tolist() == [1]
+    assert "a character that no text should have" in checked.failures
     sample = dataset[0]
     assert sample["input_ids"] == dataset[1]["input_ids"] and len(sample["skipped"]) == 1
 
 
-def test_the_character_that_marks_answers_makes_a_record_unusable(dataset_of):
-    for turns in (("\ue000", "A cat ."), ("Who?", "A \ue000 ."), ("\ue000", "\ue000")):
-        record = record_of(*turns)
-        with pytest.raises(BadRecord, match=r"U\+E000"):
-            dataset_of([record]).encode(record)
+def test_the_character_that_marks_answers_makes_a_record_unusable_in_the_check(dataset_of, template):
+    turns = [("\ue000", "A cat ."), ("Who?", "A \ue000 ."), ("\ue000", "\ue000"), ("Who?", "A cat .")]
+    dataset = dataset_of([record_of(*pair) for pair in turns])
+    checked = check_records(dataset.records, template, N, 500)
+    assert checked.usable.indices.tolist() == [3]
+    assert list(map(len, checked.failures.values())) == [3]
+
+
+def test_a_conversation_of_hundreds_of_turns_is_encoded_quickly(template):
+    messages = [user("Who is it, then?"), assistant("A cat .")] * 500
+    started = time.perf_counter()
+    ids, labels = template.encode(messages, N)
+    assert time.perf_counter() - started < 2  # 9 s, if each answer rendered all turns before it
+    assert labels.count(template.end_token_id) == 500
+    alone = template.encode(messages[:2], N)[1]
+    labeled = [label for label in alone if label != IGNORE_INDEX]
+    assert [label for label in labels if label != IGNORE_INDEX] == 500 * labeled
 
 
 def test_a_question_of_a_later_turn_is_asked_with_the_image_in_front(dataset_of, template):

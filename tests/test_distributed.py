@@ -47,6 +47,12 @@ def test_micro_batches_and_processes_give_the_gradient_of_the_large_batch(
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
+def test_a_process_without_a_sample_does_not_stop_an_fp16_run(tmp_path):
+    arguments = ["--run", str(tmp_path), *SMALL, "--limit", "1", "--epochs", "2", "--precision", "fp16"]
+    finish("stage1_align", arguments, tmp_path / "log", world_size=2)
+    assert [line["samples"] for line in metrics(tmp_path / "stage1") if "samples" in line] == [1, 2]
+
+
 def children_of(pid):
     """Returns the ids of a process's children, from the fourth field of /proc/<pid>/stat."""
     parents = {int(path.parent.name): int(path.read_text().rsplit(")", 1)[1].split()[1])

@@ -153,7 +153,7 @@ ANSWERS = st.one_of(st.sampled_from([letter for letter in LETTERS if letter.stri
 
 
 @settings(max_examples=2000, deadline=None, derandomize=True)
-@given(turns=st.lists(st.tuples(ANSWERS, ANSWERS), min_size=1, max_size=2))
+@given(turns=st.lists(st.tuples(ANSWERS, ANSWERS), min_size=1, max_size=3))
 def test_labels_of_short_answers_are_exactly_the_answer_and_its_end_token(llm, turns):
     """A search for the answer "s" would also find it in "</s>", and the newline after it would be trained."""
     template = template_of(llm)

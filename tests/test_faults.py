@@ -10,19 +10,21 @@ import signal
 import sys
 import time
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import N, REPOSITORY, draw
+from conftest import N, REPOSITORY, command, draw
 from processes import SMALL, finish, metrics, start
 from torch.utils.data import DataLoader
 
 import model
 import stage1_align
 import toy.world
-from data import ChatDataset
-from support import metrics_log
+from data import ChatDataset, collate
+from support import checkpoints, files, metrics_log, weights
+from support.check_records import count_skipped_images
 from support.errors import UserError, run_script
 from support.images import ImageStore
 from support.records import RecordFile, RecordSet
@@ -31,7 +33,7 @@ from support.records import RecordFile, RecordSet
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """Restores pytest's own handlers after a test that has run a stage in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in checkpoints.STOP_SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -75,6 +77,33 @@ def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_continue(num
     assert metrics(tmp_path / "stage1")[-1]["step"] == step
 
 
+def test_a_closed_terminal_lets_a_run_save_and_stop(tmp_path):
+    """The kernel sends SIGHUP, and writing to the terminal fails from then on."""
+    pty = pytest.importorskip("pty")
+    words = [sys.executable, str(REPOSITORY / "stage1_align.py"), "--run", str(tmp_path), *SMALL,
+             "--save-every", "9999", "--workers", "1"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, words)
+    while not first_step_is_logged(tmp_path / "stage1"):
+        os.read(terminal, 10_000)
+    os.close(terminal)
+    os.kill(pid, signal.SIGHUP)  # a shell sends it to its jobs once more
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    checkpoint = torch.load(tmp_path / "stage1" / "checkpoint.pt", weights_only=True)
+    assert metrics(tmp_path / "stage1")[-1]["step"] == checkpoint["progress"]["step"]
+
+
+def test_a_run_under_nohup_ignores_a_closed_terminal(monkeypatch):
+    monkeypatch.setattr(checkpoints, "STOP_SIGNALS", [signal.SIGHUP])
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        checkpoints.StopSignal()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_interrupt_stops_at_once(tmp_path):
     # Every step is followed by a long evaluation, in which the signals come.
     arguments = ["--run", str(tmp_path), *SMALL, "--eval-every", "1", "--held-out", "240"]
@@ -86,6 +115,31 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
     process.join(5)
     assert process.exitcode == 128 + signal.SIGINT
     assert "saved" not in (tmp_path / "log").read_text()
+
+
+def test_a_second_process_in_the_same_folder_is_refused_until_the_first_has_ended(tmp_path):
+    arguments = ["--run", str(tmp_path), *SMALL]
+    first = start("stage1_align", arguments, tmp_path / "log")
+    wait_for(first, lambda: (tmp_path / "stage1" / "checkpoint.pt").exists())
+    for flag in ("--resume", "--restart"):
+        sentence = failure("stage1_align", [*arguments, flag], tmp_path / "second log")
+        assert "another process is training" in sentence and "stage1" in sentence and "--run" in sentence
+    assert first.is_alive()
+    first.kill()  # leaves .lock behind
+    first.join()
+    resumed = start("stage1_align", [*arguments, "--resume"], tmp_path / "log")
+    wait_for(resumed, lambda: "resuming" in (tmp_path / "log").read_text())
+    resumed.kill()
+    resumed.join()
+
+
+def test_a_drive_without_locks_is_pointed_out_and_used(script, flags, monkeypatch, capsys):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "lockf", unsupported)
+    script("stage1_align", *flags(1, max_steps=0))
+    assert "cannot be locked (No locks available)" in capsys.readouterr().out
 
 
 # -- resuming, or not --------------------------------------------------------------------------------------
@@ -163,6 +217,8 @@ class Dangerous:
 
 def damaged_checkpoints(content):
     yield "truncated", content[:len(content) // 2]
+    middle = len(content) // 2
+    yield "a bit flipped in a weight", content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
     yield "a bit flipped in its pickle", content.replace(b"weights", b"weight\xff")
     yield "empty", b""
     yield "no checkpoint", b"<html>404</html>"
@@ -186,6 +242,42 @@ def test_a_damaged_checkpoint_is_refused_and_its_code_is_not_run(script, refusal
         sentence = refusal("stage1_align", *arguments, "--resume")
         assert "checkpoint.pt is damaged" in sentence and "--restart" in sentence, name
     assert not (tmp_path / "created by a pickle").exists()
+
+
+@pytest.mark.parametrize("name", weights.RESULT_FILES)
+def test_a_flipped_bit_or_a_missing_file_of_a_finished_stage_is_noticed(
+        name, script, refusal, flags, tmp_path):
+    script("stage1_align", *flags(1, max_steps=0))
+    script("stage2_instruct", *flags(2, max_steps=0))
+    folder = tmp_path / "runs" / "toy" / "stage2"
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) * 3 // 4] ^= 1
+    (folder / name).write_bytes(content)
+    sentence = refusal("sanity_check", "--sample", "0")
+    assert "stage2 is damaged" in sentence and name in sentence
+    (folder / name).unlink()
+    assert "stage2 is damaged" in refusal("sanity_check", "--sample", "0")
+
+
+def test_stage_2_does_not_begin_with_a_damaged_projector(script, refusal, flags, tmp_path):
+    script("stage1_align", *flags(1, max_steps=0))
+    path = tmp_path / "runs" / "toy" / "stage1" / "projector.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "stage1 is damaged" in refusal("stage2_instruct", *flags(2, max_steps=0))
+
+
+@pytest.mark.parametrize("change", [
+    lambda run: run.pop("steps"), lambda run: run.update(settings=[]), lambda run: run.update(stage="2"),
+    lambda run: run.update(vision_tower=None), lambda run: run.update(checksums=7)])
+def test_a_changed_run_json_is_one_sentence(change, script, refusal, flags, tmp_path):
+    script("stage1_align", *flags(1, max_steps=0))
+    path = tmp_path / "runs" / "toy" / "stage1" / "run.json"
+    run = json.loads(path.read_text())
+    change(run)
+    path.write_text(json.dumps(run))
+    assert "is damaged" in refusal("sanity_check")
 
 
 def test_another_chat_template_than_that_of_the_training_is_refused(tmp_path):
@@ -238,6 +330,8 @@ def test_ten_overflows_in_a_row_stop_an_fp16_run_and_nine_do_not(script, refusal
     # Nine, then one good step, after which the count begins again.
     poisoned(lambda number, training: training and number not in (10, 20), float("inf"))
     script("stage1_align", *arguments)
+    lines = (tmp_path / "runs" / "toy" / "stage1" / "metrics.jsonl").read_text()
+    assert "Infinity" not in lines and "NaN" not in lines and '"loss": null' in lines
     poisoned(lambda number, training: training and number != 5, float("inf"))
     sentence = refusal("stage1_align", *arguments, "--restart")
     assert "step 15: loss inf" in sentence and "drawn_0" in sentence
@@ -301,6 +395,57 @@ def test_out_of_memory_says_which_flags_to_change(monkeypatch, error):
     assert "\n" not in stop.value.code
 
 
+def test_out_of_memory_of_a_tool_names_no_flag_of_the_stages(monkeypatch):
+    def main():
+        raise MemoryError
+
+    monkeypatch.setattr(sys, "argv", ["sanity_check.py"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert "out of memory" in stop.value.code and "--device cpu" in stop.value.code
+    assert "--grad-accum" not in stop.value.code
+
+
+@pytest.mark.parametrize("error, flag", [
+    ("DataLoader worker (pid 12) is killed by signal: Killed. ", "--workers"),
+    ("DataLoader worker (pid(s) 1, 2) exited unexpectedly", "--workers"),
+    ("DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that dataloader's workers "
+     "are out of shared memory. Please try to raise your shared memory limit.", "--shm-size"),
+])
+def test_a_lost_worker_says_what_to_change(monkeypatch, error, flag):
+    def main():
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(sys, "argv", ["stage1_align.py"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert flag in stop.value.code and "--workers" in stop.value.code and "\n" not in stop.value.code
+
+
+def test_too_little_shared_memory_is_one_sentence_and_no_endless_wait(monkeypatch):
+    """As in Docker with its 64 MB. A worker that fails while it sends a batch would only print the error."""
+    def too_little(self):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", too_little)  # workers are forked and inherit it
+    monkeypatch.setattr(sys, "argv", ["stage1_align.py"])
+    samples = [{"input_ids": [1, 2], "labels": [1, 2], "pixel_values": None}] * 4
+    loader = DataLoader(samples, batch_size=2, num_workers=1, collate_fn=partial(collate, pad_token_id=0),
+                        multiprocessing_context="fork")
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: next(iter(loader)))
+    assert "too little shared memory" in stop.value.code and "--workers 0" in stop.value.code
+
+
+def test_an_error_in_a_worker_ends_the_command(flags, tmp_path, drawn):
+    """The exception keeps the workers alive. They ignore SIGTERM, so multiprocessing would wait forever."""
+    shutil.copytree(drawn / "images", tmp_path / "images")
+    for path in (tmp_path / "images").iterdir():
+        path.write_text("<html>404</html>")
+    done = command("stage1_align", *flags(1, images=tmp_path / "images", workers=2), cwd=tmp_path)
+    assert done.returncode == 1 and "8 records in a row cannot be used" in done.stderr.splitlines()[-1]
+
+
 def test_a_bug_still_shows_its_traceback():
     for bug in (ZeroDivisionError(), RuntimeError("some bug")):
         def main():
@@ -337,6 +482,26 @@ def test_a_disk_that_fills_up_while_the_log_is_written_is_one_sentence(refusal, 
     monkeypatch.setattr(metrics_log, "open", FullDisk, raising=False)
     sentence = refusal("stage1_align", *flags(1, max_steps=1))
     assert "cannot write" in sentence and "metrics.jsonl" in sentence and "No space left" in sentence
+
+
+def test_a_disk_that_fills_up_while_skipped_images_are_listed_is_one_sentence(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    os.symlink("/dev/full", tmp_path / "skipped.txt")
+    with pytest.raises(UserError, match="cannot write .*skipped.txt: No space left on device"):
+        count_skipped_images([], ["an image"], tmp_path, 1.0, 1)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "skipped.txt"])
+def test_a_resumed_run_does_not_write_through_a_symbolic_link(name, script, refusal, flags, tmp_path):
+    arguments = flags(1, max_steps=4, save_every=1, batch_size=2)
+    interrupt_after_step(2, script, arguments)
+    link = tmp_path / "runs" / "toy" / "stage1" / name
+    link.unlink(missing_ok=True)
+    (tmp_path / "precious.txt").write_text("precious" * 1000)
+    os.symlink(tmp_path / "precious.txt", link)
+    assert name in refusal("stage1_align", *arguments, "--resume")
+    assert (tmp_path / "precious.txt").read_text() == "precious" * 1000
 
 
 def test_a_folder_that_vanishes_during_the_run_is_one_sentence(refusal, flags, monkeypatch, tmp_path):
@@ -383,6 +548,22 @@ def test_an_image_that_cannot_be_decoded_is_replaced_named_and_counted_once(
     assert record["id"] in line and record["image"] in line
     assert json.loads((tmp_path / "stage1" / "run.json").read_text())["skipped_images"] == 1
     assert metrics(tmp_path / "stage1")[-2]["samples"] == 3 * 40
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_decode_finds_an_image_that_cannot_be_decoded_before_the_training(
+        half_an_image, workers, script, refusal, tmp_path, capsys):
+    record, folder = half_an_image
+    arguments = [*SMALL, "--data", str(folder / "chat.json"), "--images", str(folder / "images"),
+                 "--check-data", "--workers", workers]
+    script("stage1_align", *arguments)
+    out = capsys.readouterr().out
+    assert "40 usable" in out and "not opened; --decode" in out
+    script("stage1_align", *arguments, "--decode", "--allow-bad", "0.03")
+    out = capsys.readouterr().out
+    assert "39 usable" in out and "1 unusable: image cannot be decoded" in out and "not opened" not in out
+    assert record["id"] in out and record["image"] in out
+    assert "1 of 44 records cannot be used" in refusal("stage1_align", *arguments, "--decode")
 
 
 def test_more_undecodable_images_than_allowed_stop_the_run(half_an_image, tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image, features
 
 from data import IGNORE_INDEX
 from support import images
-from support.errors import BadRecord, UserError
+from support.errors import BadRecord, UserError, printable
 from support.images import ImageStore, decode_image
 from support.records import RecordFile, RecordSet
 
@@ -128,6 +128,22 @@ def test_a_zip_made_on_a_mac_is_read_without_its_hidden_files(tmp_path):
     assert store.open(RECORD, "a.png").size == store.open(RECORD, "photos/a.png").size == (5, 5)
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_zip_with_a_file_beside_its_one_folder_or_with_two_members_of_one_name_is_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("README.txt", "Photos.")
+        for side in (5, 6):  # unzip and zipfile take the last
+            archive.writestr("photos/a.png", saved(Image.new("RGB", (side, side), RED), "PNG").getvalue())
+    store = ImageStore(tmp_path / "images.zip")
+    assert store.open(RECORD, "a.png").size == store.open(RECORD, "photos/a.png").size == (6, 6)
+    assert "README.txt" in store and "b.png" not in store
+
+
+def test_a_photo_of_108_megapixels_is_opened(tmp_path):
+    Image.new("1", (12_000, 9_000)).save(tmp_path / "a.png")
+    assert ImageStore(tmp_path).open(RECORD, "a.png").size == (12_000, 9_000)
+
+
 # -- images that cannot ------------------------------------------------------------------------------------
 
 
@@ -144,7 +160,7 @@ def bomb(size=50_000):
 NOISE = Image.effect_noise((99, 99), 90)
 BROKEN = {
     "bomb.png": bomb(),
-    "real bomb.png": saved(Image.new("1", (10_000, 10_000)), "PNG").getvalue(),
+    "real bomb.png": saved(Image.new("1", (14_200, 14_200)), "PNG").getvalue(),
     "half.jpg": saved(NOISE, "JPEG").getvalue()[:900],
     "half.png": saved(NOISE, "PNG").getvalue()[:3000],
     "text.jpg": b"<html>404 Not Found</html>",
@@ -244,6 +260,21 @@ def test_a_damaged_avif_is_a_bad_record(tmp_path):
         ImageStore(tmp_path).open(RECORD, "photo.jpg")
 
 
+@pytest.mark.parametrize("name", ["", " ", 7, ["a.jpg"]])
+def test_an_image_that_is_no_file_name_is_named_as_such(broken, name, tmp_path):
+    (tmp_path / "chat.json").write_text(json.dumps([{"id": "a"}, {"image": name}]))
+    records = RecordSet(RecordFile(tmp_path / "chat.json"), ImageStore(broken / "images"), np.arange(2))
+    with pytest.raises(BadRecord, match="record 'number 2 of chat.json': 'image' is not the name of a file"):
+        records.open_image(records[1])
+
+
+def test_a_line_break_or_a_terminal_code_in_a_name_is_escaped(refusal, flags):
+    sentence = refusal("stage1_align", *flags(1, data="no\nsuch\x1b[31m\u202e.json"))
+    assert sentence.startswith(r"stage1_align.py: no\nsuch\x1b[31m\u202e.json does not exist")
+    assert str(BadRecord(RECORD, "image missing", "a\nb\x1b[0m")) == r"record 'a': image missing: a\nb\x1b[0m"
+    assert printable("ü 漢 🙂 אב") == "ü 漢 🙂 אב"
+
+
 # -- .zip files --------------------------------------------------------------------------------------------
 
 
@@ -307,6 +338,10 @@ def test_a_zip_bomb_is_refused_without_unpacking_it(tmp_path, monkeypatch, claim
 NOT_RECORDS = {  # name: (content, what the sentence says)
     "truncated": (b'[{"id": 1}, {"id": 2', "1 complete"),
     "truncated after a comma": (b'[{"id": 1},', "ends in the middle.*1 complete"),
+    "without a comma": (b'[{"id": 1} {"id": 2}]', "comma is missing.*1 complete"),
+    "comma after the last": (b'[{"id": 1}, ]', "comma.*one too many|Expecting value"),
+    "two commas": (b'[{"id": 1},, {"id": 2}]', "Expecting value.*1 complete"),
+    "comma before the first": (b'[, {"id": 1}]', "Expecting value"),
     "without an end": (b'[{"id": 1}', "ends in the middle.*1 complete"),
     "only [": (b"[", "ends in the middle"),
     "object": (b'{"id": 1}', r"does not begin with \["),
@@ -352,9 +387,12 @@ HUMAN, GPT = {"from": "human", "value": "What?"}, {"from": "gpt", "value": "That
     ([HUMAN, HUMAN, GPT], False, "alternate"),
     ([HUMAN, GPT, GPT], False, "alternate"),
     ([HUMAN, {"from": "gpt"}], False, "alternate"),
-    ([HUMAN, {"from": "gpt", "value": " "}], False, "empty answer"),
-    ([HUMAN, {"from": "gpt", "value": "\ud83d"}], False, "Unicode"),
-    ([{"from": "human", "value": "\ud83d"}, GPT], False, "Unicode"),
+    ([HUMAN, {"from": "gpt", "value": " "}], False, "empty answer: turn 2"),
+    ([GPT, HUMAN, {"from": "gpt", "value": " "}], False, "empty answer: turn 3"),
+    ([HUMAN, {"from": "gpt", "value": "\ud83d"}], False, r"no text should have: '\\ud83d', turn 2"),
+    ([{"from": "human", "value": "\ud83d"}, GPT], False, r"no text should have: '\\ud83d', turn 1"),
+    ([{"from": "human", "value": "a\ue000"}, GPT], False, r"no text should have: '\\ue000', turn 1"),
+    ([HUMAN, {"from": "gpt", "value": "a" * 1_000_001}], False, "more than 1,000,000 characters of text"),
     ([{"from": "human", "value": "<image>What?"}, GPT], False, "more <image>"),
     ([{"from": "human", "value": "<image>\n<image>What?"}, GPT], True, "more <image>"),
     ([{"from": "human", "value": "<image>"}, GPT] * 2, True, "more <image>"),

@@ -1,12 +1,13 @@
 """The model against transformers' own LLaVA with the same weights, and faults that would stay silent."""
 
+import json
 import logging
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import N, batch_of, build, draw, make_llm, preprocess
+from conftest import N, batch_of, build, draw, forget_checksums, make_llm, preprocess
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, AutoTokenizer, CLIPModel, CLIPVisionModel, LlavaConfig,
@@ -16,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from data import IGNORE_INDEX, collate
 from model import LORA_TARGETS, count_patches
 from support.errors import UserError
-from support.weights import load_trained, save_result
+from support.weights import load_image_processor, load_trained, save_result
 
 LORA = dict(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
 
@@ -390,13 +391,41 @@ def spoil(path, change):
 @pytest.mark.parametrize("file", ["projector.safetensors", "adapter/adapter_model.safetensors"])
 def test_a_projector_or_adapter_that_does_not_fit_is_refused(saved, file, change):
     _, folder = saved()
+    forget_checksums(folder)
     spoil(folder / file, change)
     with pytest.raises(UserError, match="fit"):
         load(folder)
 
 
+@pytest.mark.parametrize("change", [
+    {"target_modules": "^(([a-z_.0-9]+)+)+!$"}, {"target_modules": ["lm_head"]},
+    {"target_modules": [["q_proj"]]}, {"target_modules": None}, {"r": 4096}, {"r": -1}, {"r": "4"},
+    {"lora_alpha": float("inf")}, {"lora_alpha": None}, {"lora_alpha": 10**400}], ids=str)
+def test_a_hostile_adapter_configuration_is_one_sentence(saved, change):
+    _, folder = saved()
+    forget_checksums(folder)
+    path = folder / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match="adapter_config.json does not fit"):
+        load(folder)
+
+
+def test_other_fields_of_an_adapter_configuration_change_nothing(saved, batch):
+    """pissa would change the base weights, and layer_replication would build a larger model."""
+    _, folder = saved()
+    expected = logits_of(load(folder)[0], batch)
+    forget_checksums(folder)
+    path = folder / "adapter" / "adapter_config.json"
+    change = {"init_lora_weights": "pissa", "layer_replication": [[0, 2], [0, 2]],
+              "megatron_config": {"a": 1}, "exclude_modules": "^(([a-z_.0-9]+)+)+!$", "lora_dropout": 7,
+              "unknown": True}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert torch.equal(logits_of(load(folder)[0], batch), expected)
+
+
 def test_half_a_projector_file_is_refused(saved):
     _, folder = saved(stage=1)
+    forget_checksums(folder)
     path = folder / "projector.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match="projector.safetensors"):
@@ -413,7 +442,7 @@ def test_pretrained_weights_with_a_missing_tensor_are_refused_and_not_filled_at_
     folder = shutil.copytree(getattr(parts, which), tmp_path / which)
     spoil(folder / "model.safetensors", lambda tensors: tensors.pop(name))
     broken = parts._replace(**{which: folder})
-    with pytest.raises(UserError, match="lack 1 tensor"):
+    with pytest.raises(UserError, match="fit its config.json: 1 missing"):
         build(broken.clip, broken.llm)
 
 
@@ -423,6 +452,48 @@ def test_half_a_download_is_refused_in_one_sentence(parts, tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(UserError, match="cannot load the weights"):
         build(parts.clip, folder)
+
+
+def with_narrow_weights(folder):
+    def narrow(tensors):
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:, :-1].clone()
+
+    spoil(folder / "model.safetensors", narrow)
+
+
+def written(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+DAMAGES = {  # name: (which folder, what to do to it, what the sentence names)
+    "CLIP's configuration is a list": ("clip", written("config.json", "[]"), "config.json"),
+    "CLIP's sizes do not fit": ("clip", written("config.json", '{"model_type": "clip_vision_model", '
+                                                '"num_attention_heads": 5}'), "config.json"),
+    "CLIP's sizes are texts": ("clip", written("config.json", '{"model_type": "clip_vision_model", '
+                                               '"hidden_size": "a"}'), "config.json"),
+    "the preprocessing is a list": ("clip", written("preprocessor_config.json", "[]"),
+                                    "preprocessor_config.json"),
+    "the preprocessing is missing": ("clip", lambda folder: (folder / "preprocessor_config.json").unlink(),
+                                     "preprocessor_config.json"),
+    "the LLM's configuration is a list": ("llm", written("config.json", "[]"), "llm"),
+    "the tokenizer is half a file": ("llm", written("tokenizer.json", '{"version"'), "tokenizer"),
+    "the tokenizer is empty": ("llm", written("tokenizer.json", "{}"), "tokenizer"),
+    "the tokenizer is missing": ("llm", lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+    "the template has a syntax error": ("llm", written("chat_template.jinja", "{% for"), "chat template"),
+    "the template divides by zero": ("llm", written("chat_template.jinja", "{{ 1/0 }}"), "chat template"),
+    "a weight has another shape": ("llm", with_narrow_weights, "another shape, for example lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("which, damage, named", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_pretrained_folder_is_one_sentence(parts, tmp_path, which, damage, named):
+    folder = shutil.copytree(getattr(parts, which), tmp_path / which)
+    damage(folder)
+    broken = parts._replace(**{which: folder})
+    with pytest.raises(UserError, match=named) as error:
+        load_image_processor(broken.clip)
+        build(broken.clip, broken.llm)
+    assert str(folder) in str(error.value) and len(str(error.value)) < 500
 
 
 def test_loading_half_of_clip_prints_no_complaint(tiny, caplog):

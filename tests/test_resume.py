@@ -132,6 +132,18 @@ def test_a_run_killed_at_any_operation_on_a_file_is_never_taken_for_another(scri
         assert outcome(folder) == new
 
 
+def test_a_stage_2_of_another_stage_1_is_pointed_out(script, refusal, flags, capsys):
+    script("stage1_align", *flags(1, max_steps=0))
+    script("stage2_instruct", *flags(2, max_steps=0))
+    for seed, expected in ((0, False), (1, True)):
+        script("stage1_align", *flags(1, max_steps=0, seed=seed), "--restart")
+        capsys.readouterr()
+        script("sanity_check", "--show-mask", 0)
+        assert ("trained from another stage 1" in capsys.readouterr().out) == expected
+    script("sanity_check", "--show-mask", 0, "--stage", 1)
+    assert "another stage 1" not in capsys.readouterr().out
+
+
 def test_a_finished_run_is_not_overwritten_without_restart(script, refusal, flags, tmp_path):
     script("stage1_align", *flags(1, max_steps=2))
     folder = tmp_path / "runs" / "toy" / "stage1"
@@ -143,6 +155,12 @@ def test_a_finished_run_is_not_overwritten_without_restart(script, refusal, flag
         script("stage1_align", *flags(1, max_steps=2), "--resume")
     assert stop.value.code == 0
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
+
+
+def test_resume_and_restart_together_are_refused_because_restart_would_discard_the_run(script, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script("stage1_align", *flags(1), "--resume", "--restart")
+    assert stop.value.code == 2 and "not allowed with" in capsys.readouterr().err
 
 
 def test_a_restarted_run_that_is_killed_early_leaves_nothing_of_the_run_before(unbroken, tmp_path):
@@ -165,4 +183,4 @@ def test_a_restarted_run_that_is_killed_early_leaves_nothing_of_the_run_before(u
         process.kill()
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
-        assert [path.name for path in (tmp_path / stage).iterdir()] == ["metrics.jsonl"]
+        assert {path.name for path in (tmp_path / stage).iterdir()} == {"metrics.jsonl", ".lock"}

@@ -7,16 +7,17 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import N, batch_of, command, draw, metrics, preprocess
+from conftest import N, batch_of, command, draw, forget_checksums, metrics, preprocess
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from data import collate
 from model import LORA_TARGETS
+from support.settings import print_settings
 
 NAMES = {1: "stage1_align", 2: "stage2_instruct"}
 
@@ -107,7 +108,7 @@ def trained(tmp_path_factory, flags):
 
 def test_stage_1_writes_a_projector_and_stage_2_an_adapter_too(trained):
     folder = trained[0] / "runs" / "toy"
-    files = {"projector.safetensors", "run.json", "metrics.jsonl"}
+    files = {"projector.safetensors", "run.json", "metrics.jsonl", ".lock"}
     assert {path.name for path in (folder / "stage1").iterdir()} == files
     assert {path.name for path in (folder / "stage2").iterdir()} == {*files, "adapter"}
     assert set(load_file(folder / "stage1" / "projector.safetensors")) == {"weight", "bias"}
@@ -115,6 +116,26 @@ def test_stage_1_writes_a_projector_and_stage_2_an_adapter_too(trained):
     assert adapter and all("lora_" in name for name in adapter)
     run = json.loads((folder / "stage2" / "run.json").read_text())
     assert (run["stage"], run["steps"], run["settings"]["lr"]) == (2, 40, 1e-2)
+
+
+def test_results_are_as_readable_as_any_other_file(script, flags, tmp_path):
+    """safetensors writes files that only their owner can read. On a cluster, others need them too."""
+    script("stage1_align", *flags(1, max_steps=0))
+    script("stage2_instruct", *flags(2, max_steps=0))
+    (tmp_path / "other").touch()
+    folder = tmp_path / "runs" / "toy" / "stage2"
+    modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "other").stat().st_mode}
+
+
+@pytest.mark.parametrize("device, loud", [("auto", True), ("cpu", False)])
+def test_a_real_model_on_a_cpu_is_pointed_out_before_it_starts(capsys, device, loud):
+    settings = SimpleNamespace(preset="tinyllama", device=device)
+    print_settings(settings, torch.device("cpu"), torch.float32)
+    assert ("WARNING: no GPU was found" in capsys.readouterr().out) == loud
+    settings.preset = "toy"
+    print_settings(settings, torch.device("cpu"), torch.float32)
+    assert "WARNING" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stage, steps", [(1, 30), (2, 40)])
@@ -170,6 +191,7 @@ def test_the_sanity_check_answers_a_held_out_sample(trained):
 def test_the_sanity_check_says_when_the_image_makes_no_difference(script, flags, capsys):
     script("stage1_align", *flags(1, max_steps=0))
     path = Path("runs/toy/stage1/projector.safetensors")
+    forget_checksums(path.parent)
     save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}, path)
     script("sanity_check", "--sample", 0)
     assert "The image makes almost no difference for this record." in capsys.readouterr().out
@@ -300,6 +322,7 @@ def test_stage_2_refuses_a_projector_made_for_other_models(refusal, script, flag
     ({"llm": "{clip}"}, "clip"),
     ({"data": "{images}"}, "images.zip"),
     ({"device": "cuda:99"}, "cuda:99"),
+    ({"device": "meta"}, "meta"),
     ({"vision_layer": 7}, "vision"),
     ({"vision_layer": -9}, "vision"),
 ])
