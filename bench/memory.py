@@ -6,8 +6,8 @@
 All samples are as long as the longest of the real data. The table is not measured. The check measures steps
 of a smaller model on the CPU (fp32, Linux only), and fails if a computed peak is off by more than 15%.
 
-The table has two cases. On GPUs without flash attention (a T4, an RTX 20xx, any GPU under Windows) every head of
-TinyLlama gets its own copy of its keys and values; expanded_attention() in support/devices.py says why.
+The table has two cases. On GPUs without flash attention (a T4, an RTX 20xx, any GPU under Windows) every head
+of TinyLlama gets its own copy of its keys and values; expanded_attention() in support/devices.py says why.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def peak_bytes(config, stage, batch, recompute, flash, size, on_gpu):
     """Returns the peak memory of one of our training steps, in bytes.
 
     Args: batch: samples in the micro-batch, all of LONGEST length. recompute: --activation-checkpointing.
-    flash: False for expanded_attention(). size: bytes of a number in frozen weights and in matrix products."""
+    flash: False for expanded_attention(). size: bytes of a number in frozen weights and matrix products."""
     vision, text, rank = config.vision_config, config.text_config, LORA["r"]
     d_v, d, mlp, layers = vision.hidden_size, text.hidden_size, text.intermediate_size, text.num_hidden_layers
     heads, kv = text.num_attention_heads, text.num_key_value_heads * text.head_dim

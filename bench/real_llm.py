@@ -7,7 +7,7 @@
   weights, which are converted to a folder that from_pretrained() reads.
 - The data are easy-VQA (MIT): images with one colored shape and questions about it, with the official split
   into training and test images. They are converted to LLaVA's formats.
-- No pretrained CLIP can be had as a package, so a small one is trained here, on pictures that this script draws.
+- No package contains a pretrained CLIP, so a small one is trained here, on pictures that this script draws.
 
 docs/real_llm.md shows the commands that then train and evaluate, and their results.
 """
@@ -179,7 +179,8 @@ def draw(rng):
         canvas.rectangle([4 * x - arm, top, 4 * x + arm, bottom], fill=fill)
         canvas.rectangle([left, 4 * y - arm, right, 4 * y + arm], fill=fill)
     size = SIZES[min(2, int((half_width * half_height) ** .5 / 16 * 3))]
-    return np.asarray(image.reduce(4)), [color, shape, size, ROWS[int(y / SIDE * 3)], COLUMNS[int(x / SIDE * 3)]]
+    place = ROWS[int(y / SIDE * 3)], COLUMNS[int(x / SIDE * 3)]
+    return np.asarray(image.reduce(4)), [color, shape, size, *place]
 
 
 def train_vision_tower(folder, steps=3000, batch_size=128, lr=1e-3):
@@ -228,7 +229,8 @@ def main():
     parser.add_argument("--prepare", action="store_true", required=True, help=f"write {DATA}/")
     parser.parse_args()
     DATA.mkdir(parents=True, exist_ok=True)
-    for name, make in (("smollm2", convert_llm), ("easy-vqa", convert_data), ("clip-vit", train_vision_tower)):
+    makers = {"smollm2": convert_llm, "easy-vqa": convert_data, "clip-vit": train_vision_tower}
+    for name, make in makers.items():
         if (DATA / name).exists():
             print(f"{DATA / name} exists already")
             continue

@@ -90,8 +90,9 @@ def run_script(main):
         advice = ("Halve --batch-size and double --grad-accum, which keeps the effective batch, or add "
                   "--activation-checkpointing, or lower --max-length")
         if not script.startswith("stage"):
-            has_batches = script == "evaluate.py"
-            advice = f"{'Lower --batch-size, use' if has_batches else 'Use'} a GPU with more memory, or --device cpu"
+            advice = "Use a GPU with more memory, or --device cpu"
+            if script == "evaluate.py":
+                advice = f"Lower --batch-size. {advice}"
         details = (str(error).splitlines() or ["no details"])[0]
         sys.exit(f"{script}: out of memory ({details}). {advice}")
     except KeyboardInterrupt:

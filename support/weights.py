@@ -76,8 +76,8 @@ def load_vision_tower(name, dtype):
 
 
 def load_language_model(name, dtype, device):
-    """Returns a decoder-only language model with its pretrained weights, on the CPU. `device` is where it will
-    compute, which decides the attention kernel."""
+    """Returns a decoder-only language model with its pretrained weights, still on the CPU. `device`, where it
+    will compute, decides the attention kernel."""
     attention = choose_attention(device, dtype)
     llm = _load_strictly(AutoModelForCausalLM, name, dtype, attn_implementation=attention)
     # Llava.forward() applies the head to the decoder's output. Some models (Gemma 2, Cohere, Granite) then

@@ -258,7 +258,8 @@ def test_both_stages_the_sanity_check_and_the_export_run_on_every_family(
 
 @pytest.mark.parametrize("config_class, change", [(Gemma2Config, {"final_logit_softcapping": 30.0}),
                                                   (GraniteConfig, {"logits_scaling": 2.0})])
-def test_an_llm_that_changes_its_logits_after_the_head_is_refused(flags, refusal, tmp_path, config_class, change):
+def test_an_llm_that_changes_its_logits_after_the_head_is_refused(
+        flags, refusal, tmp_path, config_class, change):
     """Llava.forward() would compute other losses than the LLM itself."""
     llm = make_family(tmp_path / "other", config_class, GEMMA, False, **change)
     assert "other changes its logits after the head" in refusal("stage1_align", *flags(1, llm=llm))
