@@ -15,6 +15,7 @@ an image, and generate_answers() on the first record.
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +38,18 @@ from support.weights import load_trained
 def make_heldout_batches(dataset, pad_token_id, batch_size):
     """Returns the records of a ChatDataset that have an image, as a list of training batches.
 
-    A last batch of one record would contain no different image. So np.array_split makes batches of nearly
+    measure_grounding() takes the image of the previous record as the different image. So records that share
+    an image are spread: the first record of every image comes first, then the second of every image, and so
+    on. A last batch of one record would contain no different image. So np.array_split makes batches of nearly
     equal size, which can be larger than batch_size.
     """
-    samples = [dataset[i] for i in range(len(dataset))]
-    samples = [sample for sample in samples if sample["pixel_values"] is not None]
+    earlier, order = Counter(), []  # earlier[name]: how many records with this image came before
+    for i in range(len(dataset)):
+        name = dataset.records.image_name(dataset.records[i])
+        if name is not None:
+            order.append((earlier[name], i))
+            earlier[name] += 1
+    samples = [dataset[i] for _, i in sorted(order)]
     chunks = np.array_split(np.arange(len(samples)), max(1, len(samples) // max(2, batch_size)))
     return [collate([samples[i] for i in chunk], pad_token_id) for chunk in chunks]
 

@@ -5,7 +5,9 @@ import re
 import shutil
 
 import pytest
+import torch
 
+from sanity_check import make_heldout_batches
 from tools import evaluate
 from tools.evaluate import evenly_spaced, f1, is_toy_caption, score_captions
 
@@ -74,6 +76,23 @@ def test_correct_captions_score_1_and_those_of_different_images_less():
     assert scores["objects_f1"] == scores["caption_f1"] == 1
     assert scores["objects_f1_shuffled"] == 0.5 and scores["caption_f1_shuffled"] == 0
     assert f1([set()], [{"circle"}]) == 0 and f1([set()], [set()]) == 0
+
+
+def test_the_different_image_is_a_different_one_if_several_records_share_an_image():
+    class Records(list):
+        def image_name(self, record):
+            return record["image"]
+
+    class Dataset(list):
+        records = Records({"image": name} for name in "aaabbbcc")
+
+    names = {name: value for value, name in enumerate("abc")}
+    dataset = Dataset({"input_ids": [0], "labels": [0],
+                       "pixel_values": torch.full((3, 1, 1), names[record["image"]])}
+                      for record in Dataset.records)
+    for batch in make_heldout_batches(dataset, 0, 8):
+        images = batch["pixel_values"][:, 0, 0, 0]
+        assert len(images) == 8 and (images != images.roll(1)).sum() >= 7
 
 
 def test_records_are_taken_at_equal_distances():
