@@ -1,7 +1,7 @@
 """From a JSON record to tensors: the chat template, the label mask, samples and batches.
 
-A record of LLaVA-CC3M-Pretrain-595K, for stage 1. Those of LLaVA-Instruct-150K, for stage 2, have the same
-form, and many of them have several questions and answers.
+This is a record of LLaVA-CC3M-Pretrain-595K, for stage 1. The records of LLaVA-Instruct-150K, for stage 2,
+have the same form, but many have several questions and answers.
 
     {"id": "GCC_train_002582585", "image": "GCC_train_002582585.jpg", "conversations": [
         {"from": "human", "value": "Provide a brief description of the given image.\\n<image>"},
@@ -303,7 +303,9 @@ def collate(samples, pad_token_id, padding_side="right"):
     if "labels" in samples[0]:
         batch["labels"] = torch.tensor([pad(sample["labels"], IGNORE_INDEX) for sample in samples])
         batch["skipped"] = [sentence for sample in samples for sentence in sample.get("skipped", [])]
-    if get_worker_info():  # in a worker; without this, a lack of shared memory would end in an endless wait
+    if get_worker_info():
+        # A worker passes its batches on in shared memory. Moved here, a lack of it raises an error. Otherwise
+        # the worker would hang when it sends the batch.
         for value in filter(torch.is_tensor, batch.values()):
             value.share_memory_()
     return batch

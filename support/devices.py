@@ -42,9 +42,9 @@ def expanded_attention(module, query, key, value, attention_mask, scaling=None, 
     values.
 
     TinyLlama has 32 query heads and 4 key-value heads, so 8 query heads share keys and values. For such
-    attention PyTorch before 2.14 has two CUDA kernels. Flash attention needs half precision, Linux, and an
-    A100, an RTX 30xx or a later GPU. Elsewhere PyTorch falls back to the "math" kernel, which keeps all T×T
-    attention weights in fp32 for the backward pass. With copies, PyTorch can use its memory-efficient kernel,
+    attention PyTorch before 2.14 has two CUDA kernels: flash and math. Flash needs half precision, Linux, and
+    an A100, an RTX 30xx or a later GPU. Elsewhere PyTorch uses math, which keeps all T×T attention weights in
+    fp32 for the backward pass. With copies, PyTorch can use its memory-efficient kernel,
     which keeps none and runs on every CUDA GPU.
 
     Shapes: query (B, heads, T, D / heads); key, value (B, key-value heads, T, D / heads).

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and how a script ends with them: in one sentence and an exit code."""
+"""Errors that a user can fix, and how a script ends with them: in one sentence and an exit code."""
 
 import re
 import sys
@@ -18,14 +18,14 @@ def printable(text):
 
 
 class UserError(Exception):
-    """Something that the user can mend. The text is one sentence: what is wrong and what to do."""
+    """Something that the user can fix. The text is one sentence: what is wrong and what to do."""
 
 
 class BadRecord(UserError):
     """A record that cannot be trained on. `reason` is one of a fixed set, so callers can count failures by
     kind.
 
-    Args: record, reason, detail. Or the finished sentence, as when a DataLoader worker sends the error on.
+    Args: record, reason, detail; or one finished sentence, when a DataLoader worker passes the error on.
     """
 
     def __init__(self, record, reason=None, detail=""):

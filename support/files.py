@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 
-from support.errors import UserError, explain_errors
+from support.errors import UserError, explain_errors, is_out_of_memory
 
 if os.name == "nt":
     import msvcrt
@@ -64,8 +65,9 @@ def make_writable_folder(path):
 def lock_folder(folder):
     """Raises UserError if another process trains in this folder. Otherwise this process holds a lock on the
     folder until it ends. The operating system releases the lock, so a killed run leaves none."""
-    try:
+    with explain_errors(f"write {folder}/.lock"):
         file = os.open(Path(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # never closed
+    try:
         if os.name == "nt":
             msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
         else:
@@ -81,15 +83,15 @@ def lock_folder(folder):
 def atomic_write(path):
     """Yields a temporary path beside `path`; what is written there, a file or a folder, then replaces `path`.
 
-    The data are flushed to the disk before the rename. A run killed at any moment leaves either the old or
-    the new version, never half of one.
+    The data are flushed to the disk before the rename. A run killed at any moment leaves the old or the new
+    version, never half of one. (An old folder is deleted first, so a kill in between leaves none.)
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    with explain_errors(f"write {path}"):  # torch and safetensors report a full disk by errors of their own
+    try:
         delete(temporary)  # left by a run that was killed here
         yield temporary
-        umask = os.umask(0)
+        umask = os.umask(0)  # the only way to read the umask is to set it
         os.umask(umask)
         for file in [temporary] if temporary.is_file() else temporary.rglob("*"):
             if file.is_file():
@@ -99,6 +101,11 @@ def atomic_write(path):
         if path.is_dir() and not path.is_symlink():  # a rename cannot replace a folder with contents
             delete(path)
         os.replace(temporary, path)
+    # torch and safetensors report a full disk by errors of their own.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def delete(path):

@@ -18,7 +18,7 @@ from support.files import WorkerFile
 # Formats that Pillow decodes by itself. (EPS, for example, would start Ghostscript.)
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO"]
 MAX_FILE_BYTES = 256 * 2**20
-Image.MAX_IMAGE_PIXELS = 200_000_000  # Pillow's own limit refuses photos of 108 megapixels
+Image.MAX_IMAGE_PIXELS = 200_000_000  # Pillow warns above 89 megapixels, but some phones take 108
 ORIENTATION = 0x112  # the EXIF tag that says how a camera was held
 TRANSPOSE = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
              4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
@@ -34,7 +34,7 @@ def decode_image(file, name):
     """
     try:
         with warnings.catch_warnings():
-            # Pillow only warns of a small file that claims a huge size. Make it an error.
+            # Up to twice MAX_IMAGE_PIXELS, Pillow only warns. Make that an error too.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
                 orientation = image.getexif().get(ORIENTATION)
@@ -76,7 +76,7 @@ class ImageStore:
         return self._find_member(name) is not None
 
     def is_inside(self, name):
-        """Returns False if the name points out of the folder, by itself or through a symbolic link."""
+        """Returns True if the name stays inside the folder, also after symbolic links are followed."""
         path = PurePosixPath(name.replace("\\", "/"))
         drive = re.match("[A-Za-z]:", name)  # of Windows
         if not path.parts or "\0" in name or path.is_absolute() or ".." in path.parts or drive:
@@ -86,7 +86,7 @@ class ImageStore:
         root = os.path.realpath(self.root)
         try:
             return os.path.realpath(os.path.join(root, name)).startswith(root + os.sep)
-        except ValueError:  # half of a UTF-16 pair, which no file name contains
+        except ValueError:  # a lone surrogate (half of a UTF-16 pair), which no file name contains
             return False
 
     def check(self, record, name):

@@ -96,7 +96,8 @@ class RecordSet:
         return RecordSet(self.file, self.images, self.indices[positions])
 
     def fingerprint(self):
-        """Returns a hash of where the records are in their file. It changes if records come, go or move."""
+        """Returns a hash of where the records are in their file. It changes if records come, go or move.
+        An edit that keeps all lengths is not noticed."""
         return hashlib.sha256(self.file.spans[self.indices].tobytes()).hexdigest()[:16]
 
     def image_name(self, record):
@@ -159,7 +160,7 @@ def check_turns(record, has_image):
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise BadRecord(record, "'conversations' is not a list of turns")
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-    # The original code too skips an answer that comes before the first question.
+    # The original code also skips an answer that comes before the first question.
     skipped = int(bool(turns) and roles.get(str(turns[0].get("from"))) == "assistant")
     turns = turns[skipped:]
     if len(turns) < 2:
@@ -171,7 +172,8 @@ def check_turns(record, has_image):
             speaker = "gpt" if i % 2 else "human"
             raise BadRecord(record, "turns that do not alternate between human and gpt",
                             f"turn {number} should be from {speaker}, and its value a text")
-        # Half of a UTF-16 pair cannot be encoded. U+E000 is the marker of ChatTemplate.answer_spans().
+        # A lone surrogate (half of a UTF-16 pair) cannot be encoded. U+E000 is the marker of
+        # ChatTemplate.answer_spans().
         if bad := re.search("[\ud800-\udfff\ue000]", text):
             raise BadRecord(record, "a character that no text should have", f"{ascii(bad[0])}, turn {number}")
         if i % 2 and not text.strip():  # it would teach the model to say nothing
@@ -181,5 +183,5 @@ def check_turns(record, has_image):
     count = sum(text.count("<image>") for text in texts[::2])
     if count > int(has_image):
         raise BadRecord(record, "more <image> in its human turns than images",
-                        f"{count}, and {int(has_image)} image")
+                        f"{count} <image>, {int(has_image)} images")
     return texts[:len(texts) // 2 * 2]  # without a last question that has no answer

@@ -24,7 +24,7 @@ from support.errors import UserError, explain_errors
 from support.files import atomic_write, find_pretrained, read_json, write_json
 
 VISION_MODELS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
-# A projector translates from one layer of one vision tower to one LLM. With another it is noise.
+# A projector translates from one layer of one vision tower to one LLM. It works with no others.
 MODEL_SETTINGS = ("vision_tower", "vision_layer", "llm", "projector")
 RESULT_FILES = ("projector.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 RUN_JSON = {"stage": int, "vision_tower": str, "vision_layer": int, "llm": str, "projector": str,
@@ -70,7 +70,7 @@ def load_vision_tower(name, dtype):
     vision_class._keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"projection\.", "logit_scale",
                                                        "logit_bias", "position_ids"]
     vision_tower = _load_strictly(vision_class, name, dtype, config=config)
-    if isinstance(vision_tower, SiglipVisionModel):  # its last norm and pooling follow the layers that we use
+    if isinstance(vision_tower, SiglipVisionModel):  # skip its last norm and pooling; we use an earlier layer
         vision_tower.post_layernorm, vision_tower.head, vision_tower.use_head = nn.Identity(), None, False
     return vision_tower
 
@@ -147,7 +147,7 @@ def read_run(folder):
             or not all(isinstance(run.get(name), kind) for name, kind in RUN_JSON.items())):
         raise UserError(f"{folder}/run.json is damaged: it was not written by a stage of this project")
     found = result_checksums(Path(folder))
-    if run.get("checksums", found) != found:  # one flipped bit would change the answers, and nothing else
+    if run.get("checksums", found) != found:  # one flipped bit changes the answers and raises no error
         raise UserError(f"{folder} is damaged: a file is missing or has changed since it was written (one of "
                         f"{', '.join(RESULT_FILES)}): copy the folder again, or train again with --restart")
     return run
@@ -179,7 +179,7 @@ def load_adapter(model, folder):
     """Adds a saved LoRA adapter to the model, frozen. Raises UserError if it does not fit exactly (peft
     itself only warns about missing tensors)."""
     # Only the fields that stage 2 sets are used. Others could change the base weights, or match the names of
-    # modules by a regular expression that never ends.
+    # modules by a regular expression that takes forever.
     saved = read_json(Path(folder) / "adapter_config.json")
     r, alpha, targets = ((saved if isinstance(saved, dict) else {}).get(name)
                          for name in ("r", "lora_alpha", "target_modules"))
@@ -222,6 +222,6 @@ def load_trained(folder, device, dtype):
             # W + (alpha / r)·B·A has the shape of W, so the adapter can be added to W once and costs nothing
             # afterwards. In half precision, small parts of B·A would be rounded away.
             model.llm = model.llm.merge_and_unload(safe_merge=True)
-        else:  # as autocast does in training, where A and B are fp32
-            model.llm.to(dtype)
+        else:
+            model.llm.to(dtype)  # A and B to half precision, as autocast does in training
     return model.to(device).eval(), template, image_processor, run

@@ -43,7 +43,7 @@ def documented_keys():
 
 
 def test_every_key_of_eval_json_is_documented():
-    expected = {"stage", "counts", "image_match"} | CAPTIONS | F1 | EXACT | {"answers_loss"}  # then "…"
+    expected = {"stage", "checksums", "counts", "image_match"} | CAPTIONS | F1 | EXACT | {"answers_loss"}  # then "…"
     assert documented_keys() == expected
 
 
@@ -54,7 +54,7 @@ def test_the_toy_gets_exactly_the_documented_keys(script, tmp_path, capsys, stag
     if stage == 2:
         script("stage2_instruct", *TOY, "--run", run)
     result = evaluate_run(script, run)
-    assert result.keys() == {"stage", "counts", "image_match"} | CAPTIONS | F1 | (
+    assert result.keys() == {"stage", "checksums", "counts", "image_match"} | CAPTIONS | F1 | (
         ANSWERS | EXACT if stage == 2 else set())
     assert result["stage"] == stage and result["counts"]["captions"] == 6
     if stage == 2:
@@ -117,7 +117,7 @@ def test_only_what_the_toy_grammar_writes_is_a_toy_caption(text, expected):
 
 def test_captions_that_are_not_toy_captions_get_no_f1(script, flags, tmp_path, capsys):
     result = evaluate_run(script, train(script, flags, tmp_path / "run", stages=[1]))
-    assert result.keys() == {"stage", "counts", "image_match"} | CAPTIONS
+    assert result.keys() == {"stage", "checksums", "counts", "image_match"} | CAPTIONS
     assert "F1" not in capsys.readouterr().out
 
 

@@ -10,6 +10,7 @@ the numbers to <run>/eval.json. If they are as good with a different image, the 
 both, because it may have forgotten how to write captions. The keys of eval.json:
 
     stage                    the stage that was evaluated
+    checksums                of its files, as in run.json
     captions_loss            loss of the reference answers with the correct image, in nats per token
     captions_loss_shuffled   the same with a different image
     captions_loss_blank      the same with a blank image
@@ -105,7 +106,7 @@ def answer_questions(model, template, dataset, questions, device, batch_size, ma
 
 
 def next_image(dataset, i):
-    """Returns the first image after that of record i which is a different one, as pixel values."""
+    """Returns the pixel values of the next record that has a different image."""
     records = dataset.records
     for j in range(i + 1, i + len(records)):
         record = records[j % len(records)]
@@ -177,7 +178,7 @@ def print_table(result):
 
 
 def open_held_out(run_json, count, template, image_processor, num_image_tokens):
-    """Returns the usable ones of the run's first `count` held-out records as a ChatDataset; None stands for
+    """Returns the usable records among the run's first `count` held-out ones, as a ChatDataset. None takes
     the run's own number. Raises UserError if fewer than two have an image."""
     settings = dict(run_json["settings"])
     if count and count > settings["held_out"] and not settings["heldout_data"]:
@@ -214,15 +215,16 @@ def main():
     make_writable_folder(args.run)
     print(f"{args.run}/stage{stage}: {run_json['steps']:,} steps, {run_json['projector']} projector, "
           f"{'LoRA adapter' if stage == 2 else 'no adapter'}")
-    processors = args.held_out, template, image_processor, model.num_image_tokens
-    datasets = {"captions" if stage == 1 else "answers": open_held_out(run_json, *processors)}
+    dataset_args = args.held_out, template, image_processor, model.num_image_tokens
+    datasets = {"captions" if stage == 1 else "answers": open_held_out(run_json, *dataset_args)}
     if stage == 2:
         try:
-            datasets["captions"] = open_held_out(read_run(args.run / "stage1"), *processors)
+            datasets["captions"] = open_held_out(read_run(args.run / "stage1"), *dataset_args)
         except UserError as error:
             print(f"The captions are left out, because stage 1's held-out records cannot be used: {error}")
 
-    result, examples, matches, records = {"stage": stage, "counts": {}}, [], 0, 0
+    result = {"stage": stage, "checksums": run_json.get("checksums"), "counts": {}}
+    examples, matches, records = [], 0, 0
     for name, dataset in datasets.items():
         # 1. With the reference answers. This can be measured on any data.
         batches = make_heldout_batches(dataset, template.tokenizer.pad_token_id, args.batch_size)

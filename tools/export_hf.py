@@ -11,8 +11,8 @@ The toy takes about 10 seconds on 2 CPU cores. The exported folder does not need
                                       {"type": "text", "text": "What is this?"}]}])
 
 Before the folder gets its name, transformers' Auto classes load it, and it is compared with the run on some
-held-out records. Prompts, pixels, logits and up to 32 generated tokens must be the same, else the folder is
-deleted. The adapter is merged in fp32 and the comparison is in fp32. --dtype rounds the weights at the end.
+held-out records in fp32. Prompts and up to 32 generated tokens must be the same, and logits and pixels may
+differ by 1e-4, else the folder is deleted. --dtype rounds the weights afterwards, without another comparison.
 docs/export.md says which other tools load the folder, and how to serve it or publish it.
 
 If torchvision is installed, transformers resizes images with it. Pixels then differ by up to one of their 256
@@ -37,7 +37,9 @@ from support.settings import POSITIVE
 from support.weights import load_trained, read_run
 from tools.model_card import write_model_card
 
-TOLERANCE = 1e-4  # between logits; the order of summation changes them by about 1e-5 in fp32
+# Largest allowed difference of logits and of pixel values. The order of summation changes logits by about
+# 1e-5 in fp32.
+TOLERANCE = 1e-4
 NEW_TOKENS = 32
 
 # The LLM's chat template takes the content of a message as one string, "<image>\nWhat is it?". Other tools
@@ -60,8 +62,8 @@ ACCEPT_LISTS = """\
 {%- set messages = joined.messages %}
 """
 
-# How names of weights begin in memory, and in the files of the LLaVA models on the hub. vLLM looks for the
-# latter. transformers alone would leave out "vision_model.".
+# {beginning of a weight's name in memory: its beginning in the LLaVA models on the hub}. vLLM expects the
+# hub's names. transformers alone would leave out "vision_model.".
 HUB_NAMES = {"lm_head.": "language_model.lm_head.", "model.language_model.": "language_model.model.",
              "model.vision_tower.": "vision_tower.vision_model.",
              "model.multi_modal_projector.": "multi_modal_projector."}
@@ -128,7 +130,7 @@ def select_strategy(model):
 
 
 def needs_linear_activation(projector):
-    """Returns True for a linear projector that is too narrow for the GELU, see copy_projector()."""
+    """Returns True for a linear projector that is too narrow to undo the GELU, see copy_projector()."""
     return isinstance(projector, nn.Linear) and projector.out_features < 2 * projector.in_features
 
 
@@ -274,8 +276,6 @@ def export(args, folder):
     if args.dtype != "fp32":
         save_model(llava.to(DTYPES[args.dtype]), folder)
     write_model_card(folder, stages, evaluation)
-    for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def main():
