@@ -10,6 +10,7 @@ demo: $(VENV)/.installed
 	$(RUN) stage2_instruct.py --restart
 	$(RUN) sanity_check.py --sample 0
 	$(RUN) -m tools.evaluate --run runs/toy
+	$(RUN) -m tools.page --run runs/toy
 
 test: $(VENV)/.installed-dev
 	$(RUN) -m pytest -q

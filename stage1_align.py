@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader
 import toy.world
 from data import ChatDataset, ChatTemplate, collate
 from model import IGNORE_INDEX, Llava, count_patches
-from sanity_check import generate_answers, make_heldout_batches, mark_labeled, measure_grounding
+from sanity_check import (generate_answers, make_heldout_batches, mark_labeled, measure_grounding,
+                          nearest_tokens)
 from support import checkpoints
 from support.check_records import count_skipped_images, drop_unusable_records
 from support.devices import choose_dtype
@@ -165,12 +166,14 @@ def main():
     log = MetricsLog(folder, processes.rank, checkpoint, total_steps, tracker, vars(args))
 
     def evaluate():
-        """Measures the held-out loss with the correct and with a different image, and logs one answer."""
+        """Measures the held-out loss with the correct and with a different image, and logs one answer and
+        the nearest tokens of its image patches."""
         prompt, reference = heldout_dataset.make_prompt(0)
         with autocast():
             measured = measure_grounding(model, heldout_batches, device)
             generated = generate_answers(model, template, [prompt], device, max_new_tokens=64)[0]
-        log.log_heldout(progress.step, measured, generated, reference)
+            words = nearest_tokens(model, template, prompt["pixel_values"])
+        log.log_heldout(progress.step, measured, generated, reference, words)
         return measured
 
     model.train()

@@ -63,11 +63,11 @@ class MetricsLog:
             print(f"step {step} of {self.bar.total}: {state}", flush=True)
         self._start_interval()
 
-    def log_heldout(self, step, measured, generated, reference):
-        """Logs an evaluation: what measure_grounding() returned, and one answer beside its reference
-        answer."""
+    def log_heldout(self, step, measured, generated, reference, words):
+        """Logs an evaluation: what measure_grounding() returned, one answer beside its reference answer, and
+        what nearest_tokens() returned. tools/page.py shows the latter."""
         measured_values = {f"heldout_{name}": value for name, value in measured.items()}
-        self._write(step, **measured_values, generated=generated)
+        self._write(step, **measured_values, generated=generated, words=words)
         if self.file:
             text = f"step {step}: {format_grounding(measured)}"
             if generated != self.last_generated:  # show an answer only when it has changed
@@ -88,7 +88,7 @@ class MetricsLog:
                 self.file.flush()
                 os.fsync(self.file.fileno())  # a checkpoint stores the length of this file
         if self.tracker:
-            values.pop("generated", None)
+            values = {name: value for name, value in values.items() if name not in ("generated", "words")}
             self.tracker.log(values, step=step)
 
     def close(self):

@@ -143,35 +143,60 @@ def objects_in(caption):
     return set(PHRASE.findall(caption))
 
 
+def answer_of(scene, kind, subject):
+    """Returns the correct answer to a question of one kind, or None if there is no single correct answer."""
+    objects = {" ".join(thing): place for place, thing in scene.items()}
+    if kind == "count":
+        return f"There are {NUMBERS[len(scene)]}." if len(scene) in NUMBERS else None
+    if kind == "colour":
+        return f"It is {scene[subject][0]}." if subject in scene else None
+    if kind == "shape":  # asks by color, so the color must occur once
+        shapes = [shape for color, shape in scene.values() if color == subject]
+        return f"It is {with_article(shapes[0])}." if len(shapes) == 1 else None
+    if kind == "what_at":
+        return f"{with_article(' '.join(scene[subject])).capitalize()}." if subject in scene else "Nothing."
+    if kind == "where":
+        return f"At the {objects[subject]}." if subject in objects else None
+    if kind == "yes_no":
+        return "Yes." if subject in scene else "No."
+    return "Yes." if subject in {with_article(color) for color, _ in scene.values()} else "No."  # has_colour
+
+
+def answer_to(scene, text):
+    """Returns the correct answer to a question in words, or None if it has none or is not of this world."""
+    if text in BRIEF:
+        return caption_of(scene) if len(scene) > 1 else None
+    for kind, forms in QUESTIONS.items():
+        for form in forms:
+            before, _, after = form.partition("{}")
+            if "{}" not in form and text == form:
+                return answer_of(scene, kind, "")
+            if "{}" in form and text.startswith(before) and text.endswith(after):
+                return answer_of(scene, kind, text[len(before):len(text) - len(after)])
+    return None
+
+
 def question(scene, kind, rng):
     """Returns (question, answer) of one kind, or None if every such question would be ambiguous."""
     full, empty = list(scene), [place for place in PLACES if place not in scene]
     subject, colors = "", [color for color, _ in scene.values()]  # the subject replaces {} in the question
-    if kind == "count":
-        answer = f"There are {NUMBERS[len(scene)]}."
-    elif kind == "colour":
+    if kind == "colour":
         subject = rng.choice(full)
-        answer = f"It is {scene[subject][0]}."
-    elif kind == "shape":  # asks by color, so the color must occur once
-        unique = [thing for thing in scene.values() if colors.count(thing[0]) == 1]
+    elif kind == "shape":
+        unique = [color for color in colors if colors.count(color) == 1]
         if not unique:
             return None
-        subject, shape = rng.choice(unique)
-        answer = f"It is {with_article(shape)}."
+        subject = rng.choice(unique)
     elif kind == "what_at":  # 20% ask about an empty cell
         subject = rng.choice(full if rng.random() < .8 else empty)
-        answer = f"{with_article(' '.join(scene[subject])).capitalize()}." if subject in scene else "Nothing."
     elif kind == "where":
-        place = rng.choice(full)
-        subject, answer = " ".join(scene[place]), f"At the {place}."
+        subject = " ".join(scene[rng.choice(full)])
     elif kind == "yes_no":
-        answer = rng.choice(("Yes.", "No."))
-        subject = rng.choice(full if answer == "Yes." else empty)
+        subject = rng.choice(full if rng.choice((True, False)) else empty)
     elif kind == "has_colour":
-        answer = rng.choice(("Yes.", "No."))
-        choices = set(colors) if answer == "Yes." else set(COLORS) - set(colors)
+        choices = set(colors) if rng.choice((True, False)) else set(COLORS) - set(colors)
         subject = with_article(rng.choice(sorted(choices)))
-    return rng.choice(QUESTIONS[kind]).format(subject), answer
+    return rng.choice(QUESTIONS[kind]).format(subject), answer_of(scene, kind, subject)
 
 
 def brief_description(scene, rng):

@@ -1,0 +1,326 @@
+"""tools.page: its numbers are those of the model, the page is one safe file, and a browser shows it.
+
+    python tests/test_page.py runs/toy/page.html docs/page.png     takes the screenshot of the README
+"""
+
+import io
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import N, make_clip, make_llm, metrics
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from data import ChatDataset
+from sanity_check import generate_answers
+from support.records import open_records
+from tools import page
+
+HOSTILE = "</script><script>document.title = 'broken'</script><!-- <b>&amp;\u2028"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(not (CHROMIUM and shutil.which("chromedriver")),
+                                   reason="needs Chromium and chromedriver, see docs/checks.md")
+
+
+def results_of(path):
+    """Returns the JSON in a page."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>',
+                                path.read_text(encoding="utf-8"), re.DOTALL)[1])
+
+
+@pytest.fixture
+def make_page(script, flags, tmp_path):
+    """make_page(stages) trains stages without a step and returns the path of the page."""
+    def make(stages=(1, 2), words=(), **changes):
+        for stage in stages:
+            script({1: "stage1_align", 2: "stage2_instruct"}[stage],
+                   *flags(stage, max_steps=1, eval_every=1, run=tmp_path / "run", **changes))
+        script("tools.page", "--run", tmp_path / "run", "--device", "cpu", "--max-new-tokens", 4, *words)
+        return tmp_path / "run" / "page.html"
+
+    return make
+
+
+@pytest.fixture
+def asked(tiny, drawn):
+    """A model, a held-out question with its image, and what the page shows of it."""
+    model, template, image_processor = tiny()
+    _, records = open_records(drawn / "instruct.json", drawn / "images.zip", drawn / "instruct.json",
+                              drawn / "images.zip", 8, 0, 0)
+    dataset = ChatDataset(records, template, image_processor, N, 512)
+    args = SimpleNamespace(batch_size=3, max_new_tokens=6, questions=2)
+    question = page.choose_questions(dataset, 2)[0]
+    mean = page.mean_feature(model, dataset, torch.device("cpu"))
+    described = page.describe_question(model, template, dataset, question, mean, {}, args)
+    return SimpleNamespace(model=model, template=template, dataset=dataset, question=question, mean=mean,
+                           described=described, prompt=dataset.make_prompt(question.record, question.turn)[0])
+
+
+# -- the numbers -------------------------------------------------------------------------------------------
+
+
+def test_the_answers_are_those_of_the_model_with_changed_features(asked):
+    def answer(change):
+        hook = asked.model.projector.register_forward_hook(lambda module, inputs, output: change(output))
+        [text] = generate_answers(asked.model, asked.template, [asked.prompt], torch.device("cpu"), 6)
+        hook.remove()
+        return text
+
+    def replaced(features, i, vector):
+        features = features.clone()
+        features[0, i] = vector
+        return features
+
+    names = [asked.dataset.records.image_name(record) for record in asked.dataset.records]
+    other = next(j for j in range(asked.question.record + 1, 8) if names[j] != names[asked.question.record])
+    pixels = asked.dataset.load_pixel_values(asked.dataset.records[other])
+    second = asked.model.encode_images(pixels[None])[0]
+    described, order = asked.described, asked.described["order"]
+    assert described["answer"] == [answer(lambda f: f), None]
+    assert described["shuffled"] == [answer(lambda f: f[:, order]), None]
+    assert described["erased"] == [(answer(lambda f: replaced(f, i, asked.mean)), None) for i in range(N)]
+    assert described["copied"] == [(answer(lambda f: replaced(f, i, second[i])), None) for i in range(N)]
+    answers = {text for text, _ in described["erased"] + described["copied"]}
+    assert len(answers) > 1 and "encode_images" not in vars(asked.model)  # restored
+    assert sorted(order) == list(range(N))
+
+
+def test_effect_and_attention_are_those_of_the_complete_model(asked):
+    model, prompt_ids = asked.model, asked.prompt["input_ids"]
+    features = model.encode_images(asked.prompt["pixel_values"][None])[0]
+    answer_ids = asked.template.tokenizer("a cat .", add_special_tokens=False)["input_ids"]
+    regions = page.find_regions(N)
+    erased = page.replace_each(features, asked.mean[None], regions)
+    effect = page.effect_on_tokens(model, prompt_ids, answer_ids, features, erased, batch_size=2)
+    attention, layer = page.attention_to_regions(model, prompt_ids, answer_ids, features, regions)
+    assert model.llm.config._attn_implementation == "sdpa"  # restored
+
+    model.llm.set_attn_implementation("eager")
+    ids = torch.tensor(prompt_ids + answer_ids)
+    first = prompt_ids.index(model.image_token_id)
+    log_p = []
+    for vectors in (features, *erased):
+        inputs_embeds = model.llm.get_input_embeddings()(ids.masked_fill(ids == model.image_token_id, 0))
+        inputs_embeds[first:first + N] = vectors
+        with torch.no_grad():
+            output = model.llm(inputs_embeds=inputs_embeds[None], output_attentions=True)
+        log_probs = output.logits[0, len(prompt_ids) - 1:-1].log_softmax(dim=-1)
+        log_p.append(log_probs[torch.arange(len(answer_ids)), answer_ids])
+        if vectors is features:
+            weights = output.attentions[layer - 1][0].mean(dim=0)
+            torch.testing.assert_close(attention, weights[len(prompt_ids) - 1:-1, first:first + N])
+    torch.testing.assert_close(effect, torch.stack([log_p[0] - other for other in log_p[1:]], dim=1),
+                               rtol=1e-4, atol=1e-4)
+    assert effect.shape == attention.shape == (len(answer_ids), N)
+
+
+@pytest.mark.parametrize("num_patches, count, block", [(4, 4, 1), (9, 9, 1), (256, 64, 4), (729, 9, 81)])
+def test_regions_are_squares_that_cover_each_patch_once(num_patches, count, block):
+    regions = page.find_regions(num_patches)
+    assert regions.shape == (count, block) and sorted(regions.flatten().tolist()) == list(range(num_patches))
+    side, width = int(num_patches ** 0.5), int(block ** 0.5)
+    for i, patches in enumerate(regions):
+        rows, columns = patches // side, patches % side
+        assert rows.max() - rows.min() == columns.max() - columns.min() == width - 1
+        assert (rows.min() // width * (side // width) + columns.min() // width) == i  # in reading order
+    features = torch.arange(num_patches).float()[:, None]
+    order = torch.arange(count).flip(0)
+    shuffled = page.shuffle(features, regions, order)
+    assert shuffled[regions[0]].equal(features[regions[-1]])
+
+
+def test_the_expected_answers_follow_from_the_scene():
+    scene = {"top left": ("red", "star"), "bottom right": ("blue", "cross")}
+    second = {"top left": ("green", "heart"), "middle left": ("red", "circle")}
+    unchanged, erased, copied = page.expected_answers("What is at the top left?", scene, second, 9)
+    assert unchanged == "A red star."
+    assert erased == ["Nothing."] + ["A red star."] * 8
+    assert copied == ["A green heart."] + ["A red star."] * 8
+    _, erased, copied = page.expected_answers("Which shape is red?", scene, second, 9)
+    assert erased == [""] + ["It is a star."] * 8  # no red shape is left
+    assert copied == ["", *["It is a star."] * 2, "", *["It is a star."] * 5]  # none, and two
+    assert page.expected_answers("What is at the top left?", scene, None, 4) == (None, [None] * 4, [None] * 4)
+    assert page.expected_answers("Is it </s>?", scene, second, 9)[0] == ""
+
+
+# -- the file ----------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_one_small_file_that_loads_nothing(make_page, capsys):
+    path = make_page()
+    assert f"wrote {path}" in capsys.readouterr().out
+    text = path.read_text(encoding="utf-8")
+    assert path.stat().st_size < 1_000_000
+    assert set(re.findall(r"https?://[^\"'`\s]*", text)) <= {"http://www.w3.org/${space}"}
+    assert not re.search(r"<link|<iframe|\bimport\b|\bfetch\(|XMLHttpRequest|@import|innerHTML|outerHTML|"
+                         r"insertAdjacentHTML|document\.write|\beval\(", text)
+    assert text.count("</script>") == 2 and "default-src 'none'" in text
+
+    described = results_of(path)
+    assert [stage["name"] for stage in described["stages"]] == ["stage 1", "stage 2"]
+    for i, stage in enumerate(described["stages"], start=1):
+        _, evaluations = metrics(path.parent / f"stage{i}")
+        assert [line["words"] for line in stage["evaluations"]] == [line["words"] for line in evaluations]
+        assert [line["loss"] for line in stage["evaluations"]] == [line["heldout_loss"] for line in evaluations]
+        answer = [text for text, labeled in stage["tokens"] if labeled]
+        assert "".join(answer).split("</s>")[0] == stage["reference"] and answer[-1] == "</s>"
+        assert [f"<image>×{N}", False] in stage["tokens"]
+    assert len(described["questions"]) == 5
+    for question in described["questions"]:
+        assert len(question["erased"]) == len(question["copied"]) == N
+        assert len(question["attention"]) == len(question["effect"]) == len(question["tokens"])
+
+
+def test_a_run_with_stage_1_only_and_the_same_page_twice(make_page, script):
+    path = make_page(stages=(1,))
+    assert results_of(path)["stage"] == 1
+    before = path.read_bytes()
+    script("tools.page", "--run", path.parent, "--device", "cpu", "--max-new-tokens", 4)
+    assert path.read_bytes() == before
+
+
+def test_a_record_cannot_end_the_script_or_add_html(make_page, drawn, tmp_path):
+    records = json.loads((drawn / "chat.json").read_text())
+    for record in records:
+        record["conversations"] = [{"from": "human", "value": HOSTILE}, {"from": "gpt", "value": HOSTILE}]
+    (tmp_path / "hostile.json").write_text(json.dumps(records))
+    path = make_page(stages=(1,), data=tmp_path / "hostile.json", heldout_data=tmp_path / "hostile.json")
+    text = path.read_text(encoding="utf-8")
+    assert text.count("</script>") == 2 and "\\u003cb>" in text and "<b>" not in text
+    assert results_of(path)["questions"][0]["question"].startswith("</script>")
+
+
+def test_256_patches_are_changed_in_64_regions_and_the_page_stays_small(make_page, tmp_path):
+    clip = make_clip(tmp_path / "clip")
+    config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                              image_size=224, patch_size=14)
+    shutil.rmtree(clip)
+    CLIPVisionModel(config).save_pretrained(clip)
+    make_clip(tmp_path / "other")
+    preprocessor = json.loads((tmp_path / "other" / "preprocessor_config.json").read_text())
+    (clip / "preprocessor_config.json").write_text(json.dumps({**preprocessor, "size": 224, "crop_size": 224}))
+    llm = make_llm(tmp_path / "llm", max_position_embeddings=1024)
+    path = make_page(stages=(1,), words=["--questions", 1], vision_tower=clip, llm=llm, max_length=1024)
+    described = results_of(path)
+    assert (described["patches"], described["regions"]) == (256, 64)
+    [question] = described["questions"]
+    assert len(question["erased"]) == len(question["copied"]) == 64
+    assert len(described["stages"][0]["evaluations"][0]["words"]) == 256
+    assert path.stat().st_size < 5_000_000
+
+
+def test_wrong_paths_are_refused(make_page, refusal, tmp_path):
+    assert "python stage1_align.py" in refusal("tools.page", "--run", tmp_path / "none", "--out", "page.html")
+    assert "cannot write a page" in refusal("tools.page", "--out", tmp_path)
+
+
+# -- in a browser ------------------------------------------------------------------------------------------
+
+
+def open_browser(path, width=1100, height=900):
+    """Returns a headless Chromium with the page open. Nothing is fetched, not even by selenium itself."""
+    os.environ.update(SE_OFFLINE="true", SE_AVOID_STATS="true")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium, see requirements-dev.txt")
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
+        "width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500})
+    browser.get(Path(path).resolve().as_uri())
+    return browser
+
+
+@needs_browser
+def test_a_reader_moves_the_slider_and_breaks_the_picture(make_page):
+    path = make_page()
+    described = results_of(path)
+    question = described["questions"][1]
+    question["question"], question["answer"] = HOSTILE, ["A cat.", "A cat."]
+    question["erased"] = [["A cat.", "A cat."]] * 2 + [["Nothing.", "Nothing."], ["Two.", "Nothing."]]
+    question["copied"] = [[HOSTILE, "A dog."]] + [["A cat.", None]] * 3
+    path.write_text(page.make_page(described), encoding="utf-8")
+    browser = open_browser(path)
+    try:
+        def text(selector):
+            return browser.find_element("css selector", selector).text
+
+        def elements(selector):
+            return browser.find_elements("css selector", selector)
+
+        first = described["stages"][0]["evaluations"][0]
+        browser.execute_script("arguments[0].focus()", elements("#words .slider input")[0])
+        elements("#words .slider input")[0].send_keys("\ue011")  # the Home key: to the first evaluation
+        assert text("#training .slider output") == text("#words .slider output") == "stage 1, step 0"
+        assert f"{first['loss']:.3f}" in text("#training table")
+        elements("#words .cell")[3].click()
+        for word, cosine in first["words"][3]:
+            assert word in text("#words table") and f"{cosine:.2f}" in text("#words table")
+        elements("#words .slider input")[0].send_keys("\ue010")  # End
+        assert text("#training .slider output") == "stage 2, step 1"
+
+        elements("#break option")[1].click()
+        assert HOSTILE.split("\u2028")[0] in text("#break .output") and text("#break .answer") == "A cat."
+        elements("#break .cell")[2].click()
+        assert text("#break .answer") == "Nothing." and "equal to the answer" in text("#break .output")
+        elements("#break .cell")[2].send_keys("\ue014", "\ue007")  # arrow right, Enter
+        assert text("#break .answer") == "Two." and "different from the answer" in text("#break .output")
+        elements("#break input[value=copied]")[0].click()
+        elements("#break .cell")[0].click()
+        assert text("#break .answer").startswith("</script>") and "A dog." in text("#break .output")
+        elements("#break .shuffle")[0].click()
+        assert text("#break .answer") == question["shuffled"][0]
+        elements("#break .undo")[0].click()
+        assert text("#break .answer") == "A cat."
+
+        assert len(elements("#cause .tokens button")) == len(described["questions"][0]["tokens"])
+        assert len(elements("#labels .labeled")) == sum(
+            labeled for stage in described["stages"] for _, labeled in stage["tokens"])
+        shown = [example for group in described["answers"] for example in group["shown"]]
+        wrong = sum(example["answer"] != example["reference"] for example in shown)
+        elements("#answers input[value=wrong]")[0].click()
+        assert sum(card.is_displayed() for card in elements("#answers .card")) == wrong
+        assert browser.title == "LLaVA: run" and not elements("b b, p > script")
+        assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    finally:
+        browser.quit()
+
+
+@needs_browser
+def test_it_fits_a_phone(make_page):
+    browser = open_browser(make_page(stages=(1,)), width=360, height=640)
+    try:
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+        assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    finally:
+        browser.quit()
+
+
+def take_screenshot(path, picture):
+    """Writes a picture of parts 2 and 3 of a page, with one patch erased that changes the answer."""
+    question = results_of(Path(path))["questions"][0]
+    erased = next(i for i, (answer, _) in enumerate(question["erased"]) if answer != question["answer"][0])
+    browser = open_browser(path, width=940, height=2000)
+    browser.find_elements("css selector", "#break .cell")[erased].click()
+    browser.execute_script("window.scrollTo(0, 0)")
+    top, bottom = (browser.find_element("css selector", selector).rect for selector in ("#words", "#break"))
+    image = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
+    browser.quit()
+    image = image.crop((0, top["y"] - 10, 940, bottom["y"] + bottom["height"] + 10))
+    # 128 colors of full coverage: the PNG becomes a third as large, and rare colors such as red are kept.
+    image.quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=0).save(picture, optimize=True)
+
+
+if __name__ == "__main__":
+    take_screenshot(*sys.argv[1:])

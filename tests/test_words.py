@@ -1,0 +1,67 @@
+"""The nearest vocabulary tokens of projected patches: sanity_check.py --words, and the log of both stages."""
+
+import json
+import re
+
+import torch
+from conftest import N, draw, metrics, preprocess
+
+from sanity_check import nearest_tokens, print_words
+
+
+def test_a_patch_that_equals_an_embedding_is_named_after_its_token(tiny, monkeypatch):
+    model, template, image_processor = tiny()
+    ids = [template.tokenizer.convert_tokens_to_ids(name) for name in ("▁red", "▁cat", "<0x0A>", "▁the")]
+    vectors = model.llm.get_input_embeddings().weight[ids] * torch.tensor([[3.0], [0.1], [1.0], [2.0]])
+    monkeypatch.setattr(model, "encode_images", lambda pixel_values: vectors[None])  # (1, N, D)
+    found = nearest_tokens(model, template, preprocess(image_processor, draw("red")), count=2)
+    assert [patch[0] for patch in found] == [("red", 1), ("cat", 1), ("<0x0A>", 1), ("the", 1)]
+    assert all(len(patch) == 2 and patch[1][1] < 1 for patch in found)
+    assert nearest_tokens(model, template, None) == []  # a record without an image
+
+
+def test_both_projectors_are_printed_side_by_side_in_the_order_of_the_patches(tiny, capsys):
+    model, template, image_processor = tiny(seed=5)
+    pixel_values = preprocess(image_processor, draw("red"))
+    trained = nearest_tokens(model, template, pixel_values, count=2)
+    print_words(model, template, pixel_values, stage=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"untrained projector +after stage 1", lines[0])
+    for row in range(2):
+        for k in range(2):
+            right = lines[1 + 3 * row + k][40:].split()
+            expected = [trained[2 * row + column][k] for column in range(2)]
+            assert right == [word for text, cosine in expected for word in (text, f"{cosine:.2f}")]
+    assert nearest_tokens(model, template, pixel_values, count=2) != trained  # untrained afterwards
+
+
+def test_of_256_patches_the_most_confident_are_printed_with_their_places(tiny, monkeypatch, capsys):
+    model, template, _ = tiny()
+    vectors = torch.randn(256, 48, generator=torch.Generator().manual_seed(0))
+    vectors[37] = model.llm.get_input_embeddings().weight[300]
+    monkeypatch.setattr(model, "encode_images", lambda pixel_values: vectors[None])
+    print_words(model, template, torch.zeros(3, 28, 28), stage=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("row 3, col 6 ") and " 1.00 " in lines[2]
+    assert sum(line.count("row ") for line in lines) == 2 * 24 and max(map(len, lines)) <= 112
+
+
+def test_every_evaluation_logs_the_words_of_the_first_held_out_picture(script, flags, tmp_path, refusal):
+    script("stage1_align", *flags(1, max_steps=2, eval_every=1))
+    script("stage2_instruct", *flags(2, max_steps=1))
+    for stage, count in ((1, 3), (2, 2)):
+        _, evaluations = metrics(tmp_path / "runs" / "toy" / f"stage{stage}")
+        words = [line["words"] for line in evaluations]
+        assert len(words) == count and words[0] != words[-1]
+        assert all(len(patches) == N and all(len(patch) == 3 for patch in patches) for patches in words)
+    script("sanity_check", "--words", 1)
+    assert "there is no held-out record 99" in refusal("sanity_check", "--words", 99)
+
+
+def test_a_record_without_an_image_has_no_words(script, flags, tmp_path, refusal):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Yes"}]
+    records = [{"id": name, "image": f"{name}.png", "conversations": turns} for name in ("red", "blue")]
+    records = [{"id": "text", "conversations": turns}, *records]
+    (tmp_path / "mixed.json").write_text(json.dumps(records))
+    script("stage1_align", *flags(1, max_steps=0, heldout_data=tmp_path / "mixed.json"))
+    assert "held-out record 0 has no image" in refusal("sanity_check", "--words", 0)

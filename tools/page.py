@@ -1,0 +1,397 @@
+"""Writes one HTML page about a run: its training, what its patches say, and what happens if they are changed.
+
+    python -m tools.page --run runs/toy         writes runs/toy/page.html
+
+The page is a single file and needs neither a server nor a network. All results are computed here, with stage
+2 of the run if it is finished, else with stage 1. The toy takes about 10 seconds on 2 CPU cores.
+tools/page.js only shows the results.
+
+A patch is erased by replacing its feature by the mean feature of many held-out patches. At real size, erasing
+one of 256 patches changes little, and erasing each of them would take long. So patches are changed in square
+regions, at most 8 × 8 per image. For the toy, a region is one patch.
+"""
+
+import argparse
+import base64
+import io
+import json
+import math
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data import IMAGE_TOKEN, collate
+from model import IGNORE_INDEX
+from sanity_check import generate_answers, load_heldout_dataset
+from support.devices import DTYPES, choose_device, choose_dtype
+from support.errors import UserError, explain_errors, run_script
+from support.files import atomic_write
+from support.settings import POSITIVE
+from support.weights import load_trained, read_run
+from tools.evaluate import answer_questions, evenly_spaced, is_toy_caption, list_questions
+from toy.world import PLACES, answer_to, objects_in
+
+MAX_SIDE = 8  # regions per row of an image
+MAX_EVALUATIONS, MAX_LOSSES = 60, 400  # per stage, so that the page of a long run stays small
+MAX_SCORED, MAX_SHOWN = 240, 8  # answers generated to count the correct ones; of these, shown of each sort
+MAX_TOKENS = 400  # of a record
+
+# -- 1. from the files of a run ----------------------------------------------------------------------------
+
+
+def thin_out(items, count):
+    """Returns `count` of the items at equal distances, with the first and the last, or all if fewer."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
+
+
+def read_metrics(folder):
+    """Returns (training, evaluations) of a stage: lists of dicts from its metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    with explain_errors(f"read {path}"):
+        lines = [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    training = [{"step": line["step"], "loss": line["loss"]} for line in lines if "loss" in line]
+    names = {"heldout_loss": "loss", "heldout_loss_shuffled": "different", "heldout_image_match": "match",
+             "generated": "generated", "words": "words"}
+    evaluations = [{"step": line["step"], **{short: line.get(name) for name, short in names.items()}}
+                   for line in lines if "heldout_loss" in line]
+    if not evaluations:
+        raise UserError(f"{path} has no evaluation: it was not written by a stage, or has been cut")
+    return thin_out(training, MAX_LOSSES), thin_out(evaluations, MAX_EVALUATIONS)
+
+
+def image_url(pixel_values, image_processor):
+    """Returns what the model sees, (3, S, S) with the normalization undone, as a data: URL."""
+    pixels = pixel_values.float().cpu().numpy().transpose(1, 2, 0)  # (S, S, 3)
+    pixels = pixels * np.array(image_processor.image_std) + np.array(image_processor.image_mean)
+    file = io.BytesIO()
+    Image.fromarray((pixels * 255).round().clip(0, 255).astype("uint8")).save(file, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def split_text(template, ids):
+    """Returns the text that each token adds to the tokens before it."""
+    texts = [template.tokenizer.decode(ids[:t], clean_up_tokenization_spaces=False)
+             for t in range(len(ids) + 1)]
+    return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
+
+
+def describe_stage(folder, run_json, dataset):
+    """Returns what the page shows of one stage: its curves, and its first held-out record."""
+    training, evaluations = read_metrics(folder)
+    ids, labels = dataset.encode(dataset.records[0])
+    ids, labels = ids[:MAX_TOKENS], labels[:MAX_TOKENS]
+    count = ids.count(dataset.template.image_token_id)
+    tokens = []
+    for i, (text, label) in enumerate(zip(split_text(dataset.template, ids), labels)):
+        if ids[i] != dataset.template.image_token_id:
+            tokens.append([text, label != IGNORE_INDEX])
+        elif ids[i - 1] != ids[i]:  # the first of the image positions stands for all of them
+            tokens.append([f"{IMAGE_TOKEN}×{count}", False])
+    prompt, reference = dataset.make_prompt(0)
+    has_image = prompt["pixel_values"] is not None
+    return {"name": f"stage {run_json['stage']}", "steps": run_json["steps"], "training": training,
+            "evaluations": evaluations, "tokens": tokens, "reference": reference,
+            "picture": image_url(prompt["pixel_values"], dataset.image_processor) if has_image else None}
+
+
+# -- 2. changing image features ----------------------------------------------------------------------------
+
+
+@contextmanager
+def features_replaced(model, features):
+    """Lets the model see `features`, (I, N, D), in place of those of its images."""
+    model.encode_images = lambda pixel_values: features  # hides the method of the class
+    try:
+        yield
+    finally:
+        del model.encode_images
+
+
+def find_regions(num_patches):
+    """Returns the patch numbers of each region, (R, patches per region), in reading order."""
+    side = math.isqrt(num_patches)
+    block = next(b for b in range(1, side + 1) if side % b == 0 and side // b <= MAX_SIDE)
+    patch = torch.arange(num_patches)
+    region = patch // side // block * (side // block) + patch % side // block  # (N,)
+    return region.argsort(stable=True).view(-1, block * block)
+
+
+def replace_each(features, replacement, regions):
+    """Returns (R, N, D): the features, (N, D), with one region replaced in each copy."""
+    changed = features.repeat(len(regions), 1, 1)
+    for i, patches in enumerate(regions):
+        changed[i, patches] = replacement.expand_as(features)[patches]
+    return changed
+
+
+def shuffle(features, regions, order):
+    """Returns the features, (N, D), with region order[i] in the place of region i."""
+    shuffled = features.clone()
+    shuffled[regions.flatten()] = features[regions[order].flatten()]
+    return shuffled
+
+
+def generate_with(model, template, prompt, features, args):
+    """Returns the answers to one prompt, one for each of the features, (B, N, D)."""
+    answers = []
+    for part in features.split(args.batch_size):
+        with features_replaced(model, part):
+            answers += generate_answers(model, template, [prompt] * len(part), features.device,
+                                        args.max_new_tokens)
+    return answers
+
+
+@torch.no_grad()
+def effect_on_tokens(model, prompt_ids, answer_ids, features, changed, batch_size):
+    """Returns by how much log p of each answer token falls if the features are changed: (T, R).
+
+    Every token is predicted from the same tokens before it, those of `answer_ids`.
+    """
+    ids = torch.tensor([prompt_ids + answer_ids], device=features.device)  # (1, P + T)
+    labels = torch.tensor([[IGNORE_INDEX] * len(prompt_ids) + answer_ids], device=features.device)
+    losses = []
+    for part in torch.cat([features[None], changed]).split(batch_size):
+        with features_replaced(model, part):
+            repeated = {"input_ids": ids.repeat(len(part), 1), "labels": labels.repeat(len(part), 1)}
+            losses.append(model(**repeated, pixel_values=None, attention_mask=None).view(len(part), -1))
+    losses = torch.cat(losses)  # (1 + R, T)
+    return (losses[1:] - losses[0]).T
+
+
+@torch.no_grad()
+def attention_to_regions(model, prompt_ids, answer_ids, features, regions):
+    """Returns how strongly each answer token attends to each region, (T, R), and the layer.
+
+    In every layer and head, position i attends to the positions j <= i with weights that sum to 1. The
+    position *before* a token predicts it, so that position's weights are used. They are added up over the
+    patches of a region and averaged over the heads of one layer: the layer, counted from 1, whose weights
+    differ most from token to token.
+    """
+    ids = torch.tensor([prompt_ids + answer_ids], device=features.device)  # (1, P + T)
+    with features_replaced(model, features[None]):
+        inputs_embeds = model.embed(ids, None)
+    usual = model.llm.config._attn_implementation  # "sdpa", which never stores the attention weights
+    model.llm.set_attn_implementation("eager")
+    weights = model.llm.get_decoder()(inputs_embeds=inputs_embeds, output_attentions=True,
+                                      use_cache=False).attentions  # L × (1, heads, P + T, P + T)
+    model.llm.set_attn_implementation(usual)
+    before = slice(len(prompt_ids) - 1, len(prompt_ids) - 1 + len(answer_ids))
+    image = (ids[0] == model.image_token_id).nonzero().squeeze(1)  # (N,)
+    maps = torch.stack([w[0].float().mean(dim=0)[before][:, image] for w in weights])  # (L, T, N)
+    maps = maps[:, :, regions.to(maps.device)].sum(dim=3)  # (L, T, R)
+    layer = (maps - maps.mean(dim=1, keepdim=True)).abs().sum(dim=(1, 2)).argmax().item()
+    return maps[layer], layer + 1
+
+
+# -- 3. what the page shows of the model -------------------------------------------------------------------
+
+
+def choose_questions(dataset, count):
+    """Returns `count` questions about images, one of each kind before a second one of any kind. Kinds with the
+    most different reference answers come first."""
+    questions = [q for q in list_questions(dataset)
+                 if dataset.records.image_name(dataset.records[q.record]) is not None]
+    kinds = {}
+    for question in questions:
+        kinds.setdefault(question.kind, []).append(question)
+    kinds = sorted(kinds.values(), key=lambda asked: (-len({q.reference for q in asked}), asked[0].kind))
+    chosen = [(kinds[i % len(kinds)], i) for i in range(min(count, len(questions)))]
+    # The k-th of the `count` questions is taken k / count of the way through the records.
+    return list(dict.fromkeys(asked[i * len(asked) // len(chosen)] for asked, i in chosen))
+
+
+def mean_feature(model, dataset, device, count=64):
+    """Returns the mean image feature, (D,), over all patches of held-out images."""
+    records = [dataset.records[i] for i in evenly_spaced(range(len(dataset)), count)]
+    images = [pixels for record in records if (pixels := dataset.load_pixel_values(record)) is not None]
+    with torch.no_grad():
+        return torch.stack([model.encode_images(image[None].to(device))[0].mean(dim=0)
+                            for image in images]).mean(dim=0)
+
+
+def expected_answers(text, scene, second, num_regions):
+    """Returns the correct answers to a question about the toy world: (unchanged, erased, copied), the latter
+    two as lists with one answer per region. "" means that the question has no correct answer any more.
+
+    scene, second: {place: (color, shape)} of both images, or None if they are not of the toy world. Then
+    nothing is known, and all answers are None.
+    """
+    if scene is None or second is None or num_regions != len(PLACES):
+        return None, [None] * num_regions, [None] * num_regions
+
+    def answer(place=None, thing=None):
+        changed = {**scene, place: thing}
+        return answer_to({place: changed[place] for place in PLACES if changed.get(place)}, text) or ""
+
+    return (answer(), [answer(place) for place in PLACES],
+            [answer(place, second.get(place)) for place in PLACES])
+
+
+def find_second_image(records, question, scenes, num_regions):
+    """Returns the record of the picture from which patches are copied into the picture of a question.
+
+    Of the next 20 records with a different image, it is the one whose patches lead to most correct answers
+    that erasing does not lead to. Without known correct answers, it is the first.
+    """
+    i, name = question.record, records.image_name(records[question.record])
+    others = (records[j % len(records)] for j in range(i + 1, i + len(records)))
+    others = [other for other in others if records.image_name(other) not in (None, name)][:20]
+    if not others:
+        raise UserError(f"{records.file.path}: all held-out records have the same image; raise --held-out")
+
+    def count_new_answers(other):
+        _, erased, copied = expected_answers(question.text, scenes.get(name),
+                                             scenes.get(records.image_name(other)), num_regions)
+        return len(set(copied) - set(erased))
+
+    return max(others, key=count_new_answers)
+
+
+def describe_question(model, template, dataset, question, mean, scenes, args):
+    """Returns what the page shows of one question: the answers to all changes of its image, the expected
+    answers, and for each token of the answer the attention to each region and the effect of erasing it."""
+    records, device = dataset.records, mean.device
+    regions = find_regions(model.num_image_tokens)  # (R, patches per region)
+    second = find_second_image(records, question, scenes, len(regions))
+    prompt, _ = dataset.make_prompt(question.record, question.turn)
+    images = torch.stack([prompt["pixel_values"], dataset.load_pixel_values(second)])  # (2, 3, S, S)
+    with torch.no_grad():
+        features, second_features = model.encode_images(images.to(device))  # (N, D) each
+    order = torch.randperm(len(regions), generator=torch.Generator().manual_seed(question.record))
+    erased = replace_each(features, mean[None], regions)  # (R, N, D)
+    copied = replace_each(features, second_features, regions)  # (R, N, D)
+
+    variants = torch.cat([features[None], shuffle(features, regions, order)[None], erased, copied])
+    answer, shuffled, *changed = generate_with(model, template, prompt, variants, args)
+    scene, second_scene = (scenes.get(records.image_name(record))
+                           for record in (records[question.record], second))
+    unchanged, if_erased, if_copied = expected_answers(question.text, scene, second_scene, len(regions))
+
+    batch = collate([prompt], template.tokenizer.pad_token_id, padding_side="left")
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    ids = model.generate(**batch, end_token_ids=[template.end_token_id], max_new_tokens=args.max_new_tokens)
+    ids = ids[0].tolist()
+    ids = ids[:ids.index(template.end_token_id)] if template.end_token_id in ids else ids
+    described = {
+        "picture": image_url(images[0], dataset.image_processor),
+        "second": image_url(images[1], dataset.image_processor),
+        "question": question.text, "reference": question.reference, "answer": [answer, unchanged],
+        "shuffled": [shuffled, unchanged], "order": order.tolist(),
+        "erased": list(zip(changed[:len(regions)], if_erased)),
+        "copied": list(zip(changed[len(regions):], if_copied)), "tokens": split_text(template, ids)}
+    if ids:
+        attention, layer = attention_to_regions(model, prompt["input_ids"], ids, features, regions)
+        effect = effect_on_tokens(model, prompt["input_ids"], ids, features, erased, args.batch_size)
+        both = torch.stack([attention.flatten(), effect.flatten()])
+        described |= {"attention": rounded(attention), "effect": rounded(effect), "layer": layer,
+                      "correlation": rounded(torch.corrcoef(both)[0, 1].nan_to_num())}
+    return described
+
+
+def rounded(tensor):
+    """Returns a tensor as (lists of) numbers with three decimals."""
+    return (torch.round(tensor.double().nan_to_num(), decimals=3) + 0.0).tolist()  # -0.0 becomes 0.0
+
+
+def describe_answers(model, template, dataset, args):
+    """Returns held-out questions with the generated and the reference answer.
+
+    If a question has one correct answer, many are answered, and the page shows some of the answers that equal
+    the reference answer and some that do not. Otherwise only those that are shown are generated.
+    """
+    questions = list_questions(dataset)
+    scored = [q for q in questions if q.kind or is_toy_caption(q.reference)]
+    asked = evenly_spaced(scored or questions, MAX_SCORED if scored else MAX_SHOWN)
+    answers = answer_questions(model, template, dataset, asked, model.llm.device, args.batch_size,
+                               args.max_new_tokens)
+    examples = []
+    for equal in (False, True):
+        examples += evenly_spaced([(question, answer) for question, answer in zip(asked, answers)
+                                   if (answer == question.reference) is equal], MAX_SHOWN)
+    shown = []
+    for question, answer in examples:
+        pixel_values = dataset.load_pixel_values(dataset.records[question.record])
+        url = None if pixel_values is None else image_url(pixel_values, dataset.image_processor)
+        shown.append({"picture": url, "question": question.text, "answer": answer,
+                      "reference": question.reference})
+    return {"shown": shown, "asked": len(asked), "scored": bool(scored),
+            "equal": sum(answer == question.reference for question, answer in zip(asked, answers))}
+
+
+def describe_run(args):
+    """Returns everything that the page shows, as one value that can be written as JSON."""
+    device = choose_device(args.device)
+    last = 2 if (args.run / "stage2" / "run.json").exists() else 1
+    model, template, image_processor, run_json = load_trained(args.run / f"stage{last}", device,
+                                                              choose_dtype(args.precision, device))
+    stages, answers, scenes = [], [], {}
+    for stage in range(1, last + 1):
+        folder = args.run / f"stage{stage}"
+        try:
+            run_json = read_run(folder)
+            dataset = load_heldout_dataset(run_json, template, image_processor, model.num_image_tokens)
+        except UserError as error:
+            if stage == last:
+                raise
+            print(f"stage {stage} is left out, because it cannot be read: {error}")
+            continue
+        stages.append(describe_stage(folder, run_json, dataset))
+        answers.append({"name": f"records of stage {stage}",
+                        **describe_answers(model, template, dataset, args)})
+        for record in dataset.records:
+            caption = dataset.to_messages(record)[1]["content"]
+            if is_toy_caption(caption):
+                scenes[dataset.records.image_name(record)] = {
+                    place: (color, shape) for color, shape, place in objects_in(caption)}
+    mean = mean_feature(model, dataset, device)
+    questions = [describe_question(model, template, dataset, question, mean, scenes, args)
+                 for question in choose_questions(dataset, args.questions)]
+    return {"run": args.run.name, "stage": last, "stages": stages, "questions": questions, "answers": answers,
+            "patches": model.num_image_tokens, "regions": len(find_regions(model.num_image_tokens))}
+
+
+# -- 4. the page -------------------------------------------------------------------------------------------
+
+
+def make_page(described):
+    """Returns the HTML of the page, with its style, its script and the results inside.
+
+    The results can contain any text. A "</script>" in them would end the script, so "<" is written as an
+    escape sequence of JSON. The script shows texts by textContent only, never as HTML.
+    """
+    html, css, js = (Path(__file__).with_suffix(ending).read_text(encoding="utf-8")
+                     for ending in (".html", ".css", ".js"))
+    data = json.dumps(described, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    data = data.replace("<", "\\u003c").encode("utf-8", "replace").decode("utf-8")
+    before, after_css, after_data, end = re.split("PAGE_CSS|PAGE_DATA|PAGE_JS", html)
+    return before + css + after_css + data + after_data + js + end
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default="runs/toy", help="folder of the run (default: runs/toy)")
+    parser.add_argument("--out", type=Path, metavar="HTML", help="file to write (default: <run>/page.html)")
+    parser.add_argument("--questions", type=POSITIVE, default=5, help="questions whose image is changed "
+                        "(default: 5); at real size, each takes more than 100 answers")
+    parser.add_argument("--batch-size", type=POSITIVE, default=32, help="answers per batch (default: 32)")
+    parser.add_argument("--max-new-tokens", type=POSITIVE, default=64, help="longest answer in tokens")
+    parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    path = args.out or args.run / "page.html"
+    if os.path.isdir(path) or not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"cannot write a page to {path}: name a file in a writable folder with --out")
+    described = describe_run(args)
+    with atomic_write(path) as temporary:
+        temporary.write_text(make_page(described), encoding="utf-8")
+    print(f"wrote {path} ({path.stat().st_size / 1000:,.0f} kB): open it in a browser")
+
+
+if __name__ == "__main__":
+    run_script(main)
