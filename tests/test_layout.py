@@ -12,7 +12,7 @@ TOP = ["data", "model", "sanity_check", "stage1_align", "stage2_instruct"]
 FOLDERS = ["support", "tools", "toy", "bench", "lessons"]
 FILES = sorted(path for pattern in ("*.py", *(f"{name}/*.py" for name in FOLDERS))
                for path in REPOSITORY.glob(pattern))
-OPTIONAL = {"matplotlib", "readline"}  # packages that not everybody has
+OPTIONAL = {"readline"}  # packages that not everybody has
 
 
 def module_name(path):

@@ -27,7 +27,7 @@ import toy.world
 
 NOTEBOOK = json.loads((REPOSITORY / "colab.ipynb").read_text(encoding="utf-8"))
 CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
-SCRIPTS = ("stage1_align", "stage2_instruct", "sanity_check", "tools.evaluate", "tools.pictures")
+SCRIPTS = ("stage1_align", "stage2_instruct", "sanity_check", "tools.evaluate", "tools.page")
 DOWNLOAD = REPOSITORY / "tools" / "download.sh"
 
 
@@ -44,7 +44,8 @@ def tagged(*tags):
 
 def run_notebook(cells, folder, **values):
     """Executes cells in a new kernel that starts in `folder`. `values` replace what the cells tagged
-    "parameters" assign. Returns everything that was printed, and the number of pictures of each cell."""
+    "parameters" assign. Returns everything that was printed, and what each cell has displayed: "picture" or
+    "page"."""
     missing = "needs nbclient and ipykernel: pip install -r requirements-dev.txt -c constraints.txt"
     nbclient = pytest.importorskip("nbclient", reason=missing)
     pytest.importorskip("ipykernel", reason=missing)
@@ -62,18 +63,20 @@ def run_notebook(cells, folder, **values):
     assert not values, f"no parameters cell assigns {list(values)}"
     # The kernel inherits the environment of this process: one thread and no hub (see conftest.py).
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
-    printed, pictures = "", {}
+    printed, shown = "", {}
     for cell in notebook.cells:
         for output in cell.outputs:
             if output.output_type == "stream":
                 printed += output.text
             elif "image/png" in output.get("data", {}):
-                pictures[cell.id] = pictures.get(cell.id, 0) + 1
-    return printed.replace("\r", ""), pictures
+                shown[cell.id] = "picture"
+            elif 'srcdoc="&lt;!DOCTYPE html&gt;' in output.get("data", {}).get("text/html", ""):
+                shown[cell.id] = "page"
+    return printed.replace("\r", ""), shown
 
 
 def copy_repository(folder):
-    """Copies the files of this clone that the notebook may use, without runs, toy weights and pictures."""
+    """Copies the files of this clone that the notebook may use, without runs and toy weights."""
     for pattern in ("*.py", "*.txt", ".gitignore", "support/*.py", "tools/*", "toy/*.py"):
         for path in REPOSITORY.glob(pattern):
             if path.is_file():
@@ -98,13 +101,13 @@ def test_without_a_gpu_all_cells_run_in_a_clone_and_those_of_the_real_models_do_
     for name in ("data", "clip-vit", "llama-chat"):
         (clone / "toy" / name).symlink_to(REPOSITORY / "toy" / name)
     flags = "--max-steps 2 --batch-size 4 --limit 16 --held-out 6 --workers 0"
-    printed, pictures = run_notebook(CODE, clone, TOY_FLAGS=flags, REAL=False)
+    printed, shown = run_notebook(CODE, clone, TOY_FLAGS=flags, REAL=False)
     assert "git clone" not in printed and "the cells of the real models do nothing" in printed
     for words in ("16 samples to train on, 6 held out; 2 steps", "PROMPT", "REFERENCE",
                   "correct image more likely"):
         assert words in printed, words
     assert re.search(r"<image>×\d+\s+What do you see at the middle left\?", printed)
-    assert pictures == {"toy-eval": 1, "toy-attention": 1, "photo": 1}
+    assert shown == {"toy-page": "page", "photo": "picture"}
     assert (clone / "runs" / "toy" / "stage2" / "adapter").exists()
     assert (clone / "runs" / "toy" / "eval.json").exists()
 
@@ -131,7 +134,7 @@ def test_the_cells_of_the_real_models_run_with_replicas_after_cloning(world, tmp
     stage1 = next(cell for cell in cells if "stage1_align.py" in source(cell))
     cells.insert(cells.index(stage1), dict(stage1, id="stage1-again"))  # finds a finished run the second time
     try:
-        printed, pictures = run_notebook(
+        printed, shown = run_notebook(
             cells, start, REPOSITORY=str(origin), REAL=True, LIMIT=4, HELD_OUT=2,
             REAL_FLAGS="--workers 0 --precision fp32 --device cpu",
             CLIP=str(world / "clip"), LLM=str(world / "llm"),
@@ -149,7 +152,7 @@ def test_the_cells_of_the_real_models_run_with_replicas_after_cloning(world, tmp
     assert f"checked 4 records of {world / 'instruct.json'}: 4 usable" in printed
     assert "runs/limit-4/stage1 holds a finished run, so there is nothing to resume" in printed
     assert "<image>×256\nIs it a drawing, or what's this?" in printed
-    assert pictures == {"real-look": 1, "photo": 1}
+    assert shown == {"real-look": "page", "photo": "picture"}
 
 
 def test_a_command_that_fails_ends_the_notebook(tmp_path):
@@ -202,7 +205,7 @@ def test_every_path_and_module_that_it_names_exists():
     for path in paths:
         assert (REPOSITORY / path).exists(), path
     modules = set(re.findall(r"python -m ((?:tools|toy)\.\w+)", everything))
-    assert modules == {"tools.evaluate", "tools.pictures"}
+    assert modules == {"tools.evaluate", "tools.page"}
     for name in modules:
         assert callable(importlib.import_module(name).main)
     for name, attribute in re.findall(r"from (support\.\w+) import (\w+)", everything):
@@ -223,7 +226,6 @@ def test_every_flag_that_it_names_exists(script):
             assert words <= stages, text  # a string of flags alone belongs to both stages
         used |= words
     assert {"--restart", "--resume", "--sample", "--show-mask", "--question"} <= used
-    assert {"--attention", "--sheet"} <= used
     for cell in NOTEBOOK["cells"]:
         if cell["cell_type"] == "markdown":
             for flag in re.findall(r"`(--[a-z-]+)", source(cell)):
