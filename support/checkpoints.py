@@ -12,6 +12,7 @@ import atexit
 import multiprocessing
 import os
 import signal
+import stat
 import sys
 import zipfile
 from dataclasses import asdict, dataclass, field
@@ -164,9 +165,9 @@ class StopSignal:
 
     def _receive(self, number, frame):
         if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal is gone; printing would fail
-            for output in (sys.stdout, sys.stderr):
-                if output.isatty():
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+            for output in (sys.stdout.fileno(), sys.stderr.fileno()):
+                if stat.S_ISCHR(os.fstat(output).st_mode):  # a terminal, and not a log file
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
         elif self.number:
             os._exit(128 + number)
         self.number = number

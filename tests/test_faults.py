@@ -571,7 +571,7 @@ def test_more_undecodable_images_than_allowed_stop_the_run(half_an_image, tmp_pa
     arguments = ["--run", str(tmp_path), *SMALL, "--data", str(folder / "chat.json"), "--epochs", "1",
                  "--images", str(folder / "images")]
     sentence = failure("stage1_align", arguments, tmp_path / "log")
-    assert "1 images cannot be decoded" in sentence and record["image"] in sentence
+    assert "the images of 1 records cannot be decoded" in sentence and record["image"] in sentence
 
 
 @pytest.mark.parametrize("workers", [0, 1])
