@@ -62,10 +62,10 @@ AttentionMaskInterface.register("expanded", sdpa_mask)
 
 
 def choose_attention(device, dtype):
-    """Returns the name of the attention that transformers should use: "sdpa", or "expanded" on a CUDA GPU
-    without flash attention."""
+    """Returns the name of the attention that transformers should use: "expanded" on a CUDA GPU without flash
+    attention, else None, which leaves the choice to transformers (usually "sdpa")."""
     if device.type != "cuda":
-        return "sdpa"
+        return None
     has_flash = (dtype != torch.float32 and torch.backends.cuda.is_flash_attention_available()
                  and torch.cuda.get_device_capability(device)[0] >= 8)
-    return "sdpa" if has_flash else "expanded"
+    return None if has_flash else "expanded"

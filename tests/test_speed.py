@@ -101,7 +101,7 @@ def test_without_flash_attention_no_attention_weights_are_kept(step, monkeypatch
             return fused(*args, enable_gqa=enable_gqa, **kwargs)
 
     def change(model, batch):
-        model.llm.set_attn_implementation(choose_attention(torch.device("cuda"), dtype))
+        model.llm.set_attn_implementation(choose_attention(torch.device("cuda"), dtype) or "sdpa")
         monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
 
     def keep(tensor):
