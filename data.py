@@ -8,9 +8,9 @@ have the same form, but many have several questions and answers.
         {"from": "gpt",   "value": "olive oil is a healthy ingredient used liberally ."}]}
 
 The image is moved to the front of its question, as in the original code. With TinyLlama's chat template and
-tokenizer, the record then becomes these tokens. Only two of the N image
-positions are written out. The label of a labeled token is its own id, and the label of an ignored token is
-IGNORE_INDEX. So the model is trained to generate the answer and the end token after it.
+tokenizer, the record then becomes these tokens. Only two of the N image positions are written out. The label
+of a labeled token is its own id, and the label of an ignored token is IGNORE_INDEX. So the model is trained
+to generate the answer and the end token after it.
 
     ·         separates two tokens
     ▁         is a space

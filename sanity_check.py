@@ -122,9 +122,9 @@ def nearest_tokens(model, template, pixel_values, count=3):
     """Returns the vocabulary tokens nearest to each projected patch: N lists of `count` pairs (text, cosine).
 
     The LLM reads a projected patch like a token's embedding. So we compare the patch with all of these
-    embeddings. After stage 1 of the toy, the nearest token of a patch that shows an object is the object's
-    color or shape in about 93% of the cases, and before stage 1 it never is. Do not expect this of real
-    models: only about a third of their image tokens can be read in this way (arXiv:2602.00462).
+    embeddings. After stage 1 of the toy, the nearest tokens of a patch that shows an object are usually its
+    color and its shape. Do not expect this of real models: only about a third of their image tokens can be
+    read in this way (arXiv:2602.00462).
 
     Args: pixel_values: (3, S, S), or None for a record without an image, which has no patches.
     """

@@ -1,8 +1,8 @@
-"""Weights: the pretrained models from disk, and what was trained to disk and back.
+"""Loads pretrained models, and saves and loads what the stages have trained.
 
 Loading is strict. A missing tensor is an error and never a warning, because a model with random weights in
-one place still answers fluently. Weights are safetensors and the rest is JSON, so no pickle is
-opened.
+one place still answers fluently. Weights are safetensors and the rest is JSON. (Only checkpoint.pt is a
+pickle. support/checkpoints.py loads it with weights_only=True.)
 """
 
 import hashlib

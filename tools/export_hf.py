@@ -295,7 +295,7 @@ def main():
         temporary.mkdir(parents=True)  # fails here, and not after minutes, if it cannot be written
         try:
             export(args, temporary)
-        except BaseException:
+        except BaseException:  # Ctrl-C too must not leave half a model
             delete(temporary)
             raise
     print(f"wrote {out}, with weights in {args.dtype}. Read its README.md, then publish it with\n"
