@@ -81,6 +81,9 @@ def open_stage_folder(folder, settings, world_size):
     except Exception as error:  # a damaged file can raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise UserError(f"{path} is damaged ({reason}): start again with --restart") from error
+    if before.get("stage1_checksum") != vars(settings).get("stage1_checksum"):  # stage 2 has this setting
+        raise UserError(f"--resume: stage 1 has been trained again since {folder} was interrupted; start "
+                        "stage 2 again with --restart")
     for name, value in vars(settings).items():
         if name not in MAY_CHANGE and before.get(name) != value:
             flag = "--" + name.replace("_", "-")

@@ -144,6 +144,19 @@ def test_a_stage_2_of_another_stage_1_is_pointed_out(script, refusal, flags, cap
     assert "another stage 1" not in capsys.readouterr().out
 
 
+def test_stage_2_is_not_resumed_on_another_stage_1(script, refusal, flags, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    script("stage1_align", *flags(1, max_steps=0))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("stage2_instruct.save_result", interrupt)
+        script("stage2_instruct", *flags(2, max_steps=1))
+    script("stage1_align", *flags(1, max_steps=0, seed=1), "--restart")
+    sentence = refusal("stage2_instruct", *flags(2, max_steps=1), "--resume")
+    assert "stage 1 has been trained again" in sentence and "--restart" in sentence
+
+
 def test_a_finished_run_is_not_overwritten_without_restart(script, refusal, flags, tmp_path):
     script("stage1_align", *flags(1, max_steps=2))
     folder = tmp_path / "runs" / "toy" / "stage1"
