@@ -1,0 +1,28 @@
+"""Neighboring patches are averaged: each patch becomes the mean of its row, or of the whole image."""
+
+from lessons.experiment import measure, replaced, train, usual
+from model import Llava
+
+EXPECTED = """Worse captions. If a row holds one object, its mean still tells what it is and where. If it holds two, the
+model has to separate the sum of two vectors."""
+MEANING = ""
+
+encode_images = Llava.encode_images
+
+
+def mean_of_rows(self, pixel_values):
+    features = encode_images(self, pixel_values).unflatten(1, (3, 3))  # (I, 9, D) -> (I, 3, 3, D)
+    return features.mean(dim=2, keepdim=True).expand_as(features).flatten(1, 2)  # (I, 9, D)
+
+
+def mean_of_image(self, pixel_values):
+    features = encode_images(self, pixel_values)  # (I, 9, D)
+    return features.mean(dim=1, keepdim=True).expand_as(features)
+
+
+def run(seed):
+    results = {"9 patches (usual)": measure(usual(1, seed))}
+    for name, function in (("3 row means", mean_of_rows), ("1 mean", mean_of_image)):
+        with replaced(Llava, encode_images=function):
+            results[name] = measure(train(1, seed, name.replace(" ", "-")))
+    return results

@@ -1,0 +1,36 @@
+"""Of the 1 + N vectors of CLIP, the first N are kept: the class token instead of the last patch."""
+
+import torch
+
+from lessons.experiment import answer, list_questions, measure, replaced, train, usual
+from model import Llava
+from toy.world import objects_in
+
+EXPECTED = """Every patch moves by one position and the bottom right patch is lost. Objects in that cell cannot be
+seen. The other cells do not suffer if the place is in the vectors and not in their order."""
+MEANING = ""
+
+
+def encode_images(self, pixel_values):
+    with torch.no_grad():
+        z_v = self.vision_tower(pixel_values).last_hidden_state  # (I, 1 + N, D_v)
+    return self.projector(z_v[:, :self.num_image_tokens])  # (I, N, D)
+
+
+def recall(trained, bottom_right):
+    """Returns the fraction of objects at the bottom right, or elsewhere, that the captions name."""
+    questions, found = list_questions(trained.heldout_dataset), []
+    for question, caption in zip(questions, answer(trained, questions)):
+        found += [thing in objects_in(caption) for thing in objects_in(question.reference)
+                  if (thing[2] == "bottom right") == bottom_right]
+    return sum(found) / len(found)
+
+
+def run(seed):
+    def measure_cells(trained):
+        return measure(trained) | {"found at the bottom right": recall(trained, True),
+                                   "found elsewhere": recall(trained, False)}
+
+    with replaced(Llava, encode_images=encode_images):
+        off_by_one = measure_cells(train(1, seed, "class-token"))
+    return {"usual": measure_cells(usual(1, seed)), "class token kept, last patch lost": off_by_one}

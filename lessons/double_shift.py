@@ -1,0 +1,24 @@
+"""The labels are shifted twice: position t learns to predict the token at t + 2."""
+
+import torch.nn.functional as F
+
+from lessons.experiment import measure, replaced, train, training_loss, usual
+from model import IGNORE_INDEX, Llava
+
+EXPECTED = """The training loss falls, and nothing raises an error. The answers lack every token that should have come
+next, so they are wrong."""
+MEANING = ""
+
+forward = Llava.forward
+
+
+def shift_twice(self, input_ids, labels, pixel_values, attention_mask):
+    return forward(self, input_ids, F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX), pixel_values,
+                   attention_mask)
+
+
+def run(seed):
+    with replaced(Llava, forward=shift_twice):
+        changed = train(2, seed, "double-shift", after=usual(1, seed))
+    return {name: {"training loss": training_loss(trained)} | measure(trained)
+            for name, trained in (("usual", usual(2, seed)), ("shifted twice", changed))}

@@ -1,0 +1,123 @@
+"""What all lessons use: train a short run of the toy, perhaps with one function replaced, and measure it.
+
+A lesson trains fewer steps than the toy's presets (150 of 376 in stage 1, 80 of 188 in stage 2) and evaluates
+120 held-out pictures, so that three seeds with all changes take minutes.
+"""
+
+import sys
+from contextlib import redirect_stdout
+from functools import cache
+from pathlib import Path
+from shutil import copytree, rmtree
+from typing import NamedTuple
+from unittest.mock import patch
+
+import stage1_align
+import stage2_instruct
+from data import ChatDataset, ChatTemplate
+from model import Llava
+from sanity_check import load_heldout_dataset, make_heldout_batches, measure_grounding
+from support.weights import load_image_processor, read_run, save_result
+from tools.evaluate import answer_questions, list_questions, score_answers, score_captions
+from tools.page import read_metrics
+
+STAGES = {1: stage1_align, 2: stage2_instruct}
+STEPS = {1: 150, 2: 80}
+HELD_OUT = 120  # pictures
+RUNS = Path("runs/lessons")
+
+# replaced(Llava, encode_images=f) is a context in which Llava.encode_images is f, from this moment on and for
+# every module. At its end the original function is back.
+replaced = patch.multiple
+
+
+class Trained(NamedTuple):
+    """A model after a stage, as it was in memory when its training ended."""
+    stage: int
+    model: Llava
+    template: ChatTemplate
+    heldout_dataset: ChatDataset
+    folder: Path  # of the run
+
+
+def train(stage, seed, name, after=None, **settings):
+    """Trains a stage of the toy and returns it as Trained.
+
+    Args:
+        name: of the run's folder in runs/lessons/, where the stage also writes what it prints.
+        after: for stage 2, the Trained stage 1 to continue from.
+        settings: of the stage; see its PRESETS.
+    """
+    folder, stage_module, trained = RUNS / f"{name}-seed{seed}", STAGES[stage], []
+    if after and after.folder != folder:
+        rmtree(folder / "stage1", ignore_errors=True)
+        copytree(after.folder / "stage1", folder / "stage1")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"run": folder, "seed": seed, "max_steps": STEPS[stage], "held_out": HELD_OUT,
+                "eval_every": 10**6, "precision": "fp32", **settings}
+    flags = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+
+    def save_and_keep(folder, stage, model, *rest):
+        save_result(folder, stage, model, *rest)
+        trained.append(model)
+
+    with (patch.object(sys, "argv", [stage_module.__name__, *flags, "--restart"]),
+          replaced(stage_module, save_result=save_and_keep),
+          open(folder / f"stage{stage}.txt", "w", encoding="utf-8") as file, redirect_stdout(file)):
+        stage_module.main()
+    model, run = trained[0], read_run(folder / f"stage{stage}")
+    template = ChatTemplate(run["llm"])
+    dataset = load_heldout_dataset(run, template, load_image_processor(run["vision_tower"]),
+                                   model.num_image_tokens)
+    return Trained(stage, model.eval(), template, dataset, folder)
+
+
+@cache  # many lessons compare with it, so `all` trains it once per seed
+def usual(stage, seed):
+    """Returns a stage, trained without any change, as Trained. Stage 2 follows stage 1."""
+    return train(stage, seed, "usual", after=usual(1, seed) if stage == 2 else None)
+
+
+def answer(trained, questions):
+    """Returns the generated answers to some held-out questions; see list_questions()."""
+    return answer_questions(trained.model, trained.template, trained.heldout_dataset, questions,
+                            trained.model.llm.device, batch_size=60, max_new_tokens=64)
+
+
+def measure(trained, different_image=False):
+    """Returns what a lesson compares, as a dict.
+
+    "captions" (stage 1): F1 of color, shape and place in the generated captions.
+    "answers" (stage 2): fraction of the generated answers that equal the reference answer.
+    "loss": held-out loss with the correct image, in nats per token.
+    "loss with a different image": the same with a different image, only if it is asked for.
+    """
+    model, dataset, measured = trained.model, trained.heldout_dataset, {}
+    questions = list_questions(dataset)
+    if trained.stage == 1:
+        scores = score_captions(answer(trained, questions), [question.reference for question in questions])
+        measured["captions"] = scores["caption_f1"]
+    else:
+        measured["answers"] = score_answers(questions, answer(trained, questions))["qa_exact"]
+    batches = make_heldout_batches(dataset, trained.template.tokenizer.pad_token_id, batch_size=40)
+    losses = measure_grounding(model, batches, model.llm.device)
+    measured["loss"] = losses["loss"]
+    if different_image:
+        measured["loss with a different image"] = losses["loss_shuffled"]
+    return measured
+
+
+def training_loss(trained):
+    """Returns the mean training loss of the last logged steps."""
+    losses = [line["loss"] for line in read_metrics(trained.folder / f"stage{trained.stage}")[0]]
+    return sum(losses[-5:]) / 5
+
+
+def labels_changed(function):
+    """Returns a context in which the labels of every sample are function(template, ids, labels)."""
+    encode = ChatDataset.encode
+
+    def encode_with_other_labels(self, record):
+        ids, labels = encode(self, record)
+        return ids, function(self.template, ids, labels)
+    return replaced(ChatDataset, encode=encode_with_other_labels)

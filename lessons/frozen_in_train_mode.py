@@ -1,0 +1,29 @@
+"""CLIP and the LLM are put in train mode, as a plain model.train() does."""
+
+from torch import nn
+
+import stage1_align
+from lessons.experiment import measure, replaced, train, usual
+from model import Llava
+
+EXPECTED = """With the models as they are, exactly the same result, because neither CLIP nor Llama has dropout. With
+10% dropout of the attention weights in the LLM, a worse one."""
+MEANING = ""
+
+load_language_model = stage1_align.load_language_model
+
+
+def load_with_dropout(*args):
+    llm = load_language_model(*args)
+    for block in llm.get_decoder().layers:
+        block.self_attn.attention_dropout = 0.1  # used in train mode only
+    return llm
+
+
+def run(seed):
+    results = {"eval mode (usual)": measure(usual(1, seed))}
+    with replaced(Llava, train=nn.Module.train):
+        results["train mode"] = measure(train(1, seed, "train-mode"))
+        with replaced(stage1_align, load_language_model=load_with_dropout):
+            results["train mode, LLM with dropout"] = measure(train(1, seed, "train-mode-dropout"))
+    return results

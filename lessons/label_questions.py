@@ -1,0 +1,29 @@
+"""Stage 2 computes the loss on more than the answers: on the questions too, or on the padding too."""
+
+import stage2_instruct
+from data import collate
+from lessons.experiment import labels_changed, measure, replaced, train, usual
+from model import IGNORE_INDEX
+
+EXPECTED = """Somewhat worse answers, because a part of every step goes into predicting questions, which nobody asks
+of the model, or padding, which follows from the first padding token."""
+MEANING = ""
+
+
+def label_all_text(template, ids, labels):
+    return [IGNORE_INDEX if i == template.image_token_id else i for i in ids]
+
+
+def collate_with_labeled_padding(samples, pad_token_id):
+    batch = collate(samples, pad_token_id)
+    batch["labels"] = batch["labels"].masked_fill(~batch["attention_mask"], pad_token_id)
+    return batch
+
+
+def run(seed):
+    with labels_changed(label_all_text):
+        questions = train(2, seed, "label-questions", after=usual(1, seed))
+    with replaced(stage2_instruct, collate=collate_with_labeled_padding):
+        padding = train(2, seed, "label-padding", after=usual(1, seed))
+    return {"usual": measure(usual(2, seed)), "loss on questions too": measure(questions),
+            "loss on padding too": measure(padding)}

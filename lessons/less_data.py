@@ -1,0 +1,13 @@
+"""Stage 1 takes its 150 steps on fewer different records."""
+
+from lessons.experiment import measure, train, usual
+
+EXPECTED = """Few records are enough: the projector is one linear layer of 16,512 numbers, and there are only 270
+different combinations of color, shape and place to learn. With 100 records, some of them never occur."""
+MEANING = ""
+
+
+def run(seed):
+    return {**{f"{limit} records": measure(train(1, seed, f"limit{limit}", limit=limit))
+               for limit in (100, 300, 1000)},
+            "6,000 records (usual)": measure(usual(1, seed))}

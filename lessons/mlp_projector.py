@@ -1,0 +1,12 @@
+"""The projector is LLaVA-1.5's: two linear layers with a GELU between them."""
+
+from lessons.experiment import measure, train, usual
+
+EXPECTED = """At least as good. LLaVA-1.5 reports that two layers improve on one."""
+MEANING = ""
+
+
+def run(seed):
+    return {"linear (usual)": measure(usual(1, seed)),
+            "mlp": measure(train(1, seed, "mlp", projector="mlp")),
+            "mlp, a tenth of the learning rate": measure(train(1, seed, "mlp-slow", projector="mlp", lr=1e-3))}

@@ -1,0 +1,18 @@
+"""The trained model is asked with Vicuna's chat template instead of its own."""
+
+from data import ChatTemplate
+from lessons.experiment import measure, replaced, usual
+
+EXPECTED = """Worse answers, though the picture and the question are the same."""
+MEANING = ""
+
+
+def encode_vicuna_prompt(self, messages, num_image_tokens):
+    return self.tokenize(f"USER: {messages[0]['content']} ASSISTANT:", num_image_tokens)[0]
+
+
+def run(seed):
+    results = {"own template (usual)": measure(usual(2, seed))}
+    with replaced(ChatTemplate, encode_prompt=encode_vicuna_prompt):
+        results["Vicuna's template"] = measure(usual(2, seed))
+    return {name: {"answers": result["answers"]} for name, result in results.items()}

@@ -1,0 +1,27 @@
+"""Each question and each answer is tokenized alone, and the pieces are joined."""
+
+from data import ChatDataset
+from lessons.experiment import measure, replaced, train, usual
+from model import IGNORE_INDEX
+
+EXPECTED = """The tokenizer puts an extra space token in front of each answer that is tokenized alone. The model
+learns to write this token, and finds answers without it unlikely."""
+MEANING = ""
+
+
+def encode_in_pieces(self, record):
+    template, messages, ids, labels = self.template, self.to_messages(record), [], []
+    for question, reply in zip(messages[::2], messages[1::2]):
+        prompt = template.encode_prompt([question], self.num_image_tokens)
+        prompt = prompt[1:] if ids else prompt  # <s> only at the start
+        pieces = template.tokenizer(reply["content"], add_special_tokens=False)["input_ids"]
+        pieces.append(template.end_token_id)
+        ids += prompt + pieces
+        labels += [IGNORE_INDEX] * len(prompt) + pieces
+    return ids, labels
+
+
+def run(seed):
+    with replaced(ChatDataset, encode=encode_in_pieces):
+        pieces = train(2, seed, "pieces", after=usual(1, seed))
+    return {"usual": measure(usual(2, seed)), "tokenized in pieces": measure(pieces)}

@@ -1,0 +1,22 @@
+"""Every training record gets the image of another record."""
+
+from data import ChatDataset
+from lessons.experiment import measure, replaced, train, training_loss, usual
+
+EXPECTED = """The training loss still falls, because the style of the captions can be learned without looking. The
+held-out loss is the same with a different image: the model is blind."""
+MEANING = ""
+
+load_pixel_values = ChatDataset.load_pixel_values
+
+
+def load_another_image(self, record):
+    number = int(record["id"].removeprefix("GCC_train_"))
+    return load_pixel_values(self, self.records[number % len(self.records)])  # always the same other record
+
+
+def run(seed):
+    with replaced(ChatDataset, load_pixel_values=load_another_image):
+        blind = train(1, seed, "wrong-images")
+    return {name: {"training loss": training_loss(trained)} | measure(trained, different_image=True)
+            for name, trained in (("usual", usual(1, seed)), ("wrong images", blind))}
