@@ -10,7 +10,7 @@ from conftest import REPOSITORY
 
 TOP = ["data", "model", "sanity_check", "stage1_align", "stage2_instruct"]
 FOLDERS = ["support", "tools", "toy", "bench", "lessons"]
-FILES = sorted(path for pattern in ("*.py", *(f"{name}/*.py" for name in FOLDERS))
+FILES = sorted(path for pattern in ("*.py", *(f"{name}/*.py" for name in FOLDERS), "lessons/solutions/*.py")
                for path in REPOSITORY.glob(pattern))
 OPTIONAL = {"readline"}  # packages that not everybody has
 

@@ -1,0 +1,34 @@
+"""The toy's models and data for the exercises, built as the stages build them. No finished run is needed."""
+
+import torch
+
+import stage1_align
+import stage2_instruct
+import toy.world
+from data import ChatDataset, ChatTemplate
+from model import Llava
+from support.records import open_records
+from support.weights import load_image_processor, load_language_model, load_vision_tower
+
+PRESETS = {1: stage1_align.PRESETS["toy"], 2: stage2_instruct.PRESETS["toy"]}
+
+
+def load_model(model_class=Llava, seed=0):
+    """Returns (model, template). The projector has random weights, and nothing is trained yet."""
+    settings, cpu = PRESETS[1], torch.device("cpu")
+    template = ChatTemplate(settings["llm"])
+    torch.manual_seed(seed)
+    model = model_class(load_vision_tower(settings["vision_tower"], torch.float32),
+                        load_language_model(settings["llm"], torch.float32, cpu), template.image_token_id,
+                        settings["projector"], settings["vision_layer"])
+    return model.eval(), template
+
+
+def load_datasets(template, num_image_tokens, stage):
+    """Returns the (training, held-out) ChatDatasets of a stage: 6,000 and 240 records."""
+    settings = PRESETS[stage]
+    toy.world.draw_if_missing()  # about 10 s, only once
+    names = ("data", "images", "heldout_data", "heldout_images", "held_out", "limit", "seed")
+    image_processor = load_image_processor(settings["vision_tower"])
+    return [ChatDataset(records, template, image_processor, num_image_tokens, settings["max_length"])
+            for records in open_records(**{name: settings[name] for name in names})]

@@ -1,0 +1,57 @@
+"""The exercises in lessons/: every solution runs, and what the text says about it and about the code is
+true."""
+
+import re
+
+import pytest
+from conftest import REPOSITORY
+
+LESSONS = REPOSITORY / "lessons"
+TEXT = (LESSONS / "exercises.md").read_text(encoding="utf-8")
+EXERCISES = re.split(r"^## \d+\. ", TEXT, flags=re.MULTILINE)[1:]
+SOLUTIONS = sorted(path.stem for path in (LESSONS / "solutions").glob("*.py"))
+
+# What a solution prints and its exercise promises. (The other numbers depend more on the machine.)
+PROMISED = {
+    "generate": ["595 positions per row", "43"],
+    "grad_accum": ["19%"],
+    "label_mask": ["480 held-out records", "9,980 labeled tokens"],
+    "lora": ["154,624 trained numbers"],
+    "pool_patches": ["4 image tokens instead of 9", "55 tokens instead of 60"],
+    "resume": ["58 of 58"],
+    "second_image": ["10 image positions in input_ids, but 2 images with 9 features each",
+                     "18 image positions"],
+}
+
+
+def exercise_of(solution):
+    """Returns the text of the exercise that names a solution, as one line."""
+    [exercise] = [text for text in EXERCISES if f"solutions/{solution}.py" in text]
+    return " ".join(exercise.split())
+
+
+@pytest.mark.parametrize("solution", SOLUTIONS)
+def test_a_solution_reaches_the_result_that_its_exercise_promises(script, capsys, solution):
+    script(f"lessons.solutions.{solution}")  # it fails by itself if the result is wrong
+    printed = capsys.readouterr().out
+    for words in PROMISED[solution]:
+        assert words in printed
+        assert words in exercise_of(solution)
+
+
+def test_every_exercise_names_one_solution_and_every_solution_has_an_exercise():
+    named = [re.findall(r"\[solutions/(\w+)\.py\]\(solutions/\1\.py\)", text) for text in EXERCISES]
+    assert all(len(names) == 1 for names in named)
+    assert sorted(name for names in named for name in names) == SOLUTIONS
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda text: text.splitlines()[0])
+def test_every_exercise_has_the_same_parts_and_names_lines_that_exist(exercise):
+    assert re.findall(r"^\*\*(\w+)\.\*\*", exercise, flags=re.MULTILINE) == [
+        "Do", "Change", "Expect", "Hint", "Solution"]
+    named = re.findall(r"`([\w/]+\.py)`,\s+line\s+(\d+),\s+`([^`]+)`", exercise)
+    assert named and len(named) == len(re.findall(r"\bline\s+\d+", exercise))
+    for file, number, name in named:
+        lines = (REPOSITORY / file).read_text(encoding="utf-8").splitlines()
+        found = [i + 1 for i, line in enumerate(lines) if name in line]
+        assert int(number) in found, f"`{name}` is not in line {number} of {file} but in {found}"
