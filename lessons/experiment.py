@@ -24,6 +24,7 @@ from tools.page import read_metrics
 STAGES = {1: stage1_align, 2: stage2_instruct}
 STEPS = {1: 150, 2: 80}
 HELD_OUT = 120  # pictures
+LIMIT = 0  # training records; 0: all
 RUNS = Path("runs/lessons")
 
 # replaced(Llava, encode_images=f) is a context in which Llava.encode_images is f, from this moment on and for
@@ -53,8 +54,8 @@ def train(stage, seed, name, after=None, **settings):
         rmtree(folder / "stage1", ignore_errors=True)
         copytree(after.folder / "stage1", folder / "stage1")
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"run": folder, "seed": seed, "max_steps": STEPS[stage], "held_out": HELD_OUT,
-                "eval_every": 10**6, "precision": "fp32", **settings}
+    settings = {"run": folder, "seed": seed, "max_steps": STEPS[stage], "limit": LIMIT,
+                "held_out": HELD_OUT, "eval_every": 10**6, "precision": "fp32", **settings}
     flags = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
 
     def save_and_keep(folder, stage, model, *rest):

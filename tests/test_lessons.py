@@ -1,0 +1,61 @@
+"""The lessons: each one runs, and its table shows what was measured."""
+
+import importlib
+import json
+
+import pytest
+from conftest import REPOSITORY
+
+import toy.world
+from data import ChatDataset, ChatTemplate
+from lessons import change_patches, experiment, run
+from model import Llava
+
+RESULTS = json.loads((REPOSITORY / "lessons" / "results.json").read_text(encoding="utf-8"))
+README = (REPOSITORY / "lessons" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Lessons train one step on few records, in a temporary folder."""
+    toy.world.draw_if_missing()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "RUNS", tmp_path_factory.mktemp("lessons"))
+        patch.setattr(experiment, "STEPS", {1: 1, 2: 1})
+        patch.setattr(experiment, "HELD_OUT", 6)
+        patch.setattr(experiment, "LIMIT", 64)
+        yield
+    experiment.usual.cache_clear()
+
+
+@pytest.mark.parametrize("name", run.NAMES)
+def test_a_lesson_runs_and_leaves_the_project_unchanged(small, name, monkeypatch):
+    if name == "change_patches":  # after one step, no answer is correct, so it would have no question
+        monkeypatch.setattr(change_patches, "answer", lambda trained, questions: [
+            question.reference for question in questions])
+    functions = [dict(vars(c)) for c in (Llava, ChatDataset, ChatTemplate)]
+    modules = [dict(vars(stage)) for stage in experiment.STAGES.values()]
+    results = run.run_lesson(name, [0])
+    assert functions == [dict(vars(c)) for c in (Llava, ChatDataset, ChatTemplate)]
+    assert modules == [dict(vars(stage)) for stage in experiment.STAGES.values()]
+    conditions = list(results.values())
+    assert len(conditions) > 1 and all(len(values) == 1 for c in conditions for values in c.values())
+    if name in RESULTS:  # the committed results are those of this lesson
+        assert {c: list(numbers) for c, numbers in results.items()} == {
+            c: list(numbers) for c, numbers in RESULTS[name].items()}
+
+
+def test_every_lesson_is_in_the_list_and_says_what_it_expects_and_what_came_out():
+    files = {path.stem for path in (REPOSITORY / "lessons").glob("*.py")} - {"run", "experiment", "toy_parts"}
+    assert files == set(run.NAMES) and len(run.NAMES) == len(files)
+    for name in run.NAMES:
+        lesson = importlib.import_module(f"lessons.{name}")
+        assert lesson.__doc__ and lesson.EXPECTED and lesson.MEANING, name
+
+
+def test_the_table_shows_the_committed_results_of_three_seeds():
+    assert set(RESULTS) == set(run.NAMES)
+    for conditions in RESULTS.values():
+        assert all(len(values) == 3 for numbers in conditions.values() for values in numbers.values())
+    table = README.split(run.START)[1].split(run.END)[0]
+    assert table == run.make_table(RESULTS)
