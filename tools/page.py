@@ -362,7 +362,7 @@ def make_page(described):
     """Returns the HTML of the page, with its style, its script and the results inside.
 
     The results can contain any text. A "</script>" in them would end the script, so "<" is written as an
-    escape sequence of JSON. The script shows texts by textContent only, never as HTML.
+    escape sequence of JSON. The script inserts texts as text only, never as HTML.
     """
     html, css, js = (Path(__file__).with_suffix(ending).read_text(encoding="utf-8")
                      for ending in (".html", ".css", ".js"))
