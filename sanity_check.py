@@ -34,7 +34,7 @@ from support.errors import UserError, printable, run_script
 from support.images import decode_image
 from support.records import open_records
 from support.settings import COUNT, POSITIVE, REAL
-from support.weights import load_trained
+from support.weights import latest_stage, load_trained, print_loaded_stage
 
 # -- 1. does the image matter? -----------------------------------------------------------------------------
 
@@ -253,11 +253,10 @@ def main():
         raise UserError("--question needs --image, because a held-out record has its own question")
 
     device = choose_device(args.device)
-    stage = args.stage or (2 if (args.run / "stage2" / "run.json").exists() else 1)
-    model, template, image_processor, run = load_trained(args.run / f"stage{stage}", device,
-                                                         choose_dtype(args.precision, device))
-    print(f"{args.run}/stage{stage}: {run['steps']:,} steps, {run['projector']} projector, "
-          f"{'LoRA adapter' if stage == 2 else 'no adapter'}")
+    stage = args.stage or latest_stage(args.run)
+    folder = args.run / f"stage{stage}"
+    model, template, image_processor, run = load_trained(folder, device, choose_dtype(args.precision, device))
+    print_loaded_stage(folder, run)
     answer_settings = (device, args.max_new_tokens, args.temperature)
 
     if args.image is not None:

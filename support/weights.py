@@ -135,6 +135,11 @@ def result_checksums(folder):
             if (folder / name).is_file()}
 
 
+def latest_stage(run_folder):
+    """Returns 2 if stage 2 of a run is finished, else 1."""
+    return 2 if (Path(run_folder) / "stage2" / "run.json").exists() else 1
+
+
 def read_run(folder):
     """Returns run.json of a finished stage. Raises UserError if the stage is not finished, or if a file is
     damaged."""
@@ -225,3 +230,9 @@ def load_trained(folder, device, dtype):
         else:
             model.llm.to(dtype)  # A and B to half precision, as autocast does in training
     return model.to(device).eval(), template, image_processor, run
+
+
+def print_loaded_stage(folder, run):
+    """Prints which stage was loaded, and how it was trained. run is its run.json."""
+    print(f"{folder}: {run['steps']:,} steps, {run['projector']} projector, "
+          f"{'LoRA adapter' if run['stage'] == 2 else 'no adapter'}")

@@ -276,6 +276,7 @@ def test_a_reader_moves_the_slider_and_breaks_the_picture(make_page):
         assert text("#break .answer") == "Nothing." and "equal to the answer" in text("#break .output")
         elements("#break .cell")[2].send_keys("\ue014", "\ue007")  # arrow right, Enter
         assert text("#break .answer") == "Two." and "different from the answer" in text("#break .output")
+        assert len(elements("#break .cell[tabindex='0']")) == 1
         elements("#break input[value=copied]")[0].click()
         elements("#break .cell")[0].click()
         assert text("#break .answer").startswith("</script>") and "A dog." in text("#break .output")

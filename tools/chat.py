@@ -26,7 +26,7 @@ from support.devices import DTYPES, choose_device, choose_dtype
 from support.errors import UserError, run_script
 from support.images import decode_image
 from support.settings import POSITIVE, REAL
-from support.weights import load_trained
+from support.weights import latest_stage, load_trained
 
 
 class RecordingStreamer(TextStreamer):
@@ -135,7 +135,7 @@ def main():
     args = parser.parse_args()
 
     device = choose_device(args.device)
-    stage = args.stage or (2 if (args.run / "stage2" / "run.json").exists() else 1)
+    stage = args.stage or latest_stage(args.run)
     model, template, image_processor, _ = load_trained(args.run / f"stage{stage}", device,
                                                        choose_dtype(args.precision, device))
     pixel_values = load_image(args.image, image_processor) if args.image else None

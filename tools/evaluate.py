@@ -43,7 +43,7 @@ from support.devices import DTYPES, choose_device, choose_dtype
 from support.errors import UserError, run_script
 from support.files import make_writable_folder, write_json
 from support.settings import COUNT, POSITIVE
-from support.weights import load_trained, read_run
+from support.weights import latest_stage, load_trained, print_loaded_stage, read_run
 from toy.world import PLACES, caption_of, objects_in
 
 # -- questions and generated answers -----------------------------------------------------------------------
@@ -209,12 +209,11 @@ def main():
     args = parser.parse_args()
 
     device = choose_device(args.device)
-    stage = args.stage or (2 if (args.run / "stage2" / "run.json").exists() else 1)
-    model, template, image_processor, run_json = load_trained(args.run / f"stage{stage}", device,
-                                                              choose_dtype(args.precision, device))
+    stage = args.stage or latest_stage(args.run)
+    folder, dtype = args.run / f"stage{stage}", choose_dtype(args.precision, device)
+    model, template, image_processor, run_json = load_trained(folder, device, dtype)
     make_writable_folder(args.run)
-    print(f"{args.run}/stage{stage}: {run_json['steps']:,} steps, {run_json['projector']} projector, "
-          f"{'LoRA adapter' if stage == 2 else 'no adapter'}")
+    print_loaded_stage(folder, run_json)
     dataset_args = args.held_out, template, image_processor, model.num_image_tokens
     datasets = {"captions" if stage == 1 else "answers": open_held_out(run_json, *dataset_args)}
     if stage == 2:

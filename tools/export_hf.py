@@ -34,7 +34,7 @@ from support.devices import DTYPES, choose_device
 from support.errors import UserError, run_script
 from support.files import atomic_write, delete, find_pretrained, read_json
 from support.settings import POSITIVE
-from support.weights import load_trained, read_run
+from support.weights import latest_stage, load_trained, print_loaded_stage, read_run
 from tools.model_card import write_model_card
 
 # Largest allowed difference of logits and of pixel values. The order of summation changes logits by about
@@ -249,15 +249,13 @@ def compare(folder, expected, device):
 def export(args, folder):
     """Writes the run to `folder` and compares it. Raises UserError if it differs from the run."""
     device = choose_device(args.device)
-    stage = args.stage or (2 if (args.run / "stage2" / "run.json").exists() else 1)
+    stage = args.stage or latest_stage(args.run)
     paths = [args.run / f"stage{i}" for i in (1, 2)[:stage]]
     stages = [read_run(path) for path in paths if (path / "run.json").exists()]  # for the model card
     evaluation = read_json(args.run / "eval.json")
     # fp32, because merging in half precision would round W + (alpha / r)·B·A to the precision of W.
-    model, template, image_processor, run_json = load_trained(args.run / f"stage{stage}", device,
-                                                              torch.float32)
-    print(f"{args.run}/stage{stage}: {run_json['steps']:,} steps, {run_json['projector']} projector, "
-          f"{'LoRA adapter' if stage == 2 else 'no adapter'}")
+    model, template, image_processor, run_json = load_trained(paths[-1], device, torch.float32)
+    print_loaded_stage(paths[-1], run_json)
     held_out = load_heldout_dataset(run_json, template, image_processor, model.num_image_tokens)
     expected = [run_ours(model, template, held_out, i, device)
                 for i in range(min(args.samples, len(held_out)))]

@@ -32,7 +32,7 @@ from support.devices import DTYPES, choose_device, choose_dtype
 from support.errors import UserError, explain_errors, run_script
 from support.files import atomic_write
 from support.settings import POSITIVE
-from support.weights import load_trained, read_run
+from support.weights import latest_stage, load_trained, read_run
 from tools.evaluate import answer_questions, evenly_spaced, is_toy_caption, list_questions
 from toy.world import PLACES, answer_to, objects_in
 
@@ -326,7 +326,7 @@ def describe_answers(model, template, dataset, args):
 def describe_run(args):
     """Returns everything that the page shows, as one value that can be written as JSON."""
     device = choose_device(args.device)
-    last = 2 if (args.run / "stage2" / "run.json").exists() else 1
+    last = latest_stage(args.run)
     model, template, image_processor, run_json = load_trained(args.run / f"stage{last}", device,
                                                               choose_dtype(args.precision, device))
     stages, answers, scenes = [], [], {}
@@ -362,7 +362,7 @@ def make_page(described):
     """Returns the HTML of the page, with its style, its script and the results inside.
 
     The results can contain any text. A "</script>" in them would end the script, so "<" is written as an
-    escape sequence of JSON. The script shows texts by textContent only, never as HTML.
+    escape sequence of JSON. The script inserts texts as text only, never as HTML.
     """
     html, css, js = (Path(__file__).with_suffix(ending).read_text(encoding="utf-8")
                      for ending in (".html", ".css", ".js"))
