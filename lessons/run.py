@@ -13,9 +13,10 @@ import json
 import time
 from pathlib import Path
 
+from lessons import experiment
 from support.errors import run_script
 from support.files import write_json
-from support.settings import COUNT
+from support.settings import COUNT, POSITIVE
 from toy.world import draw_if_missing
 
 FOLDER = Path(__file__).parent
@@ -60,7 +61,11 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=["all", *NAMES], help="the lesson")
     parser.add_argument("--seeds", type=COUNT, nargs="+", default=SEEDS, metavar="SEED")
+    parser.add_argument("--steps", type=POSITIVE, metavar="N",
+                        help="train N steps per stage, to see that a lesson runs; only prints")
     args = parser.parse_args()
+    if args.steps:
+        experiment.STEPS = dict.fromkeys(experiment.STEPS, args.steps)
     draw_if_missing()
     results = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
     for name in NAMES if args.name == "all" else [args.name]:
@@ -71,7 +76,7 @@ def main():
         for condition, measured in results[name].items():
             print(f"  {condition}: {format_result(measured)}")
         print(f"what it means: {lesson.MEANING}\n({(time.time() - started) / 60:.1f} minutes)\n", flush=True)
-        if args.seeds == SEEDS:
+        if args.seeds == SEEDS and not args.steps:
             write_json(FOLDER / "results.json", results)
             readme = (FOLDER / "README.md").read_text(encoding="utf-8")
             before, after = readme.split(START)[0], readme.split(END)[1]

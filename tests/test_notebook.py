@@ -1,7 +1,7 @@
 """colab.ipynb, cell by cell, in a kernel of its own.
 
-The toy trains for two steps only. The real models are replaced by tiny random ones, and the real data by
-eight photos. The tests of the second part run no cell.
+The toy and the lessons train for two steps only. The real models are replaced by tiny random ones, and the
+real data by eight photos. The tests of the second part run no cell.
 """
 
 import ast
@@ -24,10 +24,12 @@ from test_hub_replicas import pytestmark as needs_shared
 import stage1_align
 import stage2_instruct
 import toy.world
+from lessons.run import NAMES
 
 NOTEBOOK = json.loads((REPOSITORY / "colab.ipynb").read_text(encoding="utf-8"))
 CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
-SCRIPTS = ("stage1_align", "stage2_instruct", "sanity_check", "tools.evaluate", "tools.page")
+SCRIPTS = ("stage1_align", "stage2_instruct", "sanity_check", "tools.evaluate", "tools.page",
+           "lessons.run")
 DOWNLOAD = REPOSITORY / "tools" / "download.sh"
 
 
@@ -40,6 +42,33 @@ def tagged(*tags):
 
 
 # -- running it --------------------------------------------------------------------------------------------
+
+
+# Replaces sh() by one that runs the scripts inside the kernel. As processes of their own, each would need
+# about 5 seconds to import transformers.
+RUN_IN_KERNEL = """
+import runpy
+import shlex
+
+in_a_shell = sh
+
+
+def sh(command):
+    python, *words = shlex.split(command)
+    is_module = words[0] == "-m"
+    if words[is_module] == "pip" or python != "python":
+        return in_a_shell(command)
+    print("$", command)
+    sys.argv = words[is_module:]
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    run = runpy.run_module if is_module else runpy.run_path
+    try:
+        run(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(end.code)
+"""
 
 
 def run_notebook(cells, folder, **values):
@@ -75,9 +104,15 @@ def run_notebook(cells, folder, **values):
     return printed.replace("\r", ""), shown
 
 
+def with_cell_after(cells, cell_id, text):
+    """Returns a copy of the list with one more code cell."""
+    i = [cell["id"] for cell in cells].index(cell_id) + 1
+    return [*cells[:i], dict(cells[i - 1], id=f"after-{cell_id}", source=[text]), *cells[i:]]
+
+
 def copy_repository(folder):
     """Copies the files of this clone that the notebook may use, without runs and toy weights."""
-    for pattern in ("*.py", "*.txt", ".gitignore", "support/*.py", "tools/*", "toy/*.py"):
+    for pattern in ("*.py", "*.txt", ".gitignore", "support/*.py", "tools/*", "toy/*.py", "lessons/*"):
         for path in REPOSITORY.glob(pattern):
             if path.is_file():
                 copy = folder / path.relative_to(REPOSITORY)
@@ -100,16 +135,29 @@ def test_without_a_gpu_all_cells_run_in_a_clone_and_those_of_the_real_models_do_
     clone = copy_repository(tmp_path / "clone")
     for name in ("data", "clip-vit", "llama-chat"):
         (clone / "toy" / name).symlink_to(REPOSITORY / "toy" / name)
+    lessons = {path: path.read_bytes() for path in (clone / "lessons").iterdir() if path.is_file()}
+    start = clone / "docs" / "notebooks"  # the setup cells find the clone above it
+    start.mkdir(parents=True)
     flags = "--max-steps 2 --batch-size 4 --limit 16 --held-out 6 --workers 0"
-    printed, shown = run_notebook(CODE, clone, TOY_FLAGS=flags, REAL=False)
+    cells = with_cell_after(CODE, "helpers", RUN_IN_KERNEL)
+    printed, shown = run_notebook(cells, start, TOY_FLAGS=flags, LESSON_FLAGS="--steps 2", REAL=False)
     assert "git clone" not in printed and "the cells of the real models do nothing" in printed
-    for words in ("16 samples to train on, 6 held out; 2 steps", "PROMPT", "REFERENCE",
-                  "correct image more likely"):
+    for words in (f"working directory: {clone}", "16 samples to train on, 6 held out; 2 steps", "PROMPT",
+                  "REFERENCE", "correct image more likely", "wrong images: training loss",
+                  "class token kept, last patch lost: captions", "found at the bottom right"):
         assert words in printed, words
     assert re.search(r"<image>×\d+\s+What do you see at the middle left\?", printed)
     assert shown == {"toy-page": "page", "photo": "picture"}
     assert (clone / "runs" / "toy" / "stage2" / "adapter").exists()
     assert (clone / "runs" / "toy" / "eval.json").exists()
+    assert all(path.read_bytes() == content for path, content in lessons.items())  # the table is unchanged
+    assert list(start.iterdir()) == []
+
+
+def test_outside_a_clone_it_asks_for_the_address_of_the_repository(tmp_path):
+    nbclient = pytest.importorskip("nbclient")
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="write the address of the repository"):
+        run_notebook([CODE[0], *tagged("setup")], tmp_path)
 
 
 @needs_shared
@@ -130,13 +178,15 @@ def test_the_cells_of_the_real_models_run_with_replicas_after_cloning(world, tmp
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, directory=str(tmp_path / "coco")))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    cells = tagged("parameters", "setup", "real", "ask")
-    stage1 = next(cell for cell in cells if "stage1_align.py" in source(cell))
-    cells.insert(cells.index(stage1), dict(stage1, id="stage1-again"))  # finds a finished run the second time
+    cells = with_cell_after(tagged("parameters", "setup", "real", "ask"), "helpers", RUN_IN_KERNEL)
+    stage1 = next(source(cell) for cell in cells if cell["id"] == "real-stage1")
+    cells = with_cell_after(cells, "real-stage1", stage1)  # finds a finished run the second time
+    cells = with_cell_after(cells, "photo-parameters", "sh = in_a_shell")  # which reads the quoted question
     try:
         printed, shown = run_notebook(
             cells, start, REPOSITORY=str(origin), REAL=True, LIMIT=4, HELD_OUT=2,
             REAL_FLAGS="--workers 0 --precision fp32 --device cpu",
+            PAGE_FLAGS="--questions 1 --max-new-tokens 2",
             CLIP=str(world / "clip"), LLM=str(world / "llm"),
             CHAT=str(world / "chat.json"), CC3M=str(PHOTOS),
             INSTRUCT=str(world / "instruct.json"), COCO=str(tmp_path / "fetched"),
@@ -157,10 +207,9 @@ def test_the_cells_of_the_real_models_run_with_replicas_after_cloning(world, tmp
 
 def test_a_command_that_fails_ends_the_notebook(tmp_path):
     nbclient = pytest.importorskip("nbclient")
-    helpers = next(cell for cell in tagged("setup") if "def sh(" in source(cell))
-    failing = dict(helpers, id="failing", source=['sh("echo before; exit 3")'])
+    cells = with_cell_after(tagged("setup")[:1], "helpers", 'sh("echo before; exit 3")')
     with pytest.raises(nbclient.exceptions.CellExecutionError, match="this command failed, see above: echo"):
-        run_notebook([helpers, failing], tmp_path)
+        run_notebook(cells, tmp_path)
 
 
 # -- without running it ------------------------------------------------------------------------------------
@@ -173,7 +222,8 @@ def test_it_is_stored_without_outputs_and_every_cell_has_its_own_id():
     assert len(set(ids)) == len(ids)
     for cell in CODE:
         assert cell["outputs"] == [] and cell["execution_count"] is None, cell["id"]
-        assert set(cell["metadata"]["tags"]) <= {"parameters", "setup", "toy", "real", "ask"}, cell["id"]
+        tags = {"parameters", "setup", "toy", "lesson", "real", "ask"}
+        assert set(cell["metadata"]["tags"]) <= tags, cell["id"]
 
 
 def strings(cell):
@@ -204,12 +254,21 @@ def test_every_path_and_module_that_it_names_exists():
     assert {"stage1_align.py", "tools/download.sh", "requirements.txt"} <= paths
     for path in paths:
         assert (REPOSITORY / path).exists(), path
-    modules = set(re.findall(r"python -m ((?:tools|toy)\.\w+)", everything))
-    assert modules == {"tools.evaluate", "tools.page"}
+    modules = set(re.findall(r"python -m ((?:tools|toy|lessons)\.\w+)", everything))
+    assert modules == {"tools.evaluate", "tools.page", "lessons.run"}
     for name in modules:
         assert callable(importlib.import_module(name).main)
     for name, attribute in re.findall(r"from (support\.\w+) import (\w+)", everything):
         assert hasattr(importlib.import_module(name), attribute), name
+
+
+def test_every_lesson_that_it_runs_exists_and_has_a_cell_that_asks_for_a_guess():
+    cells = NOTEBOOK["cells"]
+    lessons = [i for i, cell in enumerate(cells) if "lesson" in cell["metadata"].get("tags", ())]
+    assert len(lessons) == 2
+    for i in lessons:
+        assert re.search(r"lessons\.run (\w+) --seeds 0 ", source(cells[i]))[1] in NAMES
+        assert "**Question.**" in source(cells[i - 1]) and "**Your guess.**" in source(cells[i - 1])
 
 
 def test_every_flag_that_it_names_exists(script):
@@ -218,12 +277,14 @@ def test_every_flag_that_it_names_exists(script):
     used = set()
     for text in STRINGS:
         words = set(re.findall(r"--[a-z][a-z0-9-]*", text))
-        if match := re.match(r"python (?:(\w+)\.py|-m (tools\.\w+))\b", text):
+        if match := re.match(r"python (?:(\w+)\.py|-m ((?:tools|lessons)\.\w+))\b", text):
             assert words <= flags[match[1] or match[2]], text
         elif re.match(r"(python -m pip|git) ", text):
             continue
+        elif words <= flags["tools.page"]:
+            continue  # PAGE_FLAGS
         else:
-            assert words <= stages, text  # a string of flags alone belongs to both stages
+            assert words <= stages, text  # other strings of flags alone belong to both stages
         used |= words
     assert {"--restart", "--resume", "--sample", "--show-mask", "--question"} <= used
     for cell in NOTEBOOK["cells"]:
