@@ -32,8 +32,8 @@ def run(seed):
              for image, cell in zip(images, asked)]
     with torch.no_grad():
         mean = mean_feature(model, dataset, model.llm.device)
-        features = torch.cat([model.encode_images(dataset.load_pixel_values(dataset.records[q.record])[None])
-                              for q in questions])  # (questions, N, D)
+        pixels = [dataset.load_pixel_values(dataset.records[q.record]) for q in questions]
+        features = model.encode_images(torch.stack(pixels).to(model.llm.device))  # (questions, N, D)
     rows = torch.arange(len(questions))
 
     def erased(cells):

@@ -114,9 +114,9 @@ def measure(trained, different_image=False):
 
 
 def training_loss(trained):
-    """Returns the mean training loss of the last logged steps."""
-    losses = [line["loss"] for line in read_metrics(trained.folder / f"stage{trained.stage}")[0]]
-    return sum(losses[-5:]) / 5
+    """Returns the mean training loss of the last five logged steps."""
+    losses = [line["loss"] for line in read_metrics(trained.folder / f"stage{trained.stage}")[0]][-5:]
+    return sum(losses) / len(losses)
 
 
 def labels_changed(function):
