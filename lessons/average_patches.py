@@ -3,8 +3,8 @@
 from lessons.experiment import measure, replaced, train, usual
 from model import Llava
 
-EXPECTED = """Worse captions. If a row holds one object, its mean still tells what it is and where. If it holds two, the
-model has to separate the sum of two vectors."""
+EXPECTED = """Worse captions. If a row holds one object, its mean still tells what it is and where. If it
+holds two, the model has to separate the sum of two vectors."""
 MEANING = ""
 
 encode_images = Llava.encode_images

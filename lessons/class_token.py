@@ -6,8 +6,8 @@ from lessons.experiment import answer, list_questions, measure, replaced, train,
 from model import Llava
 from toy.world import objects_in
 
-EXPECTED = """Every patch moves by one position and the bottom right patch is lost. Objects in that cell cannot be
-seen. The other cells do not suffer if the place is in the vectors and not in their order."""
+EXPECTED = """Every patch moves by one position and the bottom right patch is lost. Objects in that cell
+cannot be seen. The other cells do not suffer if the place is in the vectors and not in their order."""
 MEANING = ""
 
 

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from lessons.experiment import measure, replaced, train, training_loss, usual
 from model import IGNORE_INDEX, Llava
 
-EXPECTED = """The training loss falls, and nothing raises an error. The answers lack every token that should have come
-next, so they are wrong."""
+EXPECTED = """The training loss falls, and nothing raises an error. The answers lack every token that should
+have come next, so they are wrong."""
 MEANING = ""
 
 forward = Llava.forward

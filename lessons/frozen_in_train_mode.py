@@ -6,8 +6,8 @@ import stage1_align
 from lessons.experiment import measure, replaced, train, usual
 from model import Llava
 
-EXPECTED = """With the models as they are, exactly the same result, because neither CLIP nor Llama has dropout. With
-10% dropout of the attention weights in the LLM, a worse one."""
+EXPECTED = """With the models as they are, exactly the same result, because neither CLIP nor Llama has
+dropout. With 10% dropout of the attention weights in the LLM, a worse one."""
 MEANING = ""
 
 load_language_model = stage1_align.load_language_model

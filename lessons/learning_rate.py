@@ -2,8 +2,8 @@
 
 from lessons.experiment import measure, train, usual
 
-EXPECTED = """Ten times the learning rate is too much, a tenth is too slow for 150 steps. Warm-up and clipping matter
-little here, because only one linear layer is trained."""
+EXPECTED = """Ten times the learning rate is too much, a tenth is too slow for 150 steps. Warm-up and
+clipping matter little here, because only one linear layer is trained."""
 MEANING = ""
 
 

@@ -2,8 +2,9 @@
 
 from lessons.experiment import measure, train, usual
 
-EXPECTED = """Few records are enough: the projector is one linear layer of 16,512 numbers, and there are only 270
-different combinations of color, shape and place to learn. With 100 records, some of them never occur."""
+EXPECTED = """Few records are enough: the projector is one linear layer of 16,512 numbers, and there are
+only 270 different combinations of color, shape and place to learn. With 100 records, some of them never
+occur."""
 MEANING = ""
 
 

@@ -3,8 +3,8 @@
 from lessons.experiment import measure, replaced, train, usual
 from model import Llava
 
-EXPECTED = """The projector alone cannot teach the LLM to answer yes or no, which it never did before. Rank 1 is nearly
-enough. All weights of the LLM, as in the paper, are at least as good as rank 16."""
+EXPECTED = """The projector alone cannot teach the LLM to answer yes or no, which it never did before. Rank
+1 is nearly enough. All weights of the LLM, as in the paper, are at least as good as rank 16."""
 MEANING = ""
 
 

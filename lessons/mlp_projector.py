@@ -9,4 +9,5 @@ MEANING = ""
 def run(seed):
     return {"linear (usual)": measure(usual(1, seed)),
             "mlp": measure(train(1, seed, "mlp", projector="mlp")),
-            "mlp, a tenth of the learning rate": measure(train(1, seed, "mlp-slow", projector="mlp", lr=1e-3))}
+            "mlp, a tenth of the learning rate":
+                measure(train(1, seed, "mlp-slow", projector="mlp", lr=1e-3))}

@@ -22,8 +22,9 @@ from toy.world import draw_if_missing
 FOLDER = Path(__file__).parent
 SEEDS = [0, 1, 2]
 NAMES = ["skip_stage1", "wrong_images", "vision_layer", "class_token", "mlp_projector", "average_patches",
-         "change_patches", "less_data", "learning_rate", "frozen_in_train_mode", "lora_rank", "label_questions",
-         "no_end_token", "tokenize_pieces", "double_shift", "other_template", "temperature"]
+         "change_patches", "less_data", "learning_rate", "frozen_in_train_mode", "lora_rank",
+         "label_questions", "no_end_token", "tokenize_pieces", "double_shift", "other_template",
+         "temperature"]
 START, END = "<!-- The table is written by python -m lessons.run -->\n", "<!-- end of the table -->\n"
 
 

@@ -2,8 +2,9 @@
 
 from lessons.experiment import measure, train, usual
 
-EXPECTED = """Worse answers: the adapter has to make sense of vectors that mean nothing to the LLM. In the paper,
-skipping stage 1 costs 5.11 points on ScienceQA. Prismatic VLMs, which train the whole LLM, lose nothing."""
+EXPECTED = """Worse answers: the adapter has to make sense of vectors that mean nothing to the LLM. In the
+paper, skipping stage 1 costs 5.11 points on ScienceQA. Prismatic VLMs, which train the whole LLM, lose
+nothing."""
 MEANING = ""
 
 

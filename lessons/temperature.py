@@ -3,8 +3,8 @@
 from lessons.experiment import measure, replaced, usual
 from model import Llava
 
-EXPECTED = """Worse captions, and the more so the higher the temperature. A caption has one correct answer here, and one
-wrong token is enough to miss it."""
+EXPECTED = """Worse captions, and the more so the higher the temperature. A caption has one correct answer
+here, and one wrong token is enough to miss it."""
 MEANING = ""
 
 generate = Llava.generate

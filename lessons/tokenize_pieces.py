@@ -4,8 +4,8 @@ from data import ChatDataset
 from lessons.experiment import measure, replaced, train, usual
 from model import IGNORE_INDEX
 
-EXPECTED = """The tokenizer puts an extra space token in front of each answer that is tokenized alone. The model
-learns to write this token, and finds answers without it unlikely."""
+EXPECTED = """The tokenizer puts an extra space token in front of each answer that is tokenized alone. The
+model learns to write this token, and finds answers without it unlikely."""
 MEANING = ""
 
 

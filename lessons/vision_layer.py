@@ -2,8 +2,9 @@
 
 from lessons.experiment import measure, train, usual
 
-EXPECTED = """The last block (-1) is a little worse than the one before (-2): 0.96 points on ScienceQA in the paper.
-The embeddings (-5) have not passed any block, so each vector is a linear function of its patch's pixels."""
+EXPECTED = """The last block (-1) is a little worse than the one before (-2): 0.96 points on ScienceQA in
+the paper. The embeddings (-5) have not passed any block, so each vector is a linear function of its patch's
+pixels."""
 MEANING = ""
 
 

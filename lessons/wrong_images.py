@@ -3,8 +3,8 @@
 from data import ChatDataset
 from lessons.experiment import measure, replaced, train, training_loss, usual
 
-EXPECTED = """The training loss still falls, because the style of the captions can be learned without looking. The
-held-out loss is the same with a different image: the model is blind."""
+EXPECTED = """The training loss still falls, because the style of the captions can be learned without
+looking. The held-out loss is the same with a different image: the model is blind."""
 MEANING = ""
 
 load_pixel_values = ChatDataset.load_pixel_values
