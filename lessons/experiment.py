@@ -1,6 +1,6 @@
 """What all lessons use: train a short run of the toy, perhaps with one function replaced, and measure it.
 
-A lesson trains fewer steps than the toy's presets (150 of 376 in stage 1, 50 of 188 in stage 2) and evaluates
+A lesson trains fewer steps than the toy's presets (250 of 376 in stage 1, 50 of 188 in stage 2) and evaluates
 120 held-out pictures, so that three seeds with all changes take minutes.
 """
 
@@ -24,7 +24,7 @@ from tools.evaluate import answer_questions, list_questions, score_answers, scor
 from tools.page import read_metrics
 
 STAGES = {1: stage1_align, 2: stage2_instruct}
-STEPS = {1: 150, 2: 50}
+STEPS = {1: 250, 2: 50}
 HELD_OUT = 120  # pictures
 LIMIT = 0  # training records; 0: all
 RUNS = Path("runs/lessons")
