@@ -3,8 +3,8 @@
 from lessons.experiment import measure, replaced, train, usual
 from model import Llava
 
-EXPECTED = """Worse captions. If a row holds one object, its mean still tells what it is and where. If it
-holds two, the model has to separate the sum of two vectors."""
+EXPECTED = """Worse captions. If a row shows one object, the mean of the row still contains this object and
+its place. If it shows two, the model has to separate the sum of two vectors."""
 MEANING = ""
 
 encode_images = Llava.encode_images
@@ -12,12 +12,13 @@ encode_images = Llava.encode_images
 
 def mean_of_rows(self, pixel_values):
     features = encode_images(self, pixel_values).unflatten(1, (3, 3))  # (I, 9, D) -> (I, 3, 3, D)
-    return features.mean(dim=2, keepdim=True).expand_as(features).flatten(1, 2)  # (I, 9, D)
+    means = features.mean(dim=2, keepdim=True)  # (I, 3, 1, D)
+    return means.expand_as(features).flatten(1, 2)  # (I, 3, 3, D) -> (I, 9, D)
 
 
 def mean_of_image(self, pixel_values):
     features = encode_images(self, pixel_values)  # (I, 9, D)
-    return features.mean(dim=1, keepdim=True).expand_as(features)
+    return features.mean(dim=1, keepdim=True).expand_as(features)  # (I, 1, D) -> (I, 9, D)
 
 
 def run(seed):

@@ -10,24 +10,26 @@ from tools.page import mean_feature
 from toy.world import DATA, PLACES, answer_to, objects_in
 
 EXPECTED = """Erasing the patch that a question asks about changes the answer. Erasing another one does not.
-A copied patch is named. Shuffling changes little if the place is in the vector."""
+After copying, the answer names the object in the copied patch. Shuffling changes few answers if the place
+of a patch is in its vector and not in its position in the sequence."""
 MEANING = ""
 
 encode_images = Llava.encode_images
 
 
 def run(seed):
-    # A longer stage 1 than in the other lessons, because only correct answers can be made wrong.
+    # Stage 1 is longer than in the other lessons, because only correct answers can become wrong.
     trained = train(2, seed, "long", after=train(1, seed, "long", max_steps=376))
     dataset, model = trained.heldout_dataset, trained.model
-    # The captions list all objects of a picture, so they are the scenes: {image: {place: (color, shape)}}
+    # A caption lists all objects of its picture, so it gives the scene: {image: {place: (color, shape)}}
     scenes = {record["image"]: {place: (color, shape) for color, shape, place in
                                 objects_in(record["conversations"][1]["value"])}
               for record in json.loads((DATA / "heldout_chat.json").read_text())}
-    # Only questions such as "What is at the top left?", about an object, that the model answers correctly.
+    # Only questions such as "What is at the top left?" that ask about an object and are answered correctly.
     questions = [q for q in list_questions(dataset) if q.kind == "what_at" and q.reference != "Nothing."]
     questions = [q for q, text in zip(questions, answer(trained, questions)) if text == q.reference]
     images = [dataset.records.image_name(dataset.records[q.record]) for q in questions]
+    # For each question, the patch that it asks about, and the patch of another object.
     asked = [next(i for i, place in enumerate(PLACES) if q.text.endswith(f"{place}?")) for q in questions]
     other = [next(i for i, place in enumerate(PLACES) if place in scenes[image] and i != cell)
              for image, cell in zip(images, asked)]
@@ -38,11 +40,12 @@ def run(seed):
     rows = torch.arange(len(questions))
 
     def erased(cells):
+        """Returns the features with patch cells[i] of question i replaced by the mean feature."""
         changed = features.clone()
         changed[rows, cells] = mean
         return changed
 
-    # The same cell of another picture, the next one with an object there.
+    # sources[i] is the next question whose picture has an object in the cell that question i asks about.
     sources = [next(j % len(images) for j in range(i + 1, i + len(images))
                     if PLACES[cell] in scenes[images[j % len(images)]]) for i, cell in enumerate(asked)]
     copied = features.clone()

@@ -6,8 +6,9 @@ from lessons.experiment import answer, list_questions, measure, replaced, train,
 from model import Llava
 from toy.world import objects_in
 
-EXPECTED = """Every patch moves by one position and the bottom right patch is lost. Objects in that cell
-cannot be seen. The other cells do not suffer if the place is in the vectors and not in their order."""
+EXPECTED = """Every patch moves by one position, and the bottom right patch is lost. The captions cannot
+name the objects there. The other objects are named as usual if the place of a patch is in its vector and
+not in its position in the sequence."""
 MEANING = ""
 
 
@@ -18,7 +19,7 @@ def encode_images(self, pixel_values):
 
 
 def recall(trained, bottom_right):
-    """Returns the fraction of objects at the bottom right, or elsewhere, that the captions name."""
+    """Returns the fraction of the objects at the bottom right (or of all others) that the captions name."""
     questions, found = list_questions(trained.heldout_dataset), []
     for question, caption in zip(questions, answer(trained, questions)):
         found += [thing in objects_in(caption) for thing in objects_in(question.reference)

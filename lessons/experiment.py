@@ -1,7 +1,7 @@
-"""What all lessons use: train a short run of the toy, perhaps with one function replaced, and measure it.
+"""Functions that all lessons use: to train a short run of the toy, to replace a function, and to measure.
 
 A lesson trains fewer steps than the toy's presets (250 of 376 in stage 1, 50 of 188 in stage 2) and evaluates
-120 held-out pictures, so that three seeds with all changes take minutes.
+120 held-out pictures, so that a lesson with three seeds takes minutes.
 """
 
 import signal
@@ -29,8 +29,8 @@ HELD_OUT = 120  # pictures
 LIMIT = 0  # training records; 0: all
 RUNS = Path("runs/lessons")
 
-# replaced(Llava, encode_images=f) is a context in which Llava.encode_images is f, from this moment on and for
-# every module. At its end the original function is back.
+# `with replaced(Llava, encode_images=f):` makes f the method Llava.encode_images, for every user of Llava.
+# After the block, the original method is back.
 replaced = patch.multiple
 
 
@@ -47,12 +47,13 @@ def train(stage, seed, name, after=None, **settings):
     """Trains a stage of the toy and returns it as Trained.
 
     Args:
-        name: of the run's folder in runs/lessons/, where the stage also writes what it prints.
+        name: the run's folder is runs/lessons/<name>-seed<seed>. What the stage prints is also written there,
+            to stage1.txt or stage2.txt.
         after: for stage 2, the Trained stage 1 to continue from.
-        settings: of the stage; see its PRESETS.
+        settings: changes to the settings of the stage; see its PRESETS.
     """
     folder, stage_module, trained = RUNS / f"{name}-seed{seed}", STAGES[stage], []
-    if after and after.folder != folder:
+    if after and after.folder != folder:  # stage 2 reads the result of stage 1 from its own run folder
         rmtree(folder / "stage1", ignore_errors=True)
         copytree(after.folder / "stage1", folder / "stage1")
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,6 +61,7 @@ def train(stage, seed, name, after=None, **settings):
                 "held_out": HELD_OUT, "eval_every": 10**6, "precision": "fp32", **settings}
     flags = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
 
+    # main() returns nothing, but it passes the trained model to save_result().
     def save_and_keep(folder, stage, model, *rest):
         save_result(folder, stage, model, *rest)
         trained.append(model)
@@ -69,7 +71,7 @@ def train(stage, seed, name, after=None, **settings):
           open(folder / f"stage{stage}.txt", "w", encoding="utf-8") as file, redirect_stdout(file)):
         handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         stage_module.main()
-    for number, handler in handlers.items():  # the stage catches Ctrl-C, to save first
+    for number, handler in handlers.items():  # the stage has replaced them, to save before Ctrl-C ends it
         signal.signal(number, handler)
     model, run = trained[0], read_run(folder / f"stage{stage}")
     template = ChatTemplate(run["llm"])
@@ -80,7 +82,7 @@ def train(stage, seed, name, after=None, **settings):
 
 @cache  # many lessons compare with it, so `all` trains it once per seed
 def usual(stage, seed):
-    """Returns a stage, trained without any change, as Trained. Stage 2 follows stage 1."""
+    """Trains a stage without any change. Returns it as Trained. Stage 2 continues from usual(1, seed)."""
     return train(stage, seed, "usual", after=usual(1, seed) if stage == 2 else None)
 
 
@@ -120,7 +122,7 @@ def training_loss(trained):
 
 
 def labels_changed(function):
-    """Returns a context in which the labels of every sample are function(template, ids, labels)."""
+    """Returns a context manager. In it, the labels of each sample are function(template, ids, labels)."""
     encode = ChatDataset.encode
 
     def encode_with_other_labels(self, record):

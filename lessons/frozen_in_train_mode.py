@@ -1,4 +1,4 @@
-"""CLIP and the LLM are put in train mode, as a plain model.train() does."""
+"""CLIP and the LLM are put in train mode, as a plain model.train() would do."""
 
 from torch import nn
 
@@ -6,8 +6,8 @@ import stage1_align
 from lessons.experiment import measure, replaced, train, usual
 from model import Llava
 
-EXPECTED = """With the models as they are, exactly the same result, because neither CLIP nor Llama has
-dropout. With 10% dropout of the attention weights in the LLM, a worse one."""
+EXPECTED = """The result is exactly the same, because neither CLIP nor Llama uses dropout. It becomes worse
+if 10% of the LLM's attention weights are dropped."""
 MEANING = ""
 
 load_language_model = stage1_align.load_language_model

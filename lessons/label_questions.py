@@ -5,8 +5,8 @@ from data import collate
 from lessons.experiment import labels_changed, measure, replaced, train, usual
 from model import IGNORE_INDEX
 
-EXPECTED = """Somewhat worse answers, because a part of every step goes into predicting questions, which
-nobody asks of the model, or padding, which follows from the first padding token."""
+EXPECTED = """Somewhat worse answers, because a part of every gradient comes from tokens outside the
+answers. The model never has to write a question, and padding is easy to predict after its first token."""
 MEANING = ""
 
 

@@ -1,8 +1,8 @@
-"""Stage 1 with ten times the learning rate, and without warm-up and clipping."""
+"""Stage 1 has ten times the learning rate, or it has neither warm-up nor clipping."""
 
 from lessons.experiment import measure, train, usual
 
-EXPECTED = """Ten times the learning rate is too much. Warm-up and clipping matter little here, because only
+EXPECTED = """Ten times the learning rate is too high. Warm-up and clipping matter little here, because only
 one linear layer is trained."""
 MEANING = ""
 

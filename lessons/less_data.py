@@ -2,8 +2,8 @@
 
 from lessons.experiment import measure, train, usual
 
-EXPECTED = """Few records are enough: the projector is one linear layer of 16,512 numbers, and there are
-only 270 different combinations of color, shape and place to learn. With 100 records, some of them never
+EXPECTED = """Few records are enough, because the projector is one linear layer with 16,512 parameters, and
+there are only 324 combinations of color, shape and place to learn. In 100 records, some of them never
 occur."""
 MEANING = ""
 

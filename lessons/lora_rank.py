@@ -1,10 +1,10 @@
-"""Stage 2 trains less, or more, than an adapter of rank 16."""
+"""Stage 2 trains only the projector, or an adapter of rank 1 or 128 instead of 16."""
 
 from lessons.experiment import measure, train, usual
 
-EXPECTED = """The projector alone cannot teach the LLM to answer yes or no, which it never did before. Rank
-1 is nearly enough. The toy's LLM has width 128, so with rank 128 an adapter can change a weight matrix in
-any way. It is at least as good as rank 16."""
+EXPECTED = """Training only the projector does not teach the LLM a new kind of question, "Is there a shape
+at the top left?". Rank 1 is nearly enough. The toy's LLM has width 128, so an adapter of rank 128 can
+change a weight matrix in any way. It is at least as good as rank 16."""
 MEANING = ""
 
 

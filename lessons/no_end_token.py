@@ -3,7 +3,7 @@
 from lessons.experiment import answer, labels_changed, list_questions, measure, train, usual
 from model import IGNORE_INDEX
 
-EXPECTED = """The model is never told to stop, so it goes on after its answer."""
+EXPECTED = """Stage 2 does not train the model to stop, so it goes on after its answer."""
 MEANING = ""
 
 

@@ -3,7 +3,8 @@
 from data import ChatTemplate
 from lessons.experiment import measure, replaced, usual
 
-EXPECTED = """Worse answers, though the picture and the question are the same."""
+EXPECTED = """Worse answers, though the picture and the question are the same, because the model was trained
+with other role markers."""
 MEANING = ""
 
 
@@ -15,4 +16,5 @@ def run(seed):
     results = {"own template (usual)": measure(usual(2, seed))}
     with replaced(ChatTemplate, encode_prompt=encode_vicuna_prompt):
         results["Vicuna's template"] = measure(usual(2, seed))
+    # The held-out loss does not use encode_prompt(), so it cannot change.
     return {name: {"answers": result["answers"]} for name, result in results.items()}

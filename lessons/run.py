@@ -1,10 +1,10 @@
-"""Runs lessons: experiments that change one thing of the project and measure what happens.
+"""Runs lessons. A lesson is an experiment that changes one thing in the project and measures what happens.
 
     python -m lessons.run no_end_token      one lesson, with three seeds: at most 6 minutes on 2 CPU cores
     python -m lessons.run all               all of them
-    python -m lessons.run all --seeds 0     with one seed; only prints, and keeps the table
+    python -m lessons.run all --seeds 0     with one seed; only prints
 
-Writes the measured numbers to lessons/results.json and the table to lessons/README.md.
+With three seeds, it writes the measured numbers to lessons/results.json and the table to lessons/README.md.
 """
 
 import argparse
@@ -61,7 +61,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=["all", *NAMES], help="the lesson")
-    parser.add_argument("--seeds", type=COUNT, nargs="+", default=SEEDS, metavar="SEED")
+    parser.add_argument("--seeds", type=COUNT, nargs="+", default=SEEDS, metavar="SEED",
+                        help="default: 0 1 2; with other seeds, it only prints")
     parser.add_argument("--steps", type=POSITIVE, metavar="N",
                         help="train N steps per stage, to see that a lesson runs; only prints")
     args = parser.parse_args()

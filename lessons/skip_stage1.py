@@ -2,16 +2,16 @@
 
 from lessons.experiment import measure, train, usual
 
-EXPECTED = """Worse answers: the adapter has to make sense of vectors that mean nothing to the LLM. In the
-paper, skipping stage 1 costs 5.11 points on ScienceQA. Prismatic VLMs, which train the whole LLM, lose
-nothing."""
+EXPECTED = """Worse answers, because the adapter has to make sense of vectors that mean nothing to the LLM.
+In the paper, skipping stage 1 costs 5.11 points on ScienceQA. Prismatic VLMs (arXiv:2402.07865) report no
+loss. Both train the whole LLM in stage 2."""
 MEANING = ""
 
 
 def run(seed):
     untrained = train(1, seed, "untrained-projector", max_steps=0)
     skipped = train(2, seed, "untrained-projector", after=untrained)
-    # Without stage 1, stage 2 is all the training that the projector gets.
+    # Here the projector is trained in stage 2 only, so it is also tried with the learning rate of stage 1.
     fast = train(2, seed, "untrained-projector", after=untrained, projector_lr=1e-2)
     return {"usual": measure(usual(2, seed)), "without stage 1": measure(skipped),
             "without stage 1, projector_lr of stage 1": measure(fast)}

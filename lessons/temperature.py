@@ -1,10 +1,10 @@
-"""Each next token is sampled instead of taking the most likely one."""
+"""Each next token is sampled from the model's probabilities, instead of always taking the most likely."""
 
 from lessons.experiment import measure, replaced, usual
 from model import Llava
 
-EXPECTED = """Worse captions, and the more so the higher the temperature. A caption has one correct answer
-here, and one wrong token is enough to miss it."""
+EXPECTED = """The higher the temperature, the worse the captions. Each picture of the toy has one correct
+caption, and one wrong token makes an object or its place wrong."""
 MEANING = ""
 
 generate = Llava.generate

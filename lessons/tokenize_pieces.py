@@ -5,7 +5,7 @@ from lessons.experiment import measure, replaced, train, usual
 from model import IGNORE_INDEX
 
 EXPECTED = """The tokenizer puts an extra space token in front of each answer that is tokenized alone. The
-model learns to write this token, and finds answers without it unlikely."""
+model learns to write this token. The held-out answers do not have it, so they become less likely."""
 MEANING = ""
 
 

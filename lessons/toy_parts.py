@@ -14,7 +14,7 @@ PRESETS = {1: stage1_align.PRESETS["toy"], 2: stage2_instruct.PRESETS["toy"]}
 
 
 def load_model(model_class=Llava, seed=0):
-    """Returns (model, template). The projector has random weights, and nothing is trained yet."""
+    """Returns (model, template). The projector has random weights, and all parameters are frozen."""
     settings, cpu = PRESETS[1], torch.device("cpu")
     template = ChatTemplate(settings["llm"])
     torch.manual_seed(seed)
