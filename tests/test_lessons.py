@@ -40,7 +40,7 @@ def test_a_lesson_runs_and_leaves_the_project_unchanged(small, name, monkeypatch
     assert modules == [dict(vars(stage)) for stage in experiment.STAGES.values()]
     conditions = list(results.values())
     assert len(conditions) > 1 and all(len(values) == 1 for c in conditions for values in c.values())
-    if name in RESULTS:  # the committed results are those of this lesson
+    if name in RESULTS:  # the committed results have the conditions and measures of this lesson
         assert {c: list(numbers) for c, numbers in results.items()} == {
             c: list(numbers) for c, numbers in RESULTS[name].items()}
 

@@ -24,11 +24,12 @@ def generate(self, input_ids, attention_mask, pixel_values, end_token_ids, max_n
     finished = torch.zeros(len(input_ids), dtype=torch.bool)  # (B,)
     answer = []
     for _ in range(max_new_tokens):
-        # Each row counts its positions after its padding. Llama's rotary embedding depends only on
-        # differences of positions, so it would give the same ids without this line. Not every LLM has it.
+        # Each row counts its positions after its padding. Llama would give the same ids without this line,
+        # because rotary embeddings depend only on differences of positions. Not every LLM has them.
         position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, T)
         hidden = self.llm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=attention_mask,
-                                        position_ids=position_ids, use_cache=False).last_hidden_state
+                                        position_ids=position_ids,
+                                        use_cache=False).last_hidden_state  # (B, T, D)
         logits = self.llm.get_output_embeddings()(hidden[:, -1])  # (B, V)
         new_ids = logits.argmax(dim=-1).masked_fill(finished, end_token_ids[0])  # (B,)
         answer.append(new_ids)
@@ -37,7 +38,7 @@ def generate(self, input_ids, attention_mask, pixel_values, end_token_ids, max_n
             break
         inputs_embeds = torch.cat([inputs_embeds, embedding(new_ids)[:, None]], dim=1)  # (B, T + 1, D)
         attention_mask = F.pad(attention_mask, (0, 1), value=1)  # (B, T + 1)
-    return torch.stack(answer, dim=1)
+    return torch.stack(answer, dim=1)  # (B, number of new tokens)
 
 
 def main():

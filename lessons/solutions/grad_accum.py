@@ -3,7 +3,7 @@
     python -m lessons.solutions.grad_accum
 
 The loss of a batch is the mean over its labeled tokens. Micro-batches have different numbers of them, so the
-mean of their means is a different number.
+mean over the micro-batches' means is a different number.
 """
 
 import torch

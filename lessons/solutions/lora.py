@@ -54,7 +54,7 @@ def main():
     assert set(names.values()) == set(own), "the two adapters are not in the same layers"
     with torch.no_grad():
         for peft_name, parameter in peft_model.trainable().items():
-            if ".lora_B." in peft_name:  # as long as B is zero, A has no gradient
+            if ".lora_B." in peft_name:  # as long as B is zero, the gradient of A is zero
                 parameter.normal_(std=0.02)
             own[names[peft_name]].copy_(parameter)
 
@@ -71,7 +71,7 @@ def main():
         assert parameter.grad.norm() > 0
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
         largest = max(largest, (gradient - parameter.grad).abs().max().item())
-    print(f"{len(own) // 2} layers, {sum(p.numel() for p in own.values()):,} trained numbers; largest "
+    print(f"{len(own) // 2} layers, {sum(p.numel() for p in own.values()):,} trained parameters; largest "
           f"difference from peft: losses {(losses[1] - losses[0]).abs().max().item():.0e}, "
           f"gradients {largest:.0e}")
 

@@ -30,7 +30,7 @@ class PooledLlava(Llava):
     def encode_images(self, pixel_values):
         h_v = super().encode_images(pixel_values)  # (I, N, D)
         side = math.isqrt(self.num_image_tokens)
-        grid = h_v.transpose(1, 2).unflatten(2, (side, side))  # (I, D, side, side)
+        grid = h_v.transpose(1, 2).unflatten(2, (side, side))  # (I, D, N) -> (I, D, side, side)
         # With ceil_mode, windows at the right and lower edge may contain only one or two patches.
         pooled = F.avg_pool2d(grid, 2, ceil_mode=True)  # (I, D, rows, columns)
         # A linear projector gives the same result before and after an average. An MLP would not.
@@ -44,8 +44,8 @@ def place_losses(model, template, batches):
     place_ids = torch.tensor([template.tokenizer.convert_tokens_to_ids(f"▁{word}") for word in words])
     losses, targets = [], []
     for batch in batches:
-        losses.append(model(**{name: value for name, value in batch.items() if name != "skipped"}))
-        targets.append(batch["labels"][:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX])
+        losses.append(model(**{name: value for name, value in batch.items() if name != "skipped"}))  # (K,)
+        targets.append(batch["labels"][:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX])  # (K,)
     losses, is_place = torch.cat(losses), torch.isin(torch.cat(targets), place_ids)
     return losses[is_place].mean().item(), losses[~is_place].mean().item()
 

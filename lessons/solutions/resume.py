@@ -30,7 +30,8 @@ def save(path, model, optimizer, step):
 
 
 def load(path, model, optimizer, random_state=True):
-    """Restores everything that save() wrote. Returns the step."""
+    """Restores everything that save() wrote and returns the step. random_state=False leaves out the state of
+    the random numbers, to show that it matters."""
     state = torch.load(path, weights_only=True)
     model.load_state_dict(state["weights"], strict=False)  # the frozen weights are not in the checkpoint
     optimizer.load_state_dict(state["optimizer"])
@@ -47,7 +48,7 @@ def train(path, seed, until=TOTAL_STEPS, **load_settings):
     model.projector.requires_grad_(True)
     train_dataset, _ = load_datasets(template, model.num_image_tokens, stage=1)
     optimizer = torch.optim.AdamW(model.trainable().values(), weight_decay=0.0)
-    # After everything that draws random numbers, such as the new projector and adapter.
+    # Load after everything that draws random numbers, such as the new projector and adapter.
     step = load(path, model, optimizer, **load_settings) if path.exists() else 0
     model.train()
     while step < until:

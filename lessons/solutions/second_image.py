@@ -2,7 +2,8 @@
 
     python -m lessons.solutions.second_image
 
-Llava.embed() needs no change. It fills all image positions of a batch in order, whichever sample they are in.
+Llava.embed() needs no change. It fills the image positions of the whole batch in order, so it does not matter
+how many of them a sample has.
 """
 
 import torch
