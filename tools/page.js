@@ -236,8 +236,8 @@ function showCause(asked) {
     if (token < 0) return output.replaceChildren("The answer is empty.");
     const [attention, effect] = [asked.attention[token], asked.effect[token]];
     buttons.forEach((button, i) => button.setAttribute("aria-pressed", i === token));
-    // The patch with the largest value is the brightest. If all effects are below 0.5 nats, no patch is
-    // bright, because these effects are small.
+    // The patch with the largest value is the brightest. If all effects are below 0.5 nats, even this patch
+    // is darkened, because the effects are small.
     for (const [cells, values, least] of [[grids[0], attention, 1e-6], [grids[1], effect, 0.5]]) {
       const largest = Math.max(least, ...values);
       cells.forEach((cell, i) => {

@@ -192,8 +192,8 @@ def attention_to_regions(model, prompt_ids, answer_ids, features, regions):
 
 
 def choose_questions(dataset, count):
-    """Returns `count` questions about images, one of each kind before a second one of any kind. Kinds with the
-    most different reference answers come first."""
+    """Returns `count` questions about images, one of each kind before a second one of any kind. Kinds with
+    the most different reference answers come first."""
     questions = [q for q in list_questions(dataset)
                  if dataset.records.image_name(dataset.records[q.record]) is not None]
     kinds = {}
