@@ -43,7 +43,8 @@ def documented_keys():
 
 
 def test_every_key_of_eval_json_is_documented():
-    expected = {"stage", "checksums", "counts", "image_match"} | CAPTIONS | F1 | EXACT | {"answers_loss"}  # then "…"
+    # Of the keys with "answers_", the docstring names only the first, and then writes "…".
+    expected = {"stage", "checksums", "counts", "image_match"} | CAPTIONS | F1 | EXACT | {"answers_loss"}
     assert documented_keys() == expected
 
 

@@ -37,7 +37,7 @@ def results_of(path):
 
 @pytest.fixture
 def make_page(script, flags, tmp_path):
-    """make_page(stages) trains stages without a step and returns the path of the page."""
+    """make_page(stages) trains each stage for one step and returns the path of the page."""
     def make(stages=(1, 2), words=(), **changes):
         for stage in stages:
             script({1: "stage1_align", 2: "stage2_instruct"}[stage],
@@ -168,7 +168,8 @@ def test_the_page_is_one_small_file_that_loads_nothing(make_page, capsys):
     for i, stage in enumerate(described["stages"], start=1):
         _, evaluations = metrics(path.parent / f"stage{i}")
         assert [line["words"] for line in stage["evaluations"]] == [line["words"] for line in evaluations]
-        assert [line["loss"] for line in stage["evaluations"]] == [line["heldout_loss"] for line in evaluations]
+        assert [line["loss"] for line in stage["evaluations"]] == [
+            line["heldout_loss"] for line in evaluations]
         answer = [text for text, labeled in stage["tokens"] if labeled]
         assert "".join(answer).split("</s>")[0] == stage["reference"] and answer[-1] == "</s>"
         assert [f"<image>×{N}", False] in stage["tokens"]
@@ -199,13 +200,14 @@ def test_a_record_cannot_end_the_script_or_add_html(make_page, drawn, tmp_path):
 
 def test_256_patches_are_changed_in_64_regions_and_the_page_stays_small(make_page, tmp_path):
     clip = make_clip(tmp_path / "clip")
-    config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-                              image_size=224, patch_size=14)
+    config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+                              num_attention_heads=4, image_size=224, patch_size=14)
     shutil.rmtree(clip)
     CLIPVisionModel(config).save_pretrained(clip)
     make_clip(tmp_path / "other")
     preprocessor = json.loads((tmp_path / "other" / "preprocessor_config.json").read_text())
-    (clip / "preprocessor_config.json").write_text(json.dumps({**preprocessor, "size": 224, "crop_size": 224}))
+    preprocessor |= {"size": 224, "crop_size": 224}
+    (clip / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     llm = make_llm(tmp_path / "llm", max_position_embeddings=1024)
     path = make_page(stages=(1,), words=["--questions", 1], vision_tower=clip, llm=llm, max_length=1024)
     described = results_of(path)
