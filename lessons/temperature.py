@@ -1,5 +1,7 @@
 """Each next token is sampled from the model's probabilities, instead of always taking the most likely."""
 
+import torch
+
 from lessons.experiment import measure, replaced, usual
 from model import Llava
 
@@ -17,6 +19,7 @@ def sample_at(temperature):
 def run(seed):
     results = {"greedy (usual)": measure(usual(1, seed))}
     for temperature in (0.5, 1.0, 2.0):
+        torch.manual_seed(seed)
         with replaced(Llava, generate=sample_at(temperature)):
             results[f"temperature {temperature}"] = measure(usual(1, seed))
     return {name: {"captions": result["captions"]} for name, result in results.items()}
