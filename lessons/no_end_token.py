@@ -4,7 +4,9 @@ from lessons.experiment import answer, labels_changed, list_questions, measure, 
 from model import IGNORE_INDEX
 
 EXPECTED = """Stage 2 does not train the model to stop, so it goes on after its answer."""
-MEANING = ""
+MEANING = """Nothing happens. The toy's LLM learned to stop in its pretraining, as a chat model does, and
+the adapter does not make it forget. Only an LLM that has never learned to stop needs this label. It is
+still right to label it, because it costs nothing."""
 
 
 def unlabel_end_token(template, ids, labels):
