@@ -5,7 +5,9 @@ from lessons.experiment import measure, replaced, usual
 
 EXPECTED = """Worse answers, though the picture and the question are the same, because the model was trained
 with other role markers."""
-MEANING = ""
+MEANING = """Almost no answer is right, although picture and question are the same. This is the first thing
+to check if a model that trained well answers badly: print the prompt, and compare it with a training sample
+(`--show-mask`)."""
 
 
 def encode_vicuna_prompt(self, messages, num_image_tokens):
