@@ -4,7 +4,9 @@ from lessons.experiment import measure, train, usual
 
 EXPECTED = """Ten times the learning rate is too high. Warm-up and clipping matter little here, because only
 one linear layer is trained."""
-MEANING = ""
+MEANING = """Ten times the learning rate costs more than half of the score. Without warm-up and clipping the
+captions are clearly worse too, against our expectation: the first updates are large, while the projector is
+still random. Neither raises an error or gives a NaN."""
 
 
 def run(seed):
