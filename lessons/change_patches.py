@@ -16,12 +16,11 @@ MEANING = """The answer comes from the patch that the question asks about, and f
 patch mostly reads as an empty cell: "Nothing." A copied patch is read as if it belonged to the picture.
 Shuffling changes few answers, so the place is mostly in the vector and not in the order of the vectors."""
 
-encode_images = Llava.encode_images
+STAGE1_STEPS = 376  # more than in the other lessons, because only correct answers can be made wrong
 
 
 def run(seed):
-    # Stage 1 is longer than in the other lessons, because only correct answers can become wrong.
-    trained = train(2, seed, "long", after=train(1, seed, "long", max_steps=376))
+    trained = train(2, seed, "long", after=train(1, seed, "long", max_steps=STAGE1_STEPS))
     dataset, model = trained.heldout_dataset, trained.model
     # A caption lists all objects of its picture, so it gives the scene: {image: {place: (color, shape)}}
     scenes = {record["image"]: {place: (color, shape) for color, shape, place in
@@ -47,8 +46,9 @@ def run(seed):
         changed[rows, cells] = mean
         return changed
 
-    # sources[i] is the next question whose picture has an object in the cell that question i asks about.
-    sources = [next(j % len(images) for j in range(i + 1, i + len(images))
+    # sources[i] is the next question whose picture has an object in the cell that question i asks about. If
+    # there is no other one, it is i itself.
+    sources = [next(j % len(images) for j in range(i + 1, i + len(images) + 1)
                     if PLACES[cell] in scenes[images[j % len(images)]]) for i, cell in enumerate(asked)]
     copied = features.clone()
     copied[rows, asked] = features[sources, asked]
