@@ -239,7 +239,7 @@ def main():
     parser.add_argument("--stage", type=int, choices=(1, 2), help="default: 2 if it is finished, else 1")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--sample", type=COUNT, default=0, metavar="N", help="answer held-out record N")
-    what.add_argument("--image", metavar="FILE", help="answer a question about your own image")
+    what.add_argument("--image", metavar="FILE", help="answer a question about this image")
     what.add_argument("--show-mask", type=COUNT, metavar="N", help="mark the labeled tokens of record N")
     what.add_argument("--words", type=COUNT, metavar="N", help="nearest tokens of the patches of record N")
     parser.add_argument("--question", help="question about --image; default: ask for a brief description")

@@ -9,9 +9,10 @@ from toy.world import objects_in
 EXPECTED = """Every patch moves by one position, and the bottom right patch is lost. The captions cannot
 name the objects there. The other objects are named as usual if the place of a patch is in its vector and
 not in its position in the sequence."""
-MEANING = """Nothing raises an error, and most captions are still good. Only a score per place shows what is
-wrong. The other places suffer a little, too, because in more than half of the toy LLM's pretraining
-examples the places were in a fixed order, and now every patch is one position late."""
+MEANING = """Nothing raises an error, and most captions are still good. The scores by place show what is
+wrong. Objects at the other places are found a little less often, too. We think that this is because every
+patch is now one position late: in more than half of the toy LLM's pretraining examples, the places were in
+a fixed order."""
 
 
 def encode_images(self, pixel_values):

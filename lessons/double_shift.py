@@ -7,9 +7,8 @@ from model import IGNORE_INDEX, Llava
 
 EXPECTED = """The training loss falls, and nothing raises an error. But the model always generates the token
 after the next one, so its answers leave out tokens and are wrong."""
-MEANING = """The training loss begins high and falls, but it stays far above the usual one. No answer is
-right. transformers' models shift the labels themselves, so a script that shifts them once more has this
-bug."""
+MEANING = """No error is raised. The training loss stays far above the usual one, and no answer is right.
+transformers' models shift the labels themselves, so a script that shifts them once more has this bug."""
 
 forward = Llava.forward
 

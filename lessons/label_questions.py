@@ -8,8 +8,8 @@ from model import IGNORE_INDEX
 EXPECTED = """Somewhat worse answers, because a part of every gradient comes from tokens outside the
 answers. The model never has to write a question, and padding is easy to predict after its first token."""
 MEANING = """Labels on the questions do no harm here, and even help a little, perhaps because each step then
-has more labeled tokens about places and colors. Labels on the padding slow the training down, because easy
-tokens take a part of the mean. Answers are what we want, so the paper trains on answers only."""
+has more labeled tokens about places and colors. Labels on the padding cost a little. The paper trains on
+the answers only."""
 
 
 def label_all_text(template, ids, labels):

@@ -5,9 +5,9 @@ from lessons.experiment import measure, train, usual
 EXPECTED = """Training only the projector does not teach the LLM a new kind of question, "Is there a shape
 at the top left?". Rank 1 is nearly enough. The toy's LLM has width 128, so an adapter of rank 128 can
 change a weight matrix in any way. It is at least as good as rank 16."""
-MEANING = """The projector alone hardly lowers the loss, which is about 1 before stage 2. The correct
-answers are those to questions that the LLM knew before. Rank 1, with 9,664 parameters, closes most of the
-gap. In this short training, each higher rank is better."""
+MEANING = """With the projector alone, the loss stays far above that of any adapter, because the LLM cannot
+change. Rank 1, with 9,664 parameters, closes most of the gap. In this short training, each higher rank is
+better."""
 
 
 def run(seed):

@@ -5,8 +5,7 @@ from model import IGNORE_INDEX
 
 EXPECTED = """Stage 2 does not train the model to stop, so it goes on after its answer."""
 MEANING = """Nothing happens. The toy's LLM learned to stop in its pretraining, as a chat model does, and
-the adapter does not make it forget. Only an LLM that has never learned to stop needs this label. It is
-still right to label it, because it costs nothing."""
+the adapter does not make it forget. An LLM that has never learned to stop would need this label."""
 
 
 def unlabel_end_token(template, ids, labels):

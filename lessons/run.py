@@ -1,7 +1,7 @@
 """Runs lessons. A lesson is an experiment that changes one thing in the project and measures what happens.
 
     python -m lessons.run no_end_token      one lesson, with three seeds: at most 6 minutes on 2 CPU cores
-    python -m lessons.run all               all of them
+    python -m lessons.run all               all of them, about an hour
     python -m lessons.run all --seeds 0     with one seed; only prints
 
 With three seeds, it writes the measured numbers to lessons/results.json and the table to lessons/README.md.

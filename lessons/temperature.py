@@ -7,8 +7,8 @@ from model import Llava
 
 EXPECTED = """The higher the temperature, the worse the captions. Each picture of the toy has one correct
 caption, and one wrong token makes an object or its place wrong."""
-MEANING = """A temperature of 0.5 costs almost nothing, because the most likely token is usually far ahead.
-At 2, most captions are wrong. So scores are measured with greedy decoding."""
+MEANING = """A temperature of 0.5 costs almost nothing. At 2, the captions name most objects wrongly. So
+scores are measured with greedy decoding."""
 
 generate = Llava.generate
 

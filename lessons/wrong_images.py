@@ -6,9 +6,9 @@ from lessons.experiment import measure, replaced, train, training_loss, usual
 EXPECTED = """The training loss still falls, because the style of the captions can be learned without the
 image. The held-out loss with a different image is about as high as with the correct one, because the model
 ignores the image."""
-MEANING = """A falling training loss does not show that the model sees. It fell by half, because the model
-learned how often each word occurs. Only the comparison with a different image shows that the model is
-blind, so both stages print it at every evaluation."""
+MEANING = """A falling training loss does not show that the model uses the image. The model learned how
+captions sound and nothing else. Only the comparison with a different image shows this, so both stages print
+it at every evaluation."""
 
 load_pixel_values = ChatDataset.load_pixel_values
 

@@ -38,6 +38,12 @@ from support.weights import load_image_processor, load_language_model, load_visi
 
 torch.set_num_threads(1)  # models this small are slower with more threads
 
+# nohup and the background jobs of a shell ignore some of these signals. The scripts that tests start would
+# inherit this, and the tests of Ctrl-C and of a closed terminal would fail.
+for number in STOP_SIGNALS:
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
 N = 4  # image positions of the tiny CLIP: (28 / 14)²
 
 # TinyLlama's template, character by character.
@@ -327,7 +333,8 @@ def watched(monkeypatch):
 
 
 def forget_checksums(folder):
-    """Lets a test change the files of a finished stage, as somebody does who also changes its run.json."""
+    """Lets a test change the files of a finished stage, and removes the checksums
+    that would refuse them."""
     run = json.loads((folder / "run.json").read_text())
     del run["checksums"]
     (folder / "run.json").write_text(json.dumps(run))
