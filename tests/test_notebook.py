@@ -161,7 +161,7 @@ def test_outside_a_clone_it_asks_for_the_address_of_the_repository(tmp_path):
 
 
 @needs_shared
-def test_the_cells_of_the_real_models_run_with_replicas_after_cloning(world, tmp_path):  # noqa: F811 (a fixture)
+def test_the_cells_of_the_real_models_run_with_replicas_after_cloning(world, tmp_path):  # noqa: F811 fixture
     origin = copy_repository(tmp_path / "origin")
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "a copy"]):
         author = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
