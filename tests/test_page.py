@@ -219,8 +219,9 @@ def test_256_patches_are_changed_in_64_regions_and_the_page_stays_small(make_pag
 
 
 def test_wrong_paths_are_refused(make_page, refusal, tmp_path):
-    assert "python stage1_align.py" in refusal("tools.page", "--run", tmp_path / "none", "--out", "page.html")
-    assert "cannot write a page" in refusal("tools.page", "--out", tmp_path)
+    assert "python stage1_align.py" in refusal("tools.page", "--run", tmp_path / "none")
+    make_page((1,))
+    assert "cannot write a page" in refusal("tools.page", "--run", tmp_path / "run", "--out", tmp_path)
 
 
 # -- in a browser ------------------------------------------------------------------------------------------

@@ -384,6 +384,7 @@ def main():
     parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
+    read_run(args.run / f"stage{latest_stage(args.run)}")  # a wrong --run is refused first
     path = args.out or args.run / "page.html"
     if os.path.isdir(path) or not os.access(path.absolute().parent, os.W_OK):
         raise UserError(f"cannot write a page to {path}: name a file in a writable folder with --out")
