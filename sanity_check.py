@@ -79,9 +79,9 @@ def measure_grounding(model, batches, device, blank=False):
         batches: from make_heldout_batches().
         blank: if true, every record is evaluated with a blank image too.
     Returns: a dict.
-        loss, loss_shuffled, loss_blank: nats per token with the correct, a different and a blank image.
-        image_match: fraction of records whose answers are more likely with the correct image. A tie counts
-            half, so chance is 0.5.
+        loss, loss_different, loss_blank: nats per token with the correct, a different and a blank image.
+        correct_more_likely: fraction of records whose answers are more likely with the correct image. A tie
+            counts half, so chance is 0.5.
     """
     was_training = model.training
     model.eval()
@@ -98,8 +98,8 @@ def measure_grounding(model, batches, device, blank=False):
     model.train(was_training)
     correct, different = torch.cat(correct), torch.cat(different)  # (records,)
     wins = (correct < different).double() + 0.5 * (correct == different)  # (records,)
-    measured = {"loss": correct.sum().item() / tokens, "loss_shuffled": different.sum().item() / tokens,
-                "image_match": wins.mean().item()}
+    measured = {"loss": correct.sum().item() / tokens, "loss_different": different.sum().item() / tokens,
+                "correct_more_likely": wins.mean().item()}
     if blank:
         measured["loss_blank"] = torch.cat(blanks).sum().item() / tokens
     return measured

@@ -4,11 +4,12 @@
     python -m bench.toy_table --precision fp16 --seeds 0 --no-controls      about 30 minutes on 2 cores
 
 Columns of the table, all measured on held-out data:
-    objects F1            colors and shapes named in the captions, compared with the correct scene
-    captions F1           the same for color, shape and place
-    answers correct       fraction of the generated answers that equal the reference answer
-    correct image better  fraction of the records whose reference answer is more likely with the correct image
-    worst kind            the kind of question with the smallest fraction of correct answers
+    objects F1         colors and shapes named in the captions, compared with the correct scene
+    captions F1        the same for color, shape and place
+    answers correct    fraction of the generated answers that equal the reference answer
+    correct image more likely
+                       fraction of the records whose reference answer is more likely with the correct image
+    worst kind         the kind of question with the smallest fraction of correct answers
 A second number after "/" is the control with a different image: the captions are compared with a different
 scene, or the question is asked about a different image.
 
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "runs" / "table"
 STAGES = {1: "stage1_align.py", 2: "stage2_instruct.py"}
 COLUMNS = {"objects F1": "objects_f1", "captions F1": "caption_f1", "answers correct": "qa_exact",
-           "correct image better": "image_match"}  # the keys in eval.json
+           "correct image more likely": "correct_more_likely"}  # the keys in eval.json
 
 
 def run(*arguments):
@@ -46,7 +47,7 @@ def print_row(name, folder, stage, precision="fp32"):
     (folder / "eval.json").replace(folder / f"eval{stage}.json")
     cells = []
     for key in COLUMNS.values():
-        numbers = [f"{result[k]:.3f}" for k in (key, f"{key}_shuffled") if k in result]
+        numbers = [f"{result[k]:.3f}" for k in (key, f"{key}_different") if k in result]
         cells.append(" / ".join(numbers) or "–")
     by_kind = result.get("qa_exact_by_kind")
     cells.append(f"{min(by_kind.values()):.3f} ({min(by_kind, key=by_kind.get)})" if by_kind else "–")

@@ -111,7 +111,7 @@ def measure(trained, different_image=False):
     losses = measure_grounding(model, batches, model.llm.device)
     measured["loss"] = losses["loss"]
     if different_image:
-        measured["loss with a different image"] = losses["loss_shuffled"]
+        measured["loss with a different image"] = losses["loss_different"]
     return measured
 
 

@@ -99,8 +99,8 @@ class MetricsLog:
 
 def format_grounding(measured):
     """Returns one line about what measure_grounding() measured."""
-    return (f"held-out loss {measured['loss']:.3f} (different image {measured['loss_shuffled']:.3f}); "
-            f"correct image more likely: {measured['image_match']:.0%} (chance 50%)")
+    return (f"held-out loss {measured['loss']:.3f} (different image {measured['loss_different']:.3f}); "
+            f"correct image more likely: {measured['correct_more_likely']:.0%} (chance 50%)")
 
 
 def import_tracker(name):

@@ -12,9 +12,9 @@ from tools import evaluate
 from tools.evaluate import evenly_spaced, f1, is_toy_caption, score_captions
 
 TOY = ["--device", "cpu", "--held-out", 6, "--limit", 8, "--max-steps", 0]  # no good model is needed
-LOSSES = ("loss", "loss_shuffled", "loss_blank", "image_match")
-F1 = {"objects_f1", "caption_f1", "objects_f1_shuffled", "caption_f1_shuffled"}
-EXACT = {"qa_exact", "qa_exact_shuffled", "qa_exact_by_kind", "qa_exact_shuffled_by_kind"}
+LOSSES = ("loss", "loss_different", "loss_blank", "correct_more_likely")
+F1 = {"objects_f1", "caption_f1", "objects_f1_different", "caption_f1_different"}
+EXACT = {"qa_exact", "qa_exact_different", "qa_exact_by_kind", "qa_exact_different_by_kind"}
 CAPTIONS, ANSWERS = ({f"{name}_{loss}" for loss in LOSSES} for name in ("captions", "answers"))
 
 
@@ -44,7 +44,7 @@ def documented_keys():
 
 def test_every_key_of_eval_json_is_documented():
     # Of the keys with "answers_", the docstring names only the first, and then writes "…".
-    expected = {"stage", "checksums", "counts", "image_match"} | CAPTIONS | F1 | EXACT | {"answers_loss"}
+    expected = {"stage", "checksums", "counts", "correct_more_likely", "answers_loss"} | CAPTIONS | F1 | EXACT
     assert documented_keys() == expected
 
 
@@ -55,18 +55,18 @@ def test_the_toy_gets_exactly_the_documented_keys(script, tmp_path, capsys, stag
     if stage == 2:
         script("stage2_instruct", *TOY, "--run", run)
     result = evaluate_run(script, run)
-    assert result.keys() == {"stage", "checksums", "counts", "image_match"} | CAPTIONS | F1 | (
+    assert result.keys() == {"stage", "checksums", "counts", "correct_more_likely"} | CAPTIONS | F1 | (
         ANSWERS | EXACT if stage == 2 else set())
     assert result["stage"] == stage and result["counts"]["captions"] == 6
     if stage == 2:
         by_kind = result["counts"]["answers_by_kind"]
         assert sum(by_kind.values()) == result["counts"]["answers"] > 6
-        for key in ("qa_exact_by_kind", "qa_exact_shuffled_by_kind"):
+        for key in ("qa_exact_by_kind", "qa_exact_different_by_kind"):
             assert result[key].keys() == by_kind.keys()
-        mean = (result["captions_image_match"] + result["answers_image_match"]) / 2
-        assert result["image_match"] == pytest.approx(mean)
+        mean = (result["captions_correct_more_likely"] + result["answers_correct_more_likely"]) / 2
+        assert result["correct_more_likely"] == pytest.approx(mean)
     out = capsys.readouterr().out
-    assert f"correct image more likely: {result['image_match']:.1%} (chance 50%)" in out
+    assert f"correct image more likely: {result['correct_more_likely']:.1%} (chance 50%)" in out
     assert "captions: F1 of color and shape" in out and f"wrote {run / 'eval.json'}" in out
 
 
@@ -75,7 +75,7 @@ def test_correct_captions_score_1_and_those_of_different_images_less():
                   "a green heart at the top left and a blue star at the bottom left ."]
     scores = score_captions(references, references)
     assert scores["objects_f1"] == scores["caption_f1"] == 1
-    assert scores["objects_f1_shuffled"] == 0.5 and scores["caption_f1_shuffled"] == 0
+    assert scores["objects_f1_different"] == 0.5 and scores["caption_f1_different"] == 0
     assert f1([set()], [{"circle"}]) == 0 and f1([set()], [set()]) == 0
 
 
@@ -118,7 +118,7 @@ def test_only_what_the_toy_grammar_writes_is_a_toy_caption(text, expected):
 
 def test_captions_that_are_not_toy_captions_get_no_f1(script, flags, tmp_path, capsys):
     result = evaluate_run(script, train(script, flags, tmp_path / "run", stages=[1]))
-    assert result.keys() == {"stage", "checksums", "counts", "image_match"} | CAPTIONS
+    assert result.keys() == {"stage", "checksums", "counts", "correct_more_likely"} | CAPTIONS
     assert "F1" not in capsys.readouterr().out
 
 
@@ -153,7 +153,7 @@ def test_stage_2_without_the_data_of_stage_1_leaves_the_captions_out_and_says_so
     capsys.readouterr()
     result = evaluate_run(script, run)
     assert not CAPTIONS & result.keys() and ANSWERS | EXACT <= result.keys()
-    assert result["image_match"] == result["answers_image_match"]
+    assert result["correct_more_likely"] == result["answers_correct_more_likely"]
     out = capsys.readouterr().out
     assert "The captions are left out" in out and "chat.json does not exist" in out
 

@@ -201,7 +201,7 @@ def test_the_card_has_the_hubs_fields_and_the_scores(script, trained, tmp_path):
     assert fields == {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["llava"]}
     assert "| 1 | chat.json | 2 |" in card and "| 2 | instruct.json | 2 |" in card  # data and steps
     held_out, evaluation = read_run(run / "stage2")["held_out"], json.loads((run / "eval.json").read_text())
-    assert f"| {held_out['loss']:.3f} | {held_out['loss_shuffled']:.3f} |" in card
+    assert f"| {held_out['loss']:.3f} | {held_out['loss_different']:.3f} |" in card
     assert f"{evaluation['answers_loss_blank']:.3f} |" in card
     assert "equal to the reference answer" in card
 
@@ -226,7 +226,7 @@ def test_the_card_names_base_models_of_the_hub_and_known_licenses(trained, tmp_p
 def test_an_eval_json_of_another_stage_or_training_is_left_out(trained, tmp_path, change, expected):
     run = read_run(trained(1) / "stage1")
     evaluation = {"stage": 1, "checksums": run["checksums"], "captions_loss": 1.0,
-                  "captions_loss_shuffled": 1.0, "captions_loss_blank": 1.23456}
+                  "captions_loss_different": 1.0, "captions_loss_blank": 1.23456}
     write_model_card(tmp_path, [run], evaluation | change)
     assert ("1.235" in read_card(tmp_path)) == expected
 

@@ -12,21 +12,22 @@ both, because it may have forgotten how to write captions. The keys of eval.json
     stage                    the stage that was evaluated
     checksums                of its files, as in run.json
     captions_loss            loss of the reference answers with the correct image, in nats per token
-    captions_loss_shuffled   the same with a different image
+    captions_loss_different  the same with a different image
     captions_loss_blank      the same with a blank image
-    captions_image_match     "correct image more likely": fraction of the records whose reference answers are
-                             more likely with the correct image than with a different one; chance is 0.5
+    captions_correct_more_likely
+                             fraction of the records whose reference answers are more likely with the correct
+                             image than with a different one; chance is 0.5
     answers_loss, …          the same four numbers for the records of stage 2
-    image_match              mean of captions_image_match and answers_image_match over all records
+    correct_more_likely      the same over the records of both stages
     objects_f1               F1 of the objects (color, shape) in the generated captions; only for the toy
     caption_f1               the same for (color, shape, place)
-    objects_f1_shuffled, caption_f1_shuffled
+    objects_f1_different, caption_f1_different
                              the same captions, compared with the reference answer to a different image
     qa_exact                 fraction of the generated answers that equal the reference answer. It is measured
                              only on questions whose kind is in the record ("kinds"), because other
                              questions can have several correct answers.
-    qa_exact_shuffled        the same if each question is asked about a different image
-    qa_exact_by_kind, qa_exact_shuffled_by_kind
+    qa_exact_different       the same if each question is asked about a different image
+    qa_exact_by_kind, qa_exact_different_by_kind
                              the same for each kind of question
     counts                   number of generated captions and answers, and of answers by kind
 """
@@ -135,7 +136,7 @@ def score_captions(captions, references):
         generated, reference = ([{phrase[:length] for phrase in objects_in(text)} for text in texts]
                                 for texts in (captions, references))
         scores[name] = f1(generated, reference)
-        scores[f"{name}_shuffled"] = f1(generated, reference[1:] + reference[:1])
+        scores[f"{name}_different"] = f1(generated, reference[1:] + reference[:1])
     return scores
 
 
@@ -155,15 +156,15 @@ def make_table(result):
     for name in ("captions", "answers"):
         if f"{name}_loss" in result:
             rows.append((f"{name}: loss, nats per token",
-                         *(f"{result[f'{name}_loss{image}']:.3f}" for image in ("", "_shuffled", "_blank"))))
+                         *(f"{result[f'{name}_loss{image}']:.3f}" for image in ("", "_different", "_blank"))))
     for key, label in (("objects_f1", "captions: F1 of color and shape"),
                        ("caption_f1", "captions: F1 of color, shape and place"),
                        ("qa_exact", "answers: equal to the reference answer")):
         if key in result:
-            rows.append((label, f"{result[key]:.3f}", f"{result[f'{key}_shuffled']:.3f}"))
+            rows.append((label, f"{result[key]:.3f}", f"{result[f'{key}_different']:.3f}"))
     for kind, fraction in result.get("qa_exact_by_kind", {}).items():
         rows.append((f"    {kind} ({result['counts']['answers_by_kind'][kind]})", f"{fraction:.3f}",
-                     f"{result['qa_exact_shuffled_by_kind'][kind]:.3f}"))
+                     f"{result['qa_exact_different_by_kind'][kind]:.3f}"))
     return rows
 
 
@@ -171,7 +172,7 @@ def print_table(result):
     """Prints the content of eval.json."""
     for name, *cells in make_table(result):
         print(f"{name:<42}" + "".join(f"{cell:>17}" for cell in cells))
-    print(f"correct image more likely: {result['image_match']:.1%} (chance 50%)")
+    print(f"correct image more likely: {result['correct_more_likely']:.1%} (chance 50%)")
 
 
 # -- the command -------------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ def main():
         measured = measure_grounding(model, batches, device, blank=True)
         result |= {f"{name}_{key}": value for key, value in measured.items()}
         count = sum(len(batch["input_ids"]) for batch in batches)
-        matches, records = matches + measured["image_match"] * count, records + count
+        matches, records = matches + measured["correct_more_likely"] * count, records + count
 
         # 2. With generated answers. They can be scored only if no other answer is correct.
         questions = list_questions(dataset)
@@ -245,14 +246,14 @@ def main():
             kinds = [question.kind for question in questions]
             result["counts"]["answers_by_kind"] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
             different = answer_questions(model, template, *settings, different_image=True)
-            result |= score_answers(questions, answers) | score_answers(questions, different, "_shuffled")
+            result |= score_answers(questions, answers) | score_answers(questions, different, "_different")
         pairs, title = list(zip(questions, answers)), f"{len(questions)} of the generated {name}"
         if scored:
             pairs = [(question, answer) for question, answer in pairs if answer != question.reference]
             title = f"{len(pairs)} of {len(questions)} generated {name} differ from the reference answer"
         examples.append((title, pairs[:args.count]))
 
-    result["image_match"] = matches / records
+    result["correct_more_likely"] = matches / records
     print_table(result)
     for title, pairs in examples:
         print(f"\n{title}{', for example' if pairs else ''}")
