@@ -140,11 +140,11 @@ class ChatTemplate:
         spans, rebuilt = [], pieces[0]
         for i, (answer, piece) in enumerate(zip(answers, pieces[1:])):
             # Some templates write text between prompt and answer: Mistral a space, Qwen3 an empty thinking
-            # block before the last answer. The prompt lacks this text, so the model must generate it. It is
-            # labeled. It is the same before all answers but the last, so we measure it twice.
+            # block before the last answer. The prompt lacks this text, so the model must generate it, and it
+            # is labeled. Only the last answer can have another one, so its length is measured twice.
             if i in (0, len(answers) - 1):
-                added = len(rebuilt) - len(self.render(messages[:2 * i + 1], prompt=True))
-            spans.append((len(rebuilt) - added, len(rebuilt) + len(answer)))
+                length = len(rebuilt) - len(self.render(messages[:2 * i + 1], prompt=True))
+            spans.append((len(rebuilt) - length, len(rebuilt) + len(answer)))
             rebuilt += answer + piece
         if rebuilt != text:
             raise ValueError("the chat template changes the text of an answer")
@@ -304,8 +304,8 @@ def collate(samples, pad_token_id, padding_side="right"):
         batch["labels"] = torch.tensor([pad(sample["labels"], IGNORE_INDEX) for sample in samples])
         batch["skipped"] = [sentence for sample in samples for sentence in sample.get("skipped", [])]
     if get_worker_info():
-        # A worker passes its batches on in shared memory. Moved here, a lack of it raises an error. Otherwise
-        # the worker would hang when it sends the batch.
+        # A worker passes its batches on in shared memory. If there is too little of it, the call here raises
+        # an error. Without this call, the worker would hang when it sends the batch.
         for value in filter(torch.is_tensor, batch.values()):
             value.share_memory_()
     return batch

@@ -6,7 +6,7 @@
 
 CLIP cuts the image into patches and returns one vector per patch (Z_v). The projector, one linear layer, maps
 each of these vectors into the space of the LLM's token embeddings (H_v). From there on the LLM reads the
-image like text: nothing marks these positions as an image.
+image like text, whose embeddings are H_q in the figure: nothing marks these positions as an image.
 
 Sizes used in the comments:                                          CLIP ViT-L/14 + TinyLlama       toy
     B    samples in the batch
@@ -62,7 +62,8 @@ class Llava(nn.Module):
         # LLaVA uses the features before CLIP's last block, which are 0.96 points better on ScienceQA. The
         # authors suspect that they contain more local detail (section 5.2). hidden_states[0] is the embedding
         # and hidden_states[i] the output of block i, counted from 1. So -2 is the output of the
-        # second-to-last block. The blocks after it are deleted, so last_hidden_state is that output.
+        # second-to-last block. The blocks after it are deleted, so last_hidden_state is that output. (SigLIP
+        # has one more layer norm at its end. load_vision_tower() has removed it.)
         num_blocks = config.num_hidden_layers + 1 + vision_layer
         if not 0 <= num_blocks <= config.num_hidden_layers:
             raise ValueError(f"vision layer {vision_layer} does not exist: this vision tower has the hidden "

@@ -15,6 +15,7 @@ an image, and generate_answers() and nearest_tokens() on the first record.
 """
 
 import argparse
+import copy
 import math
 import sys
 from collections import Counter
@@ -209,12 +210,14 @@ def print_words(model, template, pixel_values, stage):
     """Prints the two nearest tokens of each patch, with an untrained projector and with the trained one.
 
     The patches are printed as they lie in the image. If there are more than 4 × 4, only those with the
-    largest cosine are printed. Afterwards the model's projector is untrained.
+    largest cosine are printed.
     """
     after = nearest_tokens(model, template, pixel_values, count=2)
+    trained, model.projector = model.projector, copy.deepcopy(model.projector)
     torch.manual_seed(0)
     model.projector.apply(lambda layer: layer.reset_parameters() if isinstance(layer, nn.Linear) else None)
     before = nearest_tokens(model, template, pixel_values, count=2)
+    model.projector = trained
     side, patches = math.isqrt(len(after)), list(range(len(after)))
     columns = side if side <= 4 else 3
     if side > 4:

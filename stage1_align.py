@@ -2,8 +2,8 @@
 
 CLIP and the LLM are frozen. Only the projector between them is trained, on image-caption pairs. It learns to
 turn each of CLIP's features into a vector that the LLM can read like a token's embedding. The LLM stays
-frozen because the projector starts at random. Its first vectors mean nothing to the LLM, and training the LLM
-on them would adapt it to noise.
+frozen, as in the paper. The projector starts at random, so its first vectors mean nothing to the LLM, and
+updates computed from them could damage it.
 
     python stage1_align.py                      the toy: about 1.5 minutes on 2 CPU cores, final loss 0.02
     python stage1_align.py --preset tinyllama   the real models and data, see docs/real_data.md
@@ -116,8 +116,8 @@ def main():
     # than about 1/500 of the weight would always be rounded away.
     model.projector.requires_grad_(True)
     if args.activation_checkpointing:
-        # Activation checkpointing under its older name in transformers. use_reentrant=False is the variant
-        # that PyTorch recommends.
+        # "Gradient checkpointing" is an older name of activation checkpointing. use_reentrant=False is the
+        # variant that PyTorch recommends.
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     print(model.parameter_table())
 
@@ -131,7 +131,9 @@ def main():
     # by it before the step. bf16 and fp32 have a larger range. For them the scaler is disabled: scale()
     # returns the loss unchanged, and step() only calls optimizer.step().
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    scaler.scale(torch.zeros((), device=device))  # creates its state, which a step without samples would not
+    # With several processes, one can be without samples in a step. If scale() had never been called before,
+    # unscale_() would then fail. So it is called here.
+    scaler.scale(torch.zeros((), device=device))
     # Autocast runs matrix products in half precision, and operations such as the loss in fp32.
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
@@ -210,7 +212,7 @@ def main():
             # backward() computes gradients through the frozen LLM, but stores none for its weights. It adds
             # the projector's gradients to those of the previous micro-batches.
             scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()  # stays on the device; Python needs it only once per step
+            loss += micro_loss.detach()  # .item() would wait for the GPU after every micro-batch
 
         # n counts the labeled tokens of all processes, and each process has divided its loss by it. So their
         # gradients are added. (DistributedDataParallel would average them.)

@@ -127,8 +127,6 @@ def main():
                               target_modules=LORA_TARGETS, task_type="CAUSAL_LM"))
     torch.manual_seed(args.seed + processes.rank)  # each process draws different dropout masks
     if args.activation_checkpointing:
-        # Activation checkpointing under its older name in transformers. use_reentrant=False is the variant
-        # that PyTorch recommends.
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     print(model.parameter_table())
 
@@ -141,7 +139,7 @@ def main():
                                    {"params": model.projector.parameters(), "peak_lr": args.projector_lr}],
                                   weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    scaler.scale(torch.zeros((), device=device))  # creates its state, which a step without samples would not
+    scaler.scale(torch.zeros((), device=device))  # or unscale_() could fail; see stage 1
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     # -- 5. the loop ---------------------------------------------------------------------------------------
@@ -161,8 +159,6 @@ def main():
         collate_fn=partial(collate, pad_token_id=pad_token_id), num_workers=args.workers,
         prefetch_factor=max(2, args.grad_accum) if args.workers else None,
         worker_init_fn=checkpoints.ignore_signals_in_worker, pin_memory=device.type == "cuda",
-        # Without its own generator, the loader draws a seed from the global one. A resumed run of stage 2
-        # would then draw different dropout masks.
         generator=torch.Generator())
     loaded = iter(loader)
     print(f"batch: {args.batch_size} (micro-batch) × {args.grad_accum} (accumulation) × "
@@ -209,7 +205,7 @@ def main():
             # Gradients flow back through the frozen weights into LoRA's A and B, and through the image
             # positions into the projector.
             scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()  # stays on the device; Python needs it only once per step
+            loss += micro_loss.detach()  # .item() would wait for the GPU after every micro-batch
 
         processes.sum_gradients(parameters)
         loss = processes.sum(loss)

@@ -1,6 +1,6 @@
 """Neighboring patches are averaged: each patch becomes the mean of its row, or of the whole image."""
 
-from lessons.experiment import measure, replaced, train, usual
+from lessons.experiment import measure, replaced, train, train_baseline
 from model import Llava
 
 EXPECTED = """Worse captions. If a row shows one object, the mean of the row still contains this object and
@@ -24,7 +24,7 @@ def mean_of_image(self, pixel_values):
 
 
 def run(seed):
-    results = {"9 patches (usual)": measure(usual(1, seed))}
+    results = {"9 patches (baseline)": measure(train_baseline(1, seed))}
     for name, function in (("3 row means", mean_of_rows), ("1 mean", mean_of_image)):
         with replaced(Llava, encode_images=function):
             results[name] = measure(train(1, seed, name.replace(" ", "-")))

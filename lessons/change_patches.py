@@ -12,9 +12,10 @@ from toy.world import DATA, PLACES, answer_to, objects_in
 EXPECTED = """Erasing the patch that a question asks about changes the answer. Erasing another one does not.
 After copying, the answer names the object in the copied patch. Shuffling changes few answers if the place
 of a patch is in its vector and not in its position in the sequence."""
-MEANING = """The answer comes from the patch that the question asks about, and from no other. An erased
-patch mostly reads as an empty cell: "Nothing." A copied patch is read as if it belonged to the picture.
-Shuffling changes few answers, so the place is mostly in the vector and not in the order of the vectors."""
+MEANING = """Without the patch that the question asks about, no answer is right. Without the patch of
+another object, every answer is still right. An erased patch mostly reads as an empty cell: "Nothing." A
+copied patch is read as if it belonged to the picture. Shuffling changes few answers, so the place is mostly
+in the vector and not in the order of the vectors."""
 
 STAGE1_STEPS = 376  # more than in the other lessons, because only correct answers can be made wrong
 

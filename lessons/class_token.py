@@ -2,17 +2,17 @@
 
 import torch
 
-from lessons.experiment import answer, list_questions, measure, replaced, train, usual
+from lessons.experiment import answer, list_questions, measure, replaced, train, train_baseline
 from model import Llava
 from toy.world import objects_in
 
 EXPECTED = """Every patch moves by one position, and the bottom right patch is lost. The captions cannot
-name the objects there. The other objects are named as usual if the place of a patch is in its vector and
-not in its position in the sequence."""
+name the objects there. The other objects are named as in the baseline if the place of a patch is in its
+vector and not in its position in the sequence."""
 MEANING = """Nothing raises an error, and most captions are still good. The scores by place show what is
 wrong. Objects at the other places are found a little less often, too. We think that this is because every
-patch is now one position late: in more than half of the toy LLM's pretraining examples, the places were in
-a fixed order."""
+patch is now one position late: in 60% of the toy LLM's pretraining examples with vectors, the vectors came
+in the order of the places."""
 
 
 def encode_images(self, pixel_values):
@@ -37,4 +37,5 @@ def run(seed):
 
     with replaced(Llava, encode_images=encode_images):
         off_by_one = measure_cells(train(1, seed, "class-token"))
-    return {"usual": measure_cells(usual(1, seed)), "class token kept, last patch lost": off_by_one}
+    return {"baseline": measure_cells(train_baseline(1, seed)),
+            "class token kept, last patch lost": off_by_one}

@@ -2,13 +2,14 @@
 
 import torch.nn.functional as F
 
-from lessons.experiment import measure, replaced, train, training_loss, usual
+from lessons.experiment import measure, replaced, train, training_loss, train_baseline
 from model import IGNORE_INDEX, Llava
 
 EXPECTED = """The training loss falls, and nothing raises an error. But the model always generates the token
 after the next one, so its answers leave out tokens and are wrong."""
-MEANING = """No error is raised. The training loss stays far above the usual one, and no answer is right.
-transformers' models shift the labels themselves, so a script that shifts them once more has this bug."""
+MEANING = """No error is raised. The training loss stays far above that of the baseline, and no answer is
+right. transformers' models shift the labels themselves, so a script that shifts them once more has this
+bug."""
 
 forward = Llava.forward
 
@@ -20,6 +21,6 @@ def shift_twice(self, input_ids, labels, pixel_values, attention_mask):
 
 def run(seed):
     with replaced(Llava, forward=shift_twice):
-        changed = train(2, seed, "double-shift", after=usual(1, seed))
+        changed = train(2, seed, "double-shift", after=train_baseline(1, seed))
     return {name: {"training loss": training_loss(trained)} | measure(trained)
-            for name, trained in (("usual", usual(2, seed)), ("shifted twice", changed))}
+            for name, trained in (("baseline", train_baseline(2, seed)), ("shifted twice", changed))}

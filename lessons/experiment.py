@@ -80,10 +80,10 @@ def train(stage, seed, name, after=None, **settings):
     return Trained(stage, model.eval(), template, dataset, folder)
 
 
-@cache  # many lessons compare with it, so `all` trains it once per seed
-def usual(stage, seed):
-    """Trains a stage without any change. Returns it as Trained. Stage 2 continues from usual(1, seed)."""
-    return train(stage, seed, "usual", after=usual(1, seed) if stage == 2 else None)
+@cache  # many lessons compare with it, and `all` trains it only once per seed
+def train_baseline(stage, seed):
+    """Trains a stage without any change. Returns it as Trained. Stage 2 continues from stage 1."""
+    return train(stage, seed, "baseline", after=train_baseline(1, seed) if stage == 2 else None)
 
 
 def answer(trained, questions):

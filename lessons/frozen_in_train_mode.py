@@ -3,7 +3,7 @@
 from torch import nn
 
 import stage1_align
-from lessons.experiment import measure, replaced, train, usual
+from lessons.experiment import measure, replaced, train, train_baseline
 from model import Llava
 
 EXPECTED = """The result is exactly the same, because neither CLIP nor Llama uses dropout. It becomes worse
@@ -23,7 +23,7 @@ def load_with_dropout(*args):
 
 
 def run(seed):
-    results = {"eval mode (usual)": measure(usual(1, seed))}
+    results = {"eval mode (baseline)": measure(train_baseline(1, seed))}
     with replaced(Llava, train=nn.Module.train):
         results["train mode"] = measure(train(1, seed, "train-mode"))
         with replaced(stage1_align, load_language_model=load_with_dropout):

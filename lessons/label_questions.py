@@ -2,7 +2,7 @@
 
 import stage2_instruct
 from data import collate
-from lessons.experiment import labels_changed, measure, replaced, train, usual
+from lessons.experiment import labels_changed, measure, replaced, train, train_baseline
 from model import IGNORE_INDEX
 
 EXPECTED = """Somewhat worse answers, because a part of every gradient comes from tokens outside the
@@ -24,8 +24,8 @@ def collate_with_labeled_padding(samples, pad_token_id):
 
 def run(seed):
     with labels_changed(label_all_text):
-        questions = train(2, seed, "label-questions", after=usual(1, seed))
+        questions = train(2, seed, "label-questions", after=train_baseline(1, seed))
     with replaced(stage2_instruct, collate=collate_with_labeled_padding):
-        padding = train(2, seed, "label-padding", after=usual(1, seed))
-    return {"usual": measure(usual(2, seed)), "loss on questions too": measure(questions),
+        padding = train(2, seed, "label-padding", after=train_baseline(1, seed))
+    return {"baseline": measure(train_baseline(2, seed)), "loss on questions too": measure(questions),
             "loss on padding too": measure(padding)}

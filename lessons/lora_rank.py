@@ -1,6 +1,6 @@
 """Stage 2 trains only the projector, or an adapter of rank 1 or 128 instead of 16."""
 
-from lessons.experiment import measure, train, usual
+from lessons.experiment import measure, train, train_baseline
 
 EXPECTED = """Training only the projector does not teach the LLM a new kind of question, "Is there a shape
 at the top left?". Rank 1 is nearly enough. The toy's LLM has width 128, so an adapter of rank 128 can
@@ -11,8 +11,8 @@ better."""
 
 
 def run(seed):
-    after = usual(1, seed)
+    after = train_baseline(1, seed)
     return {"projector only": measure(train(2, seed, "lora-none", after, lr=0)),
             "rank 1": measure(train(2, seed, "lora-1", after, lora_r=1, lora_alpha=2)),
-            "rank 16 (usual)": measure(usual(2, seed)),
+            "rank 16 (baseline)": measure(train_baseline(2, seed)),
             "rank 128": measure(train(2, seed, "lora-128", after, lora_r=128, lora_alpha=256))}

@@ -1,6 +1,6 @@
 """The end token after each answer is not labeled."""
 
-from lessons.experiment import answer, labels_changed, list_questions, measure, train, usual
+from lessons.experiment import answer, labels_changed, list_questions, measure, train, train_baseline
 from model import IGNORE_INDEX
 
 EXPECTED = """Stage 2 does not train the model to stop, so it goes on after its answer."""
@@ -21,6 +21,6 @@ def stops(trained):
 
 def run(seed):
     with labels_changed(unlabel_end_token):
-        changed = train(2, seed, "no-end-token", after=usual(1, seed))
-    return {"usual": measure(usual(2, seed)) | {"stops in time": stops(usual(2, seed))},
+        changed = train(2, seed, "no-end-token", after=train_baseline(1, seed))
+    return {"baseline": measure(train_baseline(2, seed)) | {"stops in time": stops(train_baseline(2, seed))},
             "end token not labeled": measure(changed) | {"stops in time": stops(changed)}}

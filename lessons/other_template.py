@@ -1,7 +1,7 @@
 """The trained model is asked with Vicuna's chat template instead of its own."""
 
 from data import ChatTemplate
-from lessons.experiment import measure, replaced, usual
+from lessons.experiment import measure, replaced, train_baseline
 
 EXPECTED = """Worse answers, though the picture and the question are the same, because the model was trained
 with other role markers."""
@@ -15,8 +15,8 @@ def encode_vicuna_prompt(self, messages, num_image_tokens):
 
 
 def run(seed):
-    results = {"own template (usual)": measure(usual(2, seed))}
+    results = {"own template (baseline)": measure(train_baseline(2, seed))}
     with replaced(ChatTemplate, encode_prompt=encode_vicuna_prompt):
-        results["Vicuna's template"] = measure(usual(2, seed))
+        results["Vicuna's template"] = measure(train_baseline(2, seed))
     # The held-out loss does not use encode_prompt(), so it cannot change.
     return {name: {"answers": result["answers"]} for name, result in results.items()}

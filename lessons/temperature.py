@@ -2,7 +2,7 @@
 
 import torch
 
-from lessons.experiment import measure, replaced, usual
+from lessons.experiment import measure, replaced, train_baseline
 from model import Llava
 
 EXPECTED = """The higher the temperature, the worse the captions. Each picture of the toy has one correct
@@ -18,9 +18,9 @@ def sample_at(temperature):
 
 
 def run(seed):
-    results = {"greedy (usual)": measure(usual(1, seed))}
+    results = {"greedy (baseline)": measure(train_baseline(1, seed))}
     for temperature in (0.5, 1.0, 2.0):
         torch.manual_seed(seed)
         with replaced(Llava, generate=sample_at(temperature)):
-            results[f"temperature {temperature}"] = measure(usual(1, seed))
+            results[f"temperature {temperature}"] = measure(train_baseline(1, seed))
     return {name: {"captions": result["captions"]} for name, result in results.items()}

@@ -1,11 +1,13 @@
 """Each question and each answer is tokenized alone, and the pieces are joined."""
 
 from data import ChatDataset
-from lessons.experiment import measure, replaced, train, usual
+from lessons.experiment import measure, replaced, train, train_baseline
 from model import IGNORE_INDEX
 
 EXPECTED = """The tokenizer puts an extra space token in front of each answer that is tokenized alone. The
-model learns to write this token. The held-out answers do not have it, so they become less likely."""
+model learns to write this token. The held-out answers do not have it, so they become less likely. Between
+two turns, the newline is lost, and the next question begins with an extra space token. The model reads
+these tokens but does not learn to write them."""
 MEANING = """The answers are only a little worse, because the extra space token cannot be seen in the text.
 But the loss of correctly tokenized answers shows the damage: their first token has become almost
 impossible. So look at the token ids of a sample, and not only at its text."""
@@ -25,5 +27,5 @@ def encode_in_pieces(self, record):
 
 def run(seed):
     with replaced(ChatDataset, encode=encode_in_pieces):
-        pieces = train(2, seed, "pieces", after=usual(1, seed))
-    return {"usual": measure(usual(2, seed)), "tokenized in pieces": measure(pieces)}
+        pieces = train(2, seed, "pieces", after=train_baseline(1, seed))
+    return {"baseline": measure(train_baseline(2, seed)), "tokenized in pieces": measure(pieces)}

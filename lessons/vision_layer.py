@@ -1,6 +1,6 @@
 """The projector reads another layer of the vision tower. The toy's CLIP has four blocks."""
 
-from lessons.experiment import measure, train, usual
+from lessons.experiment import measure, train, train_baseline
 
 EXPECTED = """The last block (-1) is a little worse than the one before (-2). In the paper, it loses 0.96
 points on ScienceQA. The embeddings (-5) have not passed any block. Each of these vectors is a linear
@@ -12,6 +12,6 @@ that a linear layer can tell many of them apart by their pixels."""
 
 
 def run(seed):
-    return {"-2 (usual)": measure(usual(1, seed)),
+    return {"-2 (baseline)": measure(train_baseline(1, seed)),
             **{str(layer): measure(train(1, seed, f"layer{layer}", vision_layer=layer))
                for layer in (-1, -5)}}

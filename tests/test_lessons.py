@@ -25,7 +25,7 @@ def small(tmp_path_factory):
         patch.setattr(experiment, "HELD_OUT", 6)
         patch.setattr(experiment, "LIMIT", 64)
         yield
-    experiment.usual.cache_clear()
+    experiment.train_baseline.cache_clear()
 
 
 @pytest.mark.parametrize("name", run.NAMES)

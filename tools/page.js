@@ -220,7 +220,7 @@ function showBreak(asked) {
   undo();
 }
 
-// -- 4. attention is not cause ---------------------------------------------------------------------------
+// -- 4. attention and effect -----------------------------------------------------------------------------
 
 function showCause(asked) {
   const output = find("#cause .output");
@@ -258,7 +258,7 @@ function showCause(asked) {
   show();
 }
 
-// -- 5. what was trained ---------------------------------------------------------------------------------
+// -- 5. labeled tokens -----------------------------------------------------------------------------------
 
 function showLabels(stage) {
   const tokens = stage.tokens.map(([text, labeled]) => make("span",
