@@ -98,7 +98,7 @@ def measure_grounding(model, batches, device, blank=False):
         tokens += (batch["labels"][:, 1:] != IGNORE_INDEX).sum().item()
     model.train(was_training)
     correct, different = torch.cat(correct), torch.cat(different)  # (records,)
-    wins = (correct < different).double() + 0.5 * (correct == different)  # (records,)
+    wins = (correct < different).float() + 0.5 * (correct == different)  # (records,)
     measured = {"loss": correct.sum().item() / tokens, "loss_different": different.sum().item() / tokens,
                 "correct_more_likely": wins.mean().item()}
     if blank:

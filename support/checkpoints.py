@@ -47,7 +47,7 @@ def open_stage_folder(folder, settings, world_size):
 
     Raises UserError if the folder is not writable, or another process trains in it, or it holds a run and
     neither --resume nor --restart was given, or --resume comes with other settings. Raises Stopped if
-    --resume finds a finished run.
+    --resume finds a run that is finished.
     """
     folder = make_writable_folder(folder)
     if int(os.environ.get("RANK", 0)) == 0:  # of torchrun's processes, only one writes
@@ -61,8 +61,9 @@ def open_stage_folder(folder, settings, world_size):
     if settings.restart and not (restarted and path.exists()):
         return None
     resume = settings.resume or restarted
-    if read_json(folder / "run.json"):
+    if finished := read_json(folder / "run.json"):
         if resume:
+            check_same_settings(folder, finished.get("settings", {}), settings)
             discard_checkpoint(folder)  # left if the run was killed just before its end
             raise Stopped(f"{folder} holds a finished run, so there is nothing to resume", 0)
         raise UserError(f"{folder} holds a finished run: discard it with --restart, or choose another folder "
@@ -81,20 +82,25 @@ def open_stage_folder(folder, settings, world_size):
     except Exception as error:  # a damaged file can raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise UserError(f"{path} is damaged ({reason}): start again with --restart") from error
-    if before.get("stage1_checksum") != vars(settings).get("stage1_checksum"):  # stage 2 has this setting
-        raise UserError(f"--resume: stage 1 has been trained again since {folder} was interrupted; start "
-                        "stage 2 again with --restart")
-    for name, value in vars(settings).items():
-        if name not in MAY_CHANGE and before.get(name) != value:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"--resume: the run in {folder} has {flag} {before.get(name)}, not {value}; use "
-                            "the same value, or start another run with --run")
+    check_same_settings(folder, before, settings)
     effective = settings.batch_size * settings.grad_accum * world_size
     if effective != before["effective_batch"]:
         raise UserError(f"--resume: the run in {folder} has {before['effective_batch']} samples per step, "
                         f"not {effective}; change --batch-size and --grad-accum together")
     print(f"resuming {folder} at step {progress.step:,}")
     return checkpoint
+
+
+def check_same_settings(folder, before, settings):
+    """Raises UserError if --resume comes with other settings than `before`, those of the run in the folder."""
+    if before.get("stage1_checksum") != vars(settings).get("stage1_checksum"):  # stage 2 has this setting
+        raise UserError(f"--resume: stage 1 has been trained again since the run in {folder} began; start "
+                        "stage 2 again with --restart")
+    for name, value in vars(settings).items():
+        if name not in MAY_CHANGE and before.get(name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"--resume: the run in {folder} has {flag} {before.get(name)}, not {value}; use "
+                            "the same value, or start another run with --run")
 
 
 def discard_results(folder):

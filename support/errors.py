@@ -91,7 +91,7 @@ def run_script(main):
                   "--activation-checkpointing, or lower --max-length")
         if not script.startswith("stage"):
             advice = "Use a GPU with more memory, or --device cpu"
-            if script == "evaluate.py":
+            if script in ("evaluate.py", "page.py"):
                 advice = f"Lower --batch-size. {advice}"
         details = (str(error).splitlines() or ["no details"])[0]
         sys.exit(f"{script}: out of memory ({details}). {advice}")

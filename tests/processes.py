@@ -14,6 +14,7 @@ import sys
 
 import torch
 
+from support.checkpoints import kill_workers
 from support.errors import run_script
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -26,6 +27,7 @@ SMALL = ["--batch-size", "4", "--grad-accum", "2", "--held-out", "4", "--save-ev
 
 def _child(script, arguments, output, environment, plain_sgd, max_file_size):
     os.environ.update(environment)
+    os.setpgid(0, 0)  # a group of its own, so that a signal can be sent to this process and its workers
     torch.set_num_threads(1)
     if plain_sgd:  # with lr 1, a step subtracts the gradient from the weight
         torch.optim.AdamW = lambda groups, **_: torch.optim.SGD(groups, lr=1.0)
@@ -36,7 +38,10 @@ def _child(script, arguments, output, environment, plain_sgd, max_file_size):
     sys.stdout.reconfigure(line_buffering=True)  # a killed process would lose its lines
     if max_file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
-    run_script(importlib.import_module(script).main)
+    try:
+        run_script(importlib.import_module(script).main)
+    finally:
+        kill_workers()  # a process of multiprocessing does not call what atexit has registered
 
 
 def start(script, arguments, output, environment=None, plain_sgd=False, max_file_size=None):

@@ -25,7 +25,7 @@ from support.check_records import check_records
 from support.errors import BadRecord, UserError
 from support.files import WorkerFile
 from support.images import ImageStore, decode_image
-from support.records import RecordFile, RecordSet
+from support.records import RecordFile, RecordSet, open_records
 from support.step_batches import plan_steps
 from support.weights import load_image_processor
 
@@ -377,6 +377,20 @@ def test_records_are_those_of_json(tmp_path, text):
     assert [records[i] for i in range(len(records))] == VALUE
     again = pickle.loads(pickle.dumps(records))  # with its file open already, as a spawned worker gets it
     assert [again[i] for i in (2, 0)] == [VALUE[2], VALUE[0]]
+
+
+def test_no_image_of_a_held_out_record_is_trained_on(tmp_path):
+    (tmp_path / "images").mkdir()
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps([record_of("<image>\nWhat?", "This.", image=f"{i % 10}.png") for i in range(30)]))
+    held_out = []
+    for limit in (0, 5):
+        train, heldout = open_records(path, tmp_path / "images", None, None, held_out=4, limit=limit, seed=0)
+        names = [{records[i]["image"] for i in range(len(records))} for records in (train, heldout)]
+        assert len(names[1]) == len(heldout) == 4 and not names[0] & names[1]
+        assert len(train) == (limit or 3 * 6)  # all three records of each of the other six images
+        held_out.append(heldout.indices.tolist())
+    assert held_out[0] == held_out[1]
 
 
 # -- images ------------------------------------------------------------------------------------------------

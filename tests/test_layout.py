@@ -43,6 +43,13 @@ def folders_imported(name):
     return {other.split(".")[0] for other in imports(SOURCES[name])} & set(FOLDERS)
 
 
+def test_double_precision_is_used_on_the_cpu_only_because_a_macs_gpu_has_none():
+    for path in FILES:
+        if path.parent.name not in ("toy", "bench"):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                assert ".double()" not in line or ".cpu().double()" in line, f"{path}: {line}"
+
+
 def test_the_top_level_has_exactly_the_five_files():
     assert [path.stem for path in sorted(REPOSITORY.glob("*.py"))] == TOP
 

@@ -295,7 +295,7 @@ def describe_question(model, template, dataset, question, mean, scenes, args):
 
 def rounded(tensor):
     """Returns a tensor as (lists of) numbers with three decimals."""
-    return (torch.round(tensor.double().nan_to_num(), decimals=3) + 0.0).tolist()  # -0.0 becomes 0.0
+    return (torch.round(tensor.cpu().double().nan_to_num(), decimals=3) + 0.0).tolist()  # -0.0 becomes 0.0
 
 
 def describe_answers(model, template, dataset, args):
