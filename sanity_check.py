@@ -152,7 +152,12 @@ def nearest_tokens(model, template, pixel_values, count=3):
 
 def print_answer(model, template, prompt, device, max_new_tokens, temperature):
     """Prints PROMPT, then GENERATED token by token."""
-    text = template.tokenizer.decode(prompt["input_ids"])
+    context = model.llm.config.get_text_config().max_position_embeddings  # of prompt and answer, in tokens
+    if len(prompt["input_ids"]) >= context:
+        raise UserError(f"the prompt has {len(prompt['input_ids'])} tokens, and the LLM reads at most "
+                        f"{context}: ask a shorter question")
+    max_new_tokens = min(max_new_tokens, context - len(prompt["input_ids"]))
+    text = printable(template.tokenizer.decode(prompt["input_ids"]), keep="\n")
     text = shorten_image(text, prompt["input_ids"].count(template.image_token_id))
     print(f"PROMPT\n{text.rstrip()}\nGENERATED")
     batch = collate([prompt], template.tokenizer.pad_token_id, padding_side="left")
@@ -170,7 +175,7 @@ def mark_labeled(ids, labels, template, color):
         end = t
         while end < len(ids) and (labels[end] == IGNORE_INDEX) == (labels[t] == IGNORE_INDEX):
             end += 1
-        piece = template.tokenizer.decode(ids[t:end])
+        piece = printable(template.tokenizer.decode(ids[t:end]), keep="\n")
         text += piece if labels[t] == IGNORE_INDEX else f"{on}{piece}{off}"
         t = end
     return shorten_image(text, ids.count(template.image_token_id))
@@ -241,7 +246,7 @@ def main():
     parser.add_argument("--run", type=Path, default="runs/toy", help="folder of the run (default: runs/toy)")
     parser.add_argument("--stage", type=int, choices=(1, 2), help="default: 2 if it is finished, else 1")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--sample", type=COUNT, default=0, metavar="N", help="answer held-out record N")
+    what.add_argument("--sample", type=COUNT, metavar="N", help="answer held-out record N (default: 0)")
     what.add_argument("--image", metavar="FILE", help="answer a question about this image")
     what.add_argument("--show-mask", type=COUNT, metavar="N", help="mark the labeled tokens of record N")
     what.add_argument("--words", type=COUNT, metavar="N", help="nearest tokens of the patches of record N")
@@ -275,7 +280,7 @@ def main():
         return
 
     heldout_dataset = load_heldout_dataset(run, template, image_processor, model.num_image_tokens)
-    i = next((n for n in (args.show_mask, args.words) if n is not None), args.sample)
+    i = next((n for n in (args.show_mask, args.words, args.sample) if n is not None), 0)
     if i >= len(heldout_dataset):
         raise UserError(f"there is no held-out record {i}: they are numbered 0 to {len(heldout_dataset) - 1}")
     if args.show_mask is not None:

@@ -7,10 +7,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from data import ChatDataset
 from support.checkpoints import ignore_signals_in_worker
 from support.errors import BadRecord, UserError, explain_errors
+from support.files import find_pretrained
 from support.records import RecordSet
 
 
@@ -28,9 +30,14 @@ def drop_unusable_records(train_records, heldout_records, template, num_image_to
 
     Without --decode, training images are only looked up, because opening 595,375 of them takes long. Held-out
     images are always opened. Raises UserError if more than the fraction --allow-bad of all records is
-    unusable, if no training record is usable, or if fewer than two held-out records have an image.
+    unusable, if no training record is usable, if fewer than two held-out records have an image, or if
+    --max-length is more than the LLM can read.
     """
     max_length, allow_bad = settings.max_length, settings.allow_bad
+    context = AutoConfig.from_pretrained(find_pretrained(settings.llm), trust_remote_code=False
+                                         ).get_text_config().max_position_embeddings
+    if max_length > context:
+        raise UserError(f"--max-length {max_length}: {settings.llm} reads at most {context} tokens")
     workers = settings.workers if settings.decode else 0
     train = check_records(train_records, template, num_image_tokens, max_length, settings.decode, workers)
     print_checked(train_records, train)

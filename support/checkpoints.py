@@ -72,6 +72,8 @@ def open_stage_folder(folder, settings, world_size):
         raise UserError(f"{folder} holds an unfinished run: continue it with --resume, discard it with "
                         "--restart, or choose another folder with --run")
     if not path.exists():
+        if resume:
+            print(f"{folder} has no checkpoint, so this run begins at step 0")
         return None
     try:
         with zipfile.ZipFile(path) as archive:
@@ -92,7 +94,7 @@ def open_stage_folder(folder, settings, world_size):
 
 
 def check_same_settings(folder, before, settings):
-    """Raises UserError if --resume comes with other settings than `before`, those of the run in the folder."""
+    """Raises UserError if --resume comes with other settings than `before`, those of the earlier run."""
     if before.get("stage1_checksum") != vars(settings).get("stage1_checksum"):  # stage 2 has this setting
         raise UserError(f"--resume: stage 1 has been trained again since the run in {folder} began; start "
                         "stage 2 again with --restart")
@@ -129,12 +131,13 @@ def save(folder, progress, model, optimizer, scaler, settings, fingerprint, proc
     if processes.rank == 0:
         effective = settings.batch_size * settings.grad_accum * processes.world_size
         metrics = folder / "metrics.jsonl"
-        with atomic_write(folder / "checkpoint.pt") as temporary:
+        # torch.save() tells why it cannot write to a file only if we have opened the file.
+        with atomic_write(folder / "checkpoint.pt") as temporary, open(temporary, "wb") as file:
             torch.save({
                 "progress": asdict(progress), "settings": {**vars(settings), "effective_batch": effective},
                 "weights": model.trainable(), "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(), "rng": rngs, "records": fingerprint,
-                "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0}, temporary)
+                "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0}, file)
     processes.barrier()
 
 

@@ -18,7 +18,7 @@ def choose_device(name):
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0][:100]}") from error
     return torch.device(name)
 
 

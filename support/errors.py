@@ -1,5 +1,6 @@
 """Errors that a user can fix, and how a script ends with them: in one sentence and an exit code."""
 
+import os
 import re
 import sys
 import warnings
@@ -11,10 +12,11 @@ import torch.distributed as dist
 import transformers
 
 
-def printable(text):
-    """Returns the text with control characters escaped, because a file name can contain a line break or a
-    code that changes the terminal."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+def printable(text, keep=""):
+    """Returns the text with control characters escaped, except those to keep, because a file name can contain
+    a line break or a code that changes the terminal."""
+    return "".join(letter if letter.isprintable() or letter in keep else ascii(letter)[1:-1]
+                   for letter in text)
 
 
 class UserError(Exception):
@@ -32,7 +34,7 @@ class BadRecord(UserError):
         self.reason = reason
         name = record.get("id", "without an id") if isinstance(record, dict) else None
         super().__init__(record if reason is None else
-                         printable(f"record {name!r}: {reason}{detail and ': ' + detail}"))
+                         printable(f"record {repr(name)[:80]}: {reason}{detail and ': ' + detail}"))
 
 
 class Stopped(Exception):
@@ -67,7 +69,11 @@ def run_script(main):
     # The new name, activation_checkpointing_enable, is missing in older versions of transformers 5.
     warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
     script = Path(sys.argv[0]).name
+    for output in (sys.stdout, sys.stderr):  # a character that the terminal lacks must not end a run
+        output.reconfigure(errors="backslashreplace")
     try:
+        if any(re.search("[\ud800-\udfff]", argument) for argument in sys.argv):
+            raise UserError("an argument is not UTF-8 text: type it again, or rename the file")
         main()
         if dist.is_initialized():  # not after an error, because other processes may still be waiting in a sum
             dist.destroy_process_group()
@@ -95,6 +101,9 @@ def run_script(main):
                 advice = f"Lower --batch-size. {advice}"
         details = (str(error).splitlines() or ["no details"])[0]
         sys.exit(f"{script}: out of memory ({details}). {advice}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would fail once more
+        sys.exit(f"{script}: the program that reads this output has ended, so this one stops too")
     except KeyboardInterrupt:
         sys.exit(130)
 

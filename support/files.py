@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def find_file(name):
     """Returns the path of a file or folder, relative to the current folder or to this repository."""
     for path in (Path(name), REPOSITORY / name):
-        if path.exists():
+        if os.path.exists(path):  # Path.exists() raises an error if the name is too long
             return path
     raise UserError(f"{name} does not exist (tools/download.sh fetches LLaVA's data)")
 
@@ -34,7 +34,7 @@ def find_pretrained(name):
     Nothing is downloaded here, because a training script should not fetch gigabytes unasked.
     """
     for path in (Path(name), REPOSITORY / name):
-        if path.is_dir():
+        if os.path.isdir(path):
             break
     else:
         try:
@@ -47,6 +47,12 @@ def find_pretrained(name):
         if not (path / required).exists() and not (path / f"{required}.index.json").exists():
             raise UserError(f"{path} has no {required}, so it is not a pretrained model, or the download is "
                             "not complete")
+    # transformers would add this adapter to the model, and would read the weights of a pickle.
+    if (path / "adapter_config.json").exists():
+        raise UserError(f"{path} has an adapter_config.json: merge the adapter into the model first")
+    index = read_json(path / "model.safetensors.index.json") or {"weight_map": {}}
+    if not all(str(file).endswith(".safetensors") for file in index["weight_map"].values()):
+        raise UserError(f"{path}/model.safetensors.index.json names files that are not safetensors")
     return str(path)
 
 
@@ -105,7 +111,10 @@ def atomic_write(path):
     except (OSError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+        with suppress(OSError):
+            delete(temporary)
+        reasons = [getattr(each, "strerror", None) for each in (error, error.__context__)]
+        raise UserError(f"cannot write {path}: {reasons[0] or reasons[1] or error}") from error
 
 
 def delete(path):
@@ -127,7 +136,7 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
 

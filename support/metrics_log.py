@@ -107,7 +107,7 @@ def import_tracker(name):
     """Returns the module `name`. Raises UserError if it cannot be used as a tracker."""
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:
         raise UserError(f"--tracker {name}: {error}; is it installed?") from error
     if not hasattr(module, "init") or not hasattr(module, "log"):
         raise UserError(f"--tracker {name}: this module has no init() and log()")

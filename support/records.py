@@ -16,7 +16,8 @@ from support.errors import BadRecord, UserError
 from support.files import WorkerFile, find_file
 from support.images import ImageStore
 
-MAX_CHARACTERS = 1_000_000  # of one record; more takes seconds to tokenize and is nearly all cut off
+# Limits of one record. More takes seconds to tokenize, and nearly all of it would be cut off.
+MAX_CHARACTERS, MAX_TURNS = 1_000_000, 10_000
 
 
 class RecordFile:
@@ -148,8 +149,8 @@ def open_records(data, images, heldout_data, heldout_images, held_out, limit, se
         else:
             break
     if not train:
-        raise UserError(f"{data} has {len(records)} records and --held-out {held_out} keeps all of them, so "
-                        "none is left to train on")
+        raise UserError(f"--held-out {held_out} keeps back all {len(records)} records of {data}, because "
+                        "those of one image stay together: none is left to train on")
     return RecordSet(records, images, np.array(train)), RecordSet(records, images, np.array(heldout))
 
 
@@ -178,6 +179,8 @@ def check_turns(record, has_image):
             raise BadRecord(record, "a character that no text should have", f"{ascii(bad[0])}, turn {number}")
         if i % 2 and not text.strip():  # it would teach the model to say nothing
             raise BadRecord(record, "an empty answer", f"turn {number}")
+    if len(texts) > MAX_TURNS:
+        raise BadRecord(record, f"more than {MAX_TURNS:,} turns", f"{len(texts):,}")
     if (length := sum(map(len, texts))) > MAX_CHARACTERS:
         raise BadRecord(record, f"more than {MAX_CHARACTERS:,} characters of text", f"{length:,}")
     count = sum(text.count("<image>") for text in texts[::2])

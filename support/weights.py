@@ -6,6 +6,7 @@ pickle. support/checkpoints.py loads it with weights_only=True.)
 """
 
 import hashlib
+import os
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ MODEL_SETTINGS = ("vision_tower", "vision_layer", "llm", "projector")
 RESULT_FILES = ("projector.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 RUN_JSON = {"stage": int, "vision_tower": str, "vision_layer": int, "llm": str, "projector": str,
             "template": str, "steps": int, "settings": dict}  # what run.json must contain
+FILES, NUMBERS = ("data", "images"), ("held_out", "limit", "seed", "max_length")  # what its settings must
 
 
 # -- pretrained models -------------------------------------------------------------------------------------
@@ -137,7 +139,7 @@ def result_checksums(folder):
 
 def latest_stage(run_folder):
     """Returns 2 if stage 2 of a run is finished, else 1."""
-    return 2 if (Path(run_folder) / "stage2" / "run.json").exists() else 1
+    return 2 if os.path.exists(Path(run_folder) / "stage2" / "run.json") else 1
 
 
 def read_run(folder):
@@ -149,7 +151,10 @@ def read_run(folder):
         raise UserError(f"{folder} holds no finished run: run python {script} --run {Path(folder).parent} "
                         "first")
     if (not isinstance(run, dict) or run.get("stage") not in (1, 2)
-            or not all(isinstance(run.get(name), kind) for name, kind in RUN_JSON.items())):
+            or not all(isinstance(run.get(name), kind) for name, kind in RUN_JSON.items())
+            or not all(isinstance(run["settings"].get(name), str) for name in FILES)
+            or not all(isinstance(run["settings"].get(f"heldout_{name}"), str | None) for name in FILES)
+            or not all(str(run["settings"].get(name)).isdecimal() for name in NUMBERS)):
         raise UserError(f"{folder}/run.json is damaged: it was not written by a stage of this project")
     found = result_checksums(Path(folder))
     if run.get("checksums", found) != found:  # one flipped bit changes the answers and raises no error
@@ -193,7 +198,8 @@ def load_adapter(model, folder):
     ranks = {tensor.shape[:1] for name, tensor in tensors.items() if ".lora_A." in name}
     if (not isinstance(r, int) or ranks != {(r,)}
             or not isinstance(alpha, (int, float)) or not 0 < alpha < 2**31
-            or not isinstance(targets, list) or not all(name in LORA_TARGETS for name in targets)):
+            or not isinstance(targets, list) or not targets
+            or not all(name in LORA_TARGETS for name in targets)):
         raise UserError(f"{folder}/adapter_config.json does not fit: it needs the adapter's rank r, a "
                         f"positive lora_alpha, and target_modules among {', '.join(LORA_TARGETS)}")
     model.add_lora(LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM",
@@ -213,9 +219,10 @@ def load_trained(folder, device, dtype):
     run = read_run(folder)
     template, image_processor = ChatTemplate(run["llm"]), load_image_processor(run["vision_tower"])
     check_same_template(run, template, folder)
-    model = Llava(load_vision_tower(run["vision_tower"], dtype),
-                  load_language_model(run["llm"], dtype, device), template.image_token_id, run["projector"],
-                  run["vision_layer"])
+    vision_tower = load_vision_tower(run["vision_tower"], dtype)
+    llm = load_language_model(run["llm"], dtype, device)
+    with explain_errors(f"build the model of {folder}/run.json"):
+        model = Llava(vision_tower, llm, template.image_token_id, run["projector"], run["vision_layer"])
     load_projector(model, Path(folder) / "projector.safetensors")
     if run["stage"] == 2:
         stage1, expected = Path(folder).parent / "stage1", run["settings"].get("stage1_checksum")

@@ -382,7 +382,8 @@ def test_records_are_those_of_json(tmp_path, text):
 def test_no_image_of_a_held_out_record_is_trained_on(tmp_path):
     (tmp_path / "images").mkdir()
     path = tmp_path / "chat.json"
-    path.write_text(json.dumps([record_of("<image>\nWhat?", "This.", image=f"{i % 10}.png") for i in range(30)]))
+    path.write_text(json.dumps([record_of("<image>\nWhat?", "This.", image=f"{i % 10}.png")
+                                for i in range(30)]))
     held_out = []
     for limit in (0, 5):
         train, heldout = open_records(path, tmp_path / "images", None, None, held_out=4, limit=limit, seed=0)

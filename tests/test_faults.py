@@ -271,7 +271,9 @@ def test_stage_2_does_not_begin_with_a_damaged_projector(script, refusal, flags,
 
 @pytest.mark.parametrize("change", [
     lambda run: run.pop("steps"), lambda run: run.update(settings=[]), lambda run: run.update(stage="2"),
-    lambda run: run.update(vision_tower=None), lambda run: run.update(checksums=7)])
+    lambda run: run.update(vision_tower=None), lambda run: run.update(checksums=7),
+    lambda run: run.update(settings={}), lambda run: run["settings"].update(images=5),
+    lambda run: run["settings"].update(heldout_data=5), lambda run: run["settings"].update(seed=-1)])
 def test_a_changed_run_json_is_one_sentence(change, script, refusal, flags, tmp_path):
     script("stage1_align", *flags(1, max_steps=0))
     path = tmp_path / "runs" / "toy" / "stage1" / "run.json"
@@ -279,6 +281,37 @@ def test_a_changed_run_json_is_one_sentence(change, script, refusal, flags, tmp_
     change(run)
     path.write_text(json.dumps(run))
     assert "is damaged" in refusal("sanity_check")
+
+
+def test_a_vision_layer_that_does_not_exist_is_one_sentence(script, refusal, flags, tmp_path):
+    script("stage1_align", *flags(1, max_steps=0))
+    path = tmp_path / "runs" / "toy" / "stage1" / "run.json"
+    path.write_text(path.read_text().replace('"vision_layer": -2', '"vision_layer": 99'))
+    assert "run.json: ValueError: vision layer 99" in refusal("sanity_check")
+
+
+def test_an_adapter_or_a_pickle_beside_a_pretrained_model_is_not_loaded(refusal, flags, tmp_path):
+    llm = shutil.copytree(REPOSITORY / "toy" / "llama-chat", tmp_path / "llm")
+    (llm / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "merge the adapter" in refusal("stage1_align", *flags(1, llm=llm))
+    (llm / "adapter_config.json").unlink()
+    (llm / "model.safetensors.index.json").write_text('{"weight_map": {"head.weight": "pytorch_model.bin"}}')
+    assert "not safetensors" in refusal("stage1_align", *flags(1, llm=llm))
+
+
+def test_more_tokens_than_the_llm_can_read_are_refused(script, refusal, flags, tmp_path):
+    assert "at most" in refusal("stage1_align", *flags(1, max_length=100_000))
+    script("stage1_align", *flags(1, max_steps=0))
+    image = tmp_path / "a.png"
+    draw("red").save(image)
+    assert "ask a shorter question" in refusal("sanity_check", "--image", image, "--question", "word " * 5000)
+
+
+@pytest.mark.parametrize("name, reason", [("a" * 300, "a" * 300), ("\udcff", "UTF-8")])
+def test_a_name_that_no_file_can_have_is_one_sentence(name, reason, refusal):
+    for script, flag in (("stage1_align", "--run"), ("stage1_align", "--data"), ("stage1_align", "--llm"),
+                         ("sanity_check", "--run")):
+        assert reason in refusal(script, flag, name)
 
 
 def test_another_chat_template_than_that_of_the_training_is_refused(tmp_path):

@@ -160,7 +160,7 @@ def bomb(size=50_000):
 NOISE = Image.effect_noise((99, 99), 90)
 BROKEN = {
     "bomb.png": bomb(),
-    "real bomb.png": saved(Image.new("1", (14_200, 14_200)), "PNG").getvalue(),
+    "real bomb.png": saved(Image.new("1", (15_000, 15_000)), "PNG").getvalue(),
     "half.jpg": saved(NOISE, "JPEG").getvalue()[:900],
     "half.png": saved(NOISE, "PNG").getvalue()[:3000],
     "text.jpg": b"<html>404 Not Found</html>",
@@ -393,6 +393,7 @@ HUMAN, GPT = {"from": "human", "value": "What?"}, {"from": "gpt", "value": "That
     ([{"from": "human", "value": "\ud83d"}, GPT], False, r"no text should have: '\\ud83d', turn 1"),
     ([{"from": "human", "value": "a\ue000"}, GPT], False, r"no text should have: '\\ue000', turn 1"),
     ([HUMAN, {"from": "gpt", "value": "a" * 1_000_001}], False, "more than 1,000,000 characters of text"),
+    ([HUMAN, GPT] * 5_001, False, "more than 10,000 turns: 10,002"),
     ([{"from": "human", "value": "<image>What?"}, GPT], False, "more <image>"),
     ([{"from": "human", "value": "<image>\n<image>What?"}, GPT], True, "more <image>"),
     ([{"from": "human", "value": "<image>"}, GPT] * 2, True, "more <image>"),
