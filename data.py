@@ -141,7 +141,8 @@ class ChatTemplate:
         for i, (answer, piece) in enumerate(zip(answers, pieces[1:])):
             # Some templates write text between prompt and answer: Mistral a space, Qwen3 an empty thinking
             # block before the last answer. The prompt lacks this text, so the model must generate it, and it
-            # is labeled. Only the last answer can have another one, so its length is measured twice.
+            # is labeled. The text before the last answer can differ from that before the others, so its
+            # length is measured at the first answer and at the last one.
             if i in (0, len(answers) - 1):
                 length = len(rebuilt) - len(self.render(messages[:2 * i + 1], prompt=True))
             spans.append((len(rebuilt) - length, len(rebuilt) + len(answer)))
@@ -304,8 +305,8 @@ def collate(samples, pad_token_id, padding_side="right"):
         batch["labels"] = torch.tensor([pad(sample["labels"], IGNORE_INDEX) for sample in samples])
         batch["skipped"] = [sentence for sample in samples for sentence in sample.get("skipped", [])]
     if get_worker_info():
-        # A worker passes its batches on in shared memory. If there is too little of it, the call here raises
-        # an error. Without this call, the worker would hang when it sends the batch.
+        # A worker passes its batches on in shared memory. share_memory_() raises an error if there is too
+        # little of it. Without this call, the worker would hang when it sends the batch.
         for value in filter(torch.is_tensor, batch.values()):
             value.share_memory_()
     return batch

@@ -6,7 +6,7 @@
 
 CLIP cuts the image into patches and returns one vector per patch (Z_v). The projector, one linear layer, maps
 each of these vectors into the space of the LLM's token embeddings (H_v). From there on the LLM reads the
-image like text, whose embeddings are H_q in the figure: nothing marks these positions as an image.
+image like text, whose embeddings are H_q. Nothing marks these positions as an image.
 
 Sizes used in the comments:                                          CLIP ViT-L/14 + TinyLlama       toy
     B    samples in the batch

@@ -154,8 +154,8 @@ def print_answer(model, template, prompt, device, max_new_tokens, temperature):
     """Prints PROMPT, then GENERATED token by token."""
     context = model.llm.config.get_text_config().max_position_embeddings  # of prompt and answer, in tokens
     if len(prompt["input_ids"]) >= context:
-        raise UserError(f"the prompt has {len(prompt['input_ids'])} tokens, and the LLM reads at most "
-                        f"{context}: ask a shorter question")
+        raise UserError(f"the prompt has {len(prompt['input_ids'])} tokens, but the LLM can read only "
+                        f"{context} tokens, answer included: ask a shorter question")
     max_new_tokens = min(max_new_tokens, context - len(prompt["input_ids"]))
     text = printable(template.tokenizer.decode(prompt["input_ids"]), keep="\n")
     text = shorten_image(text, prompt["input_ids"].count(template.image_token_id))
@@ -289,17 +289,17 @@ def main():
         print(mark_labeled(sample["input_ids"], sample["labels"], template, sys.stdout.isatty()))
         return
     record = heldout_dataset.records[i]
-    print(f"held-out record {i} of {len(heldout_dataset)}: id {record.get('id')}, "
-          f"image {heldout_dataset.records.image_name(record)}")
+    print(printable(f"held-out record {i} of {len(heldout_dataset)}: id {record.get('id')}, "
+                    f"image {heldout_dataset.records.image_name(record)}"))
     prompt, reference = heldout_dataset.make_prompt(i)
     if args.words is not None:
         if prompt["pixel_values"] is None:
             raise UserError(f"held-out record {i} has no image: choose another one")
-        print(f"reference answer: {reference}\n")
+        print(printable(f"reference answer: {reference}\n", keep="\n"))
         print_words(model, template, prompt["pixel_values"], stage)
         return
     print_answer(model, template, prompt, *answer_settings)
-    print(f"REFERENCE\n{reference}\n")
+    print(printable(f"REFERENCE\n{reference}\n", keep="\n"))
     if prompt["pixel_values"] is not None:
         print_losses(model, heldout_dataset, i, template.tokenizer.pad_token_id, device)
 

@@ -6,8 +6,9 @@ EXPECTED = """Worse answers, because the adapter has to make sense of vectors th
 In the paper, skipping stage 1 costs 5.11 points on ScienceQA. Prismatic VLMs (arXiv:2402.07865) report no
 loss. Both train the whole LLM and no adapter."""
 MEANING = """Stage 1 matters here: without it, most answers are wrong after the same number of steps in
-stage 2. With the learning rate of stage 1, the projector is clearly better with one seed, a little better
-with another, and worse with the third. We did not measure whether a longer stage 2 makes up for it."""
+stage 2. If the projector has the learning rate of stage 1, clearly more answers are correct with one seed,
+a few more with another, and fewer with the third. We did not measure whether a longer stage 2 makes up for
+it."""
 
 
 def run(seed):

@@ -7,7 +7,7 @@ from model import IGNORE_INDEX
 EXPECTED = """The tokenizer puts an extra space token in front of each answer that is tokenized alone. The
 model learns to write this token. The held-out answers do not have it, so they become less likely. Between
 two turns, the newline is lost, and the next question begins with an extra space token. The model reads
-these tokens but does not learn to write them."""
+turns that are joined in this way, but these tokens are not labeled."""
 MEANING = """The answers are only a little worse, because the extra space token cannot be seen in the text.
 But the loss of correctly tokenized answers shows the damage: their first token has become almost
 impossible. So look at the token ids of a sample, and not only at its text."""

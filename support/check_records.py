@@ -34,10 +34,13 @@ def drop_unusable_records(train_records, heldout_records, template, num_image_to
     --max-length is more than the LLM can read.
     """
     max_length, allow_bad = settings.max_length, settings.allow_bad
-    context = AutoConfig.from_pretrained(find_pretrained(settings.llm), trust_remote_code=False
-                                         ).get_text_config().max_position_embeddings
+    llm_folder = find_pretrained(settings.llm)
+    with explain_errors(f"read {llm_folder}/config.json"):
+        config = AutoConfig.from_pretrained(llm_folder, trust_remote_code=False)
+        context = config.get_text_config().max_position_embeddings
     if max_length > context:
-        raise UserError(f"--max-length {max_length}: {settings.llm} reads at most {context} tokens")
+        raise UserError(f"--max-length {max_length} is more than {settings.llm} can read: pass --max-length "
+                        f"{context} or less")
     workers = settings.workers if settings.decode else 0
     train = check_records(train_records, template, num_image_tokens, max_length, settings.decode, workers)
     print_checked(train_records, train)

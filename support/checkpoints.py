@@ -24,10 +24,10 @@ from support.errors import Stopped, UserError
 from support.files import atomic_write, delete, lock_folder, make_writable_folder, read_json
 
 # Settings that a resumed run may change, because they do not change what is computed. batch_size and
-# grad_accum may change if the effective batch stays the same.
+# grad_accum may change if their product stays the same, which is checked separately.
 MAY_CHANGE = {"preset", "run", "device", "workers", "eval_every", "log_every", "save_every", "batch_size",
               "grad_accum", "allow_bad", "tracker", "activation_checkpointing", "resume", "restart",
-              "check_data", "decode"}
+              "check_data", "decode", "effective_batch"}
 # Ctrl-C, the signal of kill and of cluster schedulers, and that of a closed terminal (not on Windows).
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -45,10 +45,11 @@ class Progress:
 def open_stage_folder(folder, settings, world_size):
     """Creates a stage's folder and returns its checkpoint to resume from, or None to begin at step 0.
 
-    Raises UserError if the folder is not writable, or another process trains in it, or it holds a run and
-    neither --resume nor --restart was given, or --resume comes with other settings. Raises Stopped if
-    --resume finds a run that is finished.
+    Also sets settings.effective_batch, the number of samples per step. Raises UserError if the folder is not
+    writable, or another process trains in it, or it holds a run and neither --resume nor --restart was given,
+    or --resume comes with other settings. Raises Stopped if --resume finds a run that is finished.
     """
+    settings.effective_batch = settings.batch_size * settings.grad_accum * world_size
     folder = make_writable_folder(folder)
     if int(os.environ.get("RANK", 0)) == 0:  # of torchrun's processes, only one writes
         lock_folder(folder)
@@ -63,7 +64,10 @@ def open_stage_folder(folder, settings, world_size):
     resume = settings.resume or restarted
     if finished := read_json(folder / "run.json"):
         if resume:
-            check_same_settings(folder, finished.get("settings", {}), settings)
+            before = finished.get("settings") if isinstance(finished, dict) else None
+            if not isinstance(before, dict):
+                raise UserError(f"{folder}/run.json is damaged: train again with --restart")
+            check_same_settings(folder, before, settings)
             discard_checkpoint(folder)  # left if the run was killed just before its end
             raise Stopped(f"{folder} holds a finished run, so there is nothing to resume", 0)
         raise UserError(f"{folder} holds a finished run: discard it with --restart, or choose another folder "
@@ -85,10 +89,6 @@ def open_stage_folder(folder, settings, world_size):
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise UserError(f"{path} is damaged ({reason}): start again with --restart") from error
     check_same_settings(folder, before, settings)
-    effective = settings.batch_size * settings.grad_accum * world_size
-    if effective != before["effective_batch"]:
-        raise UserError(f"--resume: the run in {folder} has {before['effective_batch']} samples per step, "
-                        f"not {effective}; change --batch-size and --grad-accum together")
     print(f"resuming {folder} at step {progress.step:,}")
     return checkpoint
 
@@ -103,6 +103,9 @@ def check_same_settings(folder, before, settings):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"--resume: the run in {folder} has {flag} {before.get(name)}, not {value}; use "
                             "the same value, or start another run with --run")
+    if settings.effective_batch != before.get("effective_batch"):
+        raise UserError(f"--resume: the run in {folder} has {before.get('effective_batch')} samples per step, "
+                        f"not {settings.effective_batch}; change --batch-size and --grad-accum together")
 
 
 def discard_results(folder):
@@ -129,12 +132,11 @@ def save(folder, progress, model, optimizer, scaler, settings, fingerprint, proc
         rng.append(torch.cuda.get_rng_state(processes.device))
     rngs = processes.gather(rng)
     if processes.rank == 0:
-        effective = settings.batch_size * settings.grad_accum * processes.world_size
         metrics = folder / "metrics.jsonl"
-        # torch.save() tells why it cannot write to a file only if we have opened the file.
+        # torch.save() says why a write failed (for example, a full disk) only if it gets an open file.
         with atomic_write(folder / "checkpoint.pt") as temporary, open(temporary, "wb") as file:
             torch.save({
-                "progress": asdict(progress), "settings": {**vars(settings), "effective_batch": effective},
+                "progress": asdict(progress), "settings": vars(settings),
                 "weights": model.trainable(), "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(), "rng": rngs, "records": fingerprint,
                 "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0}, file)

@@ -12,11 +12,14 @@ import torch.distributed as dist
 import transformers
 
 
+# Control characters, line separators, changes of the writing direction, and half characters.
+UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 def printable(text, keep=""):
-    """Returns the text with control characters escaped, except those to keep, because a file name can contain
-    a line break or a code that changes the terminal."""
-    return "".join(letter if letter.isprintable() or letter in keep else ascii(letter)[1:-1]
-                   for letter in text)
+    """Returns the text with unprintable characters escaped, except those to keep, because a file name can
+    contain a line break or a code that changes the terminal."""
+    return UNPRINTABLE.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text)
 
 
 class UserError(Exception):
@@ -72,9 +75,12 @@ def run_script(main):
     for output in (sys.stdout, sys.stderr):  # a character that the terminal lacks must not end a run
         output.reconfigure(errors="backslashreplace")
     try:
-        if any(re.search("[\ud800-\udfff]", argument) for argument in sys.argv):
-            raise UserError("an argument is not UTF-8 text: type it again, or rename the file")
+        for argument in sys.argv:
+            if re.search("[\ud800-\udfff]", argument):
+                raise UserError(f"the argument {ascii(argument)} is not UTF-8 text: type it again, or rename "
+                                "the file")
         main()
+        sys.stdout.flush()  # so that a broken pipe is noticed here
         if dist.is_initialized():  # not after an error, because other processes may still be waiting in a sum
             dist.destroy_process_group()
     except Stopped as stop:

@@ -47,12 +47,18 @@ def find_pretrained(name):
         if not (path / required).exists() and not (path / f"{required}.index.json").exists():
             raise UserError(f"{path} has no {required}, so it is not a pretrained model, or the download is "
                             "not complete")
-    # transformers would add this adapter to the model, and would read the weights of a pickle.
+    # transformers would add this adapter to the model.
     if (path / "adapter_config.json").exists():
-        raise UserError(f"{path} has an adapter_config.json: merge the adapter into the model first")
-    index = read_json(path / "model.safetensors.index.json") or {"weight_map": {}}
-    if not all(str(file).endswith(".safetensors") for file in index["weight_map"].values()):
-        raise UserError(f"{path}/model.safetensors.index.json names files that are not safetensors")
+        raise UserError(f"{path} contains an adapter (adapter_config.json), which would change the model: "
+                        "merge it into the weights, or remove the file")
+    # transformers would read a file that is not safetensors as a pickle.
+    index = read_json(path / "model.safetensors.index.json")
+    if index is not None:
+        files = index.get("weight_map") if isinstance(index, dict) else None
+        if (not isinstance(files, dict)
+                or not all(str(file).endswith(".safetensors") for file in files.values())):
+            raise UserError(f"{path}/model.safetensors.index.json lists other files than safetensors: fetch "
+                            "the model again, or convert its weights to safetensors")
     return str(path)
 
 

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import struct
+import warnings
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -17,7 +18,10 @@ from support.files import WorkerFile
 # Formats that Pillow decodes by itself. (EPS, for example, would start Ghostscript.)
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO"]
 MAX_FILE_BYTES = 256 * 2**20
-Image.MAX_IMAGE_PIXELS = 110_000_000  # Pillow warns above it and refuses twice as many; some phones take 108
+# Pillow refuses images with more than twice as many pixels. Above this number itself it would warn, but some
+# phones take photos of 200 megapixels.
+Image.MAX_IMAGE_PIXELS = 110_000_000
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 ORIENTATION = 0x112  # the EXIF tag that says how a camera was held
 TRANSPOSE = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
              4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,

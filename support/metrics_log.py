@@ -108,7 +108,8 @@ def import_tracker(name):
     try:
         module = importlib.import_module(name)
     except (ImportError, TypeError, ValueError) as error:
-        raise UserError(f"--tracker {name}: {error}; is it installed?") from error
+        raise UserError(f"--tracker {name} cannot be imported ({error}): install it, or name another module"
+                        ) from error
     if not hasattr(module, "init") or not hasattr(module, "log"):
         raise UserError(f"--tracker {name}: this module has no init() and log()")
     return module

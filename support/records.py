@@ -149,8 +149,8 @@ def open_records(data, images, heldout_data, heldout_images, held_out, limit, se
         else:
             break
     if not train:
-        raise UserError(f"--held-out {held_out} keeps back all {len(records)} records of {data}, because "
-                        "those of one image stay together: none is left to train on")
+        raise UserError(f"--held-out {held_out} leaves none of the {len(records)} records of {data} to train "
+                        "on (records of a held-out image are left out too): lower --held-out")
     return RecordSet(records, images, np.array(train)), RecordSet(records, images, np.array(heldout))
 
 

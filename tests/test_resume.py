@@ -169,6 +169,7 @@ def test_a_finished_run_is_not_overwritten_without_restart(script, refusal, flag
     assert stop.value.code == 0
     # Otherwise a script would go on with a result that was trained with other settings.
     assert "--lr" in refusal("stage1_align", *flags(1, max_steps=2, lr=0.5), "--resume")
+    assert "--grad-accum" in refusal("stage1_align", *flags(1, max_steps=2, batch_size=4), "--resume")
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
 
 

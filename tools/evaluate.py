@@ -18,7 +18,7 @@ both, because it may have forgotten how to write captions. The keys of eval.json
                              fraction of the records whose reference answers are more likely with the correct
                              image than with a different one; chance is 0.5
     answers_loss, …          the same four numbers for the records of stage 2
-    correct_more_likely      the same over the records of both stages
+    correct_more_likely      the same fraction of the records of both stages
     objects_f1               F1 of the objects (color, shape) in the generated captions; only for the toy
     caption_f1               the same for (color, shape, place)
     objects_f1_different, caption_f1_different
