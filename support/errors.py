@@ -73,7 +73,8 @@ def run_script(main):
     warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
     script = Path(sys.argv[0]).name
     for output in (sys.stdout, sys.stderr):  # a character that the terminal lacks must not end a run
-        output.reconfigure(errors="backslashreplace")
+        if hasattr(output, "reconfigure"):  # not in a notebook
+            output.reconfigure(errors="backslashreplace")
     try:
         for argument in sys.argv:
             if re.search("[\ud800-\udfff]", argument):
