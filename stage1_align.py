@@ -20,22 +20,22 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-import toy.world
 from data import ChatDataset, ChatTemplate, collate
 from model import IGNORE_INDEX, Llava, count_patches
-from sanity_check import (generate_answers, make_heldout_batches, mark_labeled, measure_grounding,
-                          nearest_tokens)
 from support import checkpoints
 from support.check_records import count_skipped_images, drop_unusable_records
 from support.devices import choose_dtype
 from support.errors import Stopped, UserError, run_script
+from support.evaluation import (generate_answers, make_heldout_batches, mark_labeled, measure_grounding,
+                                nearest_tokens)
 from support.metrics_log import MetricsLog, format_grounding, import_tracker
+from support.pretrained import (load_image_processor, load_language_model, load_vision_config,
+                                load_vision_tower)
 from support.processes import Processes
 from support.records import open_records
+from support.results import save_result
 from support.settings import next_command, parse_settings, print_settings
 from support.step_batches import plan_steps
-from support.weights import (load_image_processor, load_language_model, load_vision_config, load_vision_tower,
-                             save_result)
 
 # -- 1. settings: each one is also a flag, see --help ------------------------------------------------------
 
@@ -84,6 +84,7 @@ def main():
     # -- 2. data -------------------------------------------------------------------------------------------
 
     if args.preset == "toy":
+        import toy.world
         toy.world.draw_if_missing()  # draws 12,240 pictures before the first run (about 10 s)
     train_records, heldout_records = open_records(
         args.data, args.images, args.heldout_data, args.heldout_images, args.held_out, args.limit, args.seed)

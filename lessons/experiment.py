@@ -17,9 +17,10 @@ import stage1_align
 import stage2_instruct
 from data import ChatDataset, ChatTemplate
 from model import Llava
-from sanity_check import load_heldout_dataset, make_heldout_batches, measure_grounding
 from support.checkpoints import STOP_SIGNALS
-from support.weights import load_image_processor, read_run, save_result
+from support.evaluation import load_heldout_dataset, make_heldout_batches, measure_grounding
+from support.pretrained import load_image_processor
+from support.results import read_run, save_result
 from tools.evaluate import answer_questions, list_questions, score_answers, score_captions
 from tools.page import read_metrics
 

@@ -7,8 +7,8 @@ import stage2_instruct
 import toy.world
 from data import ChatDataset, ChatTemplate
 from model import Llava
+from support.pretrained import load_image_processor, load_language_model, load_vision_tower
 from support.records import open_records
-from support.weights import load_image_processor, load_language_model, load_vision_tower
 
 PRESETS = {1: stage1_align.PRESETS["toy"], 2: stage2_instruct.PRESETS["toy"]}
 

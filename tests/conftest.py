@@ -34,7 +34,7 @@ from data import ChatTemplate, collate
 from model import Llava
 from support.checkpoints import STOP_SIGNALS
 from support.errors import run_script
-from support.weights import load_image_processor, load_language_model, load_vision_tower
+from support.pretrained import load_image_processor, load_language_model, load_vision_tower
 
 torch.set_num_threads(1)  # models this small are slower with more threads
 

@@ -25,9 +25,9 @@ from support.check_records import check_records
 from support.errors import BadRecord, UserError
 from support.files import WorkerFile
 from support.images import ImageStore, decode_image
+from support.pretrained import load_image_processor
 from support.records import RecordFile, RecordSet, open_records
 from support.step_batches import plan_steps
-from support.weights import load_image_processor
 
 PHOTOS = sorted((SHARED / "photos").glob("*.jpg"))
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from sanity_check import make_heldout_batches
+from support.evaluation import make_heldout_batches
 from tools import evaluate
 from tools.evaluate import evenly_spaced, f1, is_toy_caption, score_captions
 

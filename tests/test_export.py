@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from data import collate
 from support.devices import DTYPES
-from support.weights import load_trained, read_run
+from support.results import load_trained, read_run
 from tools import export_hf
 from tools.model_card import write_model_card
 

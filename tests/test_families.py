@@ -18,7 +18,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from data import IGNORE_INDEX, IMAGE_TOKEN, ChatTemplate, collate
 from support.errors import UserError
-from support.weights import load_image_processor
+from support.pretrained import load_image_processor
 
 CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '
 ' + message['content'] + '<|im_end|>

@@ -23,7 +23,7 @@ import model
 import stage1_align
 import toy.world
 from data import ChatDataset, collate
-from support import checkpoints, files, metrics_log, weights
+from support import checkpoints, files, metrics_log, results
 from support.check_records import count_skipped_images
 from support.errors import UserError, run_script
 from support.images import ImageStore
@@ -245,7 +245,7 @@ def test_a_damaged_checkpoint_is_refused_and_its_code_is_not_run(script, refusal
     assert not (tmp_path / "created by a pickle").exists()
 
 
-@pytest.mark.parametrize("name", weights.RESULT_FILES)
+@pytest.mark.parametrize("name", results.RESULT_FILES)
 def test_a_flipped_bit_or_a_missing_file_of_a_finished_stage_is_noticed(
         name, script, refusal, flags, tmp_path):
     script("stage1_align", *flags(1, max_steps=0))

@@ -17,7 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from data import IGNORE_INDEX, collate
 from model import LORA_TARGETS, count_patches
 from support.errors import UserError
-from support.weights import load_image_processor, load_trained, save_result
+from support.pretrained import load_image_processor
+from support.results import load_trained, save_result
 
 LORA = dict(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
 

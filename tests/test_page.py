@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from data import ChatDataset
-from sanity_check import generate_answers
+from support.evaluation import generate_answers
 from support.records import open_records
 from tools import page
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from processes import SMALL, finish, metrics, start
 
-from support import checkpoints, files, weights
+from support import checkpoints, files, results
 
 # 36 steps; the last step of each epoch takes what is left. The kills come in the first two thirds.
 RUN = ["--limit", "90", "--epochs", "3", *SMALL]
@@ -93,7 +93,7 @@ def killed_at(n):
 
         patches.setattr(module, name, call)
 
-    for module, name in ((os, "replace"), (torch, "save"), (weights, "save_file"), (files, "delete"),
+    for module, name in ((os, "replace"), (torch, "save"), (results, "save_file"), (files, "delete"),
                          (checkpoints, "delete")):
         watch(module, name)
     try:

@@ -6,7 +6,8 @@ import re
 import torch
 from conftest import N, draw, metrics, preprocess
 
-from sanity_check import nearest_tokens, print_words
+from sanity_check import print_words
+from support.evaluation import nearest_tokens
 
 
 def test_a_patch_that_equals_an_embedding_is_named_after_its_token(tiny, monkeypatch):

@@ -25,8 +25,8 @@ from data import IMAGE_TOKEN, collate
 from support.devices import DTYPES, choose_device, choose_dtype
 from support.errors import UserError, run_script
 from support.images import decode_image
+from support.results import latest_stage, load_trained
 from support.settings import POSITIVE, REAL
-from support.weights import latest_stage, load_trained
 
 
 class RecordingStreamer(TextStreamer):

@@ -39,12 +39,12 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data import IMAGE_TOKEN
-from sanity_check import generate_answers, make_heldout_batches, load_heldout_dataset, measure_grounding
 from support.devices import DTYPES, choose_device, choose_dtype
 from support.errors import UserError, run_script
+from support.evaluation import generate_answers, make_heldout_batches, load_heldout_dataset, measure_grounding
 from support.files import make_writable_folder, write_json
+from support.results import latest_stage, load_trained, print_loaded_stage, read_run
 from support.settings import COUNT, POSITIVE
-from support.weights import latest_stage, load_trained, print_loaded_stage, read_run
 from toy.world import PLACES, caption_of, objects_in
 
 # -- questions and generated answers -----------------------------------------------------------------------

@@ -29,12 +29,12 @@ from transformers import (AutoModelForImageTextToText, AutoProcessor, Generation
                           LlavaForConditionalGeneration, LlavaProcessor)
 
 from data import IMAGE_TOKEN, collate
-from sanity_check import load_heldout_dataset
 from support.devices import DTYPES, choose_device
 from support.errors import UserError, run_script
+from support.evaluation import load_heldout_dataset
 from support.files import atomic_write, delete, find_pretrained, read_json
+from support.results import latest_stage, load_trained, print_loaded_stage, read_run
 from support.settings import POSITIVE
-from support.weights import latest_stage, load_trained, print_loaded_stage, read_run
 from tools.model_card import write_model_card
 
 # Largest allowed difference of logits and of pixel values. The order of summation changes logits by about

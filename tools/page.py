@@ -27,12 +27,12 @@ from PIL import Image
 
 from data import IMAGE_TOKEN, collate
 from model import IGNORE_INDEX
-from sanity_check import generate_answers, load_heldout_dataset
 from support.devices import DTYPES, choose_device, choose_dtype
 from support.errors import UserError, explain_errors, run_script
+from support.evaluation import generate_answers, load_heldout_dataset
 from support.files import atomic_write
+from support.results import latest_stage, load_trained, read_run
 from support.settings import POSITIVE
-from support.weights import latest_stage, load_trained, read_run
 from tools.evaluate import answer_questions, evenly_spaced, is_toy_caption, list_questions
 from toy.world import PLACES, answer_to, objects_in
 

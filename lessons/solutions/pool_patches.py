@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from data import collate
 from lessons.toy_parts import load_datasets, load_model
 from model import IGNORE_INDEX, Llava
-from sanity_check import make_heldout_batches, measure_grounding
 from support.errors import run_script
+from support.evaluation import make_heldout_batches, measure_grounding
 from toy.world import PLACES
 
 

@@ -1,7 +1,6 @@
-"""Loads pretrained models, and saves and loads what the stages have trained.
+"""Saves and loads what the stages have trained: projector, adapter and run.json.
 
-Loading is strict. A missing tensor is an error and never a warning, because a model with random weights in
-one place still answers fluently. Weights are safetensors and the rest is JSON. (Only checkpoint.pt is a
+Loading is strict, as in pretrained.py. Weights are safetensors and the rest is JSON. (Only checkpoint.pt is a
 pickle. support/checkpoints.py loads it with weights_only=True.)
 """
 
@@ -12,19 +11,14 @@ from pathlib import Path
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, CLIPVisionModel,
-                          SiglipVisionModel)
 
 from data import ChatTemplate
 from model import LORA_TARGETS, Llava
-from support.devices import choose_attention
 from support.errors import UserError, explain_errors
-from support.files import atomic_write, find_pretrained, read_json, write_json
+from support.files import atomic_write, read_json, write_json
+from support.pretrained import load_image_processor, load_language_model, load_vision_tower
 
-VISION_MODELS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
 # A projector translates from one layer of one vision tower to one LLM. It works with no others.
 MODEL_SETTINGS = ("vision_tower", "vision_layer", "llm", "projector")
 RESULT_FILES = ("projector.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
@@ -32,83 +26,6 @@ RUN_JSON = {"stage": int, "vision_tower": str, "vision_layer": int, "llm": str, 
             "template": str, "steps": int, "settings": dict}  # what run.json must contain
 # What "settings" in run.json must contain. heldout_data and heldout_images are both files or both None.
 FILE_SETTINGS, COUNT_SETTINGS = ("data", "images"), ("held_out", "limit", "seed", "max_length")
-
-
-# -- pretrained models -------------------------------------------------------------------------------------
-
-
-def load_vision_config(name):
-    """Returns the configuration of the vision half of a CLIP or SigLIP."""
-    folder = find_pretrained(name)
-    with explain_errors(f"read {folder}/config.json"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    config = getattr(config, "vision_config", config)
-    if config.model_type not in VISION_MODELS:
-        raise UserError(f"{folder} is a '{config.model_type}'; --vision-tower must name a CLIP or SigLIP")
-    return config
-
-
-def load_image_processor(name):
-    """Returns the preprocessing of a vision tower: resize, crop the center, normalize.
-
-    The Pillow implementation is asked for by name. Otherwise transformers would use torchvision where that is
-    installed, and pixels would differ between machines.
-    """
-    folder, size = find_pretrained(name), load_vision_config(name).image_size
-    with explain_errors(f"read {folder}/preprocessor_config.json"):
-        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-        pixel_values = image_processor(Image.new("RGB", (size, size)), return_tensors="pt")["pixel_values"]
-    if pixel_values.shape != (1, 3, size, size):
-        raise UserError(f"{folder}/preprocessor_config.json makes images of another size than {size} × "
-                        f"{size}, which the vision tower needs")
-    return image_processor
-
-
-def load_vision_tower(name, dtype):
-    """Returns a CLIPVisionModel or SiglipVisionModel with its pretrained weights."""
-    config = load_vision_config(name)
-    vision_class = VISION_MODELS[config.model_type]
-    # The files of CLIP hold its text half too. To name those weights here keeps the load silent, so that any
-    # other unexpected weight is still reported.
-    vision_class._keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"projection\.", "logit_scale",
-                                                       "logit_bias", "position_ids"]
-    vision_tower = _load_strictly(vision_class, name, dtype, config=config)
-    if isinstance(vision_tower, SiglipVisionModel):  # skip its last norm and pooling; we use an earlier layer
-        vision_tower.post_layernorm, vision_tower.head, vision_tower.use_head = nn.Identity(), None, False
-    return vision_tower
-
-
-def load_language_model(name, dtype, device):
-    """Returns a decoder-only language model with its pretrained weights, still on the CPU. `device`, where it
-    will compute, decides the attention kernel."""
-    attention = choose_attention(device, dtype)
-    llm = _load_strictly(AutoModelForCausalLM, name, dtype, attn_implementation=attention)
-    # Llava.forward() applies the head to the decoder's output. Some models (Gemma 2, Cohere, Granite) then
-    # change the logits once more. Refuse them, because their loss would be wrong.
-    ids = torch.arange(3)[None]  # (1, 3)
-    with torch.no_grad():
-        logits = llm.get_output_embeddings()(llm.get_decoder()(ids, use_cache=False).last_hidden_state)
-        if not torch.allclose(logits, llm(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4):
-            raise UserError(f"{name} changes its logits after the head, which this project does not support")
-    return llm
-
-
-def _load_strictly(model_class, name, dtype, **kwargs):
-    """from_pretrained() that raises UserError if weights are missing or have another shape than the model;
-    transformers would fill in random numbers."""
-    folder = find_pretrained(name)
-    with explain_errors(f"load the weights in {folder}"):
-        model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True,
-                                                  ignore_mismatched_sizes=True, use_safetensors=True,
-                                                  trust_remote_code=False, **kwargs)
-    wrong = sorted(info["missing_keys"]) + sorted(str(key) for key, *_ in info["mismatched_keys"])
-    if wrong:
-        raise UserError(f"the weights in {folder} do not fit its config.json: {len(wrong)} missing or of "
-                        f"another shape, for example {wrong[0]}; fetch the folder again")
-    return model
-
-
-# -- what was trained --------------------------------------------------------------------------------------
 
 
 def save_result(folder, stage, model, template, settings, steps, held_out, skipped):
