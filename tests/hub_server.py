@@ -1,7 +1,7 @@
 """A stand-in for the hub on the loopback: the real client downloads from it as it does from the hub.
 
 It serves two models and two data sets under their real names, with the file lists that they have on the hub, and
-COCO's zip. The weights are small and random. The tokenizer and the preprocessor are the real ones where the folder
+COCO's images, as a zip and one by one. The weights are small and random. The tokenizer and the preprocessor are the real ones where the folder
 shared/hub exists, and small ones that the tests make elsewhere.
 """
 
@@ -129,8 +129,11 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = unquote(urlparse(self.path).path).strip("/")
-        if path.startswith("coco/"):
+        if path == "coco/train2017.zip":
             return self.send_file(path, self.coco)
+        if path.startswith("coco/"):  # one image
+            with zipfile.ZipFile(io.BytesIO(self.coco)) as images:
+                return self.send_file(path, images.read(path.removeprefix("coco/")))
         kind, _, rest = path.partition("/") if path.startswith("datasets/") else ("", "", path)
         if path.startswith("api/"):
             kind, _, rest = path.removeprefix("api/").partition("/")
