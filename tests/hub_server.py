@@ -1,13 +1,14 @@
 """A stand-in for the hub on the loopback: the real client downloads from it as it does from the hub.
 
-It serves two models and two data sets under their real names, with the file lists that they have on the hub, and
-COCO's images, as a zip and one by one. The weights are small and random. The tokenizer and the preprocessor are the real ones where the folder
-shared/hub exists, and small ones that the tests make elsewhere.
+It serves two models and two data sets under their real names, with the file lists that they have on the hub,
+and COCO's images, as a zip and one by one. The weights are random. The tokenizer and the preprocessor are the
+real ones where the folder shared/hub exists, and small ones that the tests make elsewhere.
 """
 
 import hashlib
 import io
 import json
+import mmap
 import re
 import threading
 import zipfile
@@ -16,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+import torch
 from conftest import SHARED, draw, make_clip, make_llm
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
@@ -29,30 +31,42 @@ UNUSED = {CLIP: [".gitattributes", "README.md", "flax_model.msgpack", "pytorch_m
                      "detail_23k.json", "llava_instruct_80k.json", "llava_v1_5_mix665k.json"]}
 
 
-def make_models(folder, shared=SHARED / "hub"):
-    """Makes both models in `folder`. Returns {name: {file: bytes}}."""
-    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
+def make_models(folder, shared=SHARED / "hub", small=True):
+    """Makes both models in `folder`, small or of the real sizes. Returns {name: {file: its content}}."""
+    clip_folder, llm_folder = folder / "clip", folder / "llm"
     if shared.exists():
-        clip_folder, llm_folder = shared / CLIP.split("/")[1], shared / LLM.split("/")[1]
-        clip = CLIPConfig.from_pretrained(clip_folder)
-        clip.vision_config.update({**small, "image_size": 28})
-        clip.text_config.update(small)
-        llm = LlamaConfig.from_pretrained(llm_folder)
-        llm.update(dict(small, num_hidden_layers=2, num_key_value_heads=1, initializer_range=0.3))
-        CLIPModel(clip).save_pretrained(folder / "clip")
-        LlamaForCausalLM(llm).save_pretrained(folder / "llm")
-        for source, target in ((clip_folder, folder / "clip"), (llm_folder, folder / "llm")):
-            for path in source.iterdir():
+        clip = CLIPConfig.from_pretrained(shared / CLIP.split("/")[1])
+        llm = LlamaConfig.from_pretrained(shared / LLM.split("/")[1])
+        if small:
+            sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
+            clip.vision_config.update({**sizes, "image_size": 28})
+            clip.text_config.update(sizes)
+            llm.update(dict(sizes, num_hidden_layers=2, num_key_value_heads=1, initializer_range=0.3))
+        # On the hub, CLIP's weights are in fp32 and TinyLlama's in bf16.
+        for config, model_class, dtype, name, target in (
+                (clip, CLIPModel, torch.float32, CLIP, clip_folder),
+                (llm, LlamaForCausalLM, torch.bfloat16, LLM, llm_folder)):
+            torch.set_default_dtype(dtype)
+            model_class(config).save_pretrained(target)
+            torch.set_default_dtype(torch.float32)
+            for path in (shared / name.split("/")[1]).iterdir():
                 if path.name != "config.json":
                     (target / path.name).write_bytes(path.read_bytes())
-        preprocessor = folder / "clip" / "preprocessor_config.json"
-        settings = json.loads(preprocessor.read_text())
-        preprocessor.write_text(json.dumps({**settings, "size": 28, "crop_size": 28}))
+        if small:
+            preprocessor = clip_folder / "preprocessor_config.json"
+            settings = json.loads(preprocessor.read_text())
+            preprocessor.write_text(json.dumps({**settings, "size": 28, "crop_size": 28}))
     else:
-        make_clip(folder / "clip")
-        make_llm(folder / "llm", max_position_embeddings=2048)
-    return {name: {path.name: path.read_bytes() for path in (folder / kind).iterdir()}
-            for name, kind in ((CLIP, "clip"), (LLM, "llm"))}
+        make_clip(clip_folder)
+        make_llm(llm_folder, max_position_embeddings=2048)
+    return {name: {path.name: read(path) for path in source.iterdir()}
+            for name, source in ((CLIP, clip_folder), (LLM, llm_folder))}
+
+
+def read(path):
+    """Returns the content of a file as something that can be sliced and sent, without reading it."""
+    with open(path, "rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def make_data(records):
@@ -99,8 +113,8 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_file(self, name, body, **headers):
-        """Sends a file, or the part of it that a Range header asks for. `break_off` lets some downloads end in the
-        middle: {name: how many more times}."""
+        """Sends a file, or the part of it that a Range header asks for. `break_off` lets some downloads end in
+        the middle: {name: how many more times}."""
         start = 0
         if match := re.match(r"bytes=(\d+)-", self.headers.get("Range", "")):
             start = int(match[1])
@@ -149,8 +163,8 @@ class Hub(BaseHTTPRequestHandler):
                     etag = f'"{hashlib.sha1(files[file]).hexdigest()}"'
                     return self.send_file(file, files[file], ETag=etag, X_Repo_Commit=commit)
             elif what.startswith("tree/"):
-                rows = [{"type": "file", "path": file, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
-                        for file, body in files.items()]
+                rows = [{"type": "file", "path": file, "size": len(body),
+                         "oid": hashlib.sha1(body).hexdigest()} for file, body in files.items()]
                 return self.answer(json.dumps(rows).encode(), Content_Type="application/json")
             else:
                 info = {"_id": "1", "id": name, "sha": commit, "private": False, "tags": [], "downloads": 0,
@@ -161,14 +175,14 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(folder, records, shared=SHARED / "hub"):
+def serve(folder, records, shared=SHARED / "hub", small=True):
     """Yields the handler class of a running server. Its `url` is the address."""
     data, coco = make_data(records)
-    repositories = {**make_models(folder, shared), **data}
+    repositories = {**make_models(folder, shared, small), **data}
     for name, unused in UNUSED.items():
         repositories[name] |= {file: b"x" for file in unused}
-    handler = type("RunningHub", (Hub,), dict(repositories=repositories, coco=coco, requested=[], gated=set(),
-                                              break_off={}))
+    handler = type("RunningHub", (Hub,), {"repositories": repositories, "coco": coco, "requested": [],
+                                          "gated": set(), "break_off": {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     handler.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
