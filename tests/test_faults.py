@@ -134,15 +134,6 @@ def test_a_second_process_in_the_same_folder_is_refused_until_the_first_has_ende
     resumed.join()
 
 
-def test_a_drive_without_locks_is_pointed_out_and_used(script, flags, monkeypatch, capsys):
-    def unsupported(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(files.fcntl, "lockf", unsupported)
-    script("stage1_align", *flags(1, max_steps=0))
-    assert "cannot be locked (No locks available)" in capsys.readouterr().out
-
-
 # -- resuming, or not --------------------------------------------------------------------------------------
 
 
