@@ -94,7 +94,8 @@ class ChatTemplate:
             labeled_ids = [label for label in labels if label != IGNORE_INDEX]
             end = labeled_ids[-1]
             if end not in self.special_ids or labeled_ids.count(end) != 3:
-                raise ValueError("it writes no end token after an answer, so the model would not learn to stop")
+                raise ValueError("it writes no end token after an answer, so the model would never learn to "
+                                 "stop")
             if (decoded := self.decode(ids[len(prompt_ids[2]):])) != text:
                 raise ValueError(f"its tokenizer turns {text!r} into {decoded!r}; fetch the folder again if "
                                  "a file is missing, such as tokenizer.json")

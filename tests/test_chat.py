@@ -47,7 +47,7 @@ def talk(tiny, monkeypatch, tmp_path):
         monkeypatch.setattr(model, "generate", generate)
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
         pixel_values = chat.load_image(image, image_processor) if image else None
-        chat.converse(model, template, image_processor, torch.device("cpu"), pixel_values, max_new_tokens, 0)
+        chat.converse(model, template, image_processor, pixel_values, max_new_tokens, 0)
         return prompts, images
 
     run.template = template
@@ -99,7 +99,7 @@ def test_the_oldest_turns_are_dropped_but_never_the_image(talk, capsys):
 
 def test_a_question_longer_than_the_context_is_not_asked(talk, capsys):
     prompts, _ = talk([], "long " * 200, context=112)
-    assert prompts == [] and "Ask a shorter question" in capsys.readouterr().out
+    assert prompts == [] and "ask a shorter question" in capsys.readouterr().out
 
 
 def test_ctrl_c_stops_an_answer_and_at_the_prompt_ends_the_program(tmp_path, flags, script):
