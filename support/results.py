@@ -103,8 +103,8 @@ def load_adapter(model, folder):
     with explain_errors(f"load the adapter in {folder}, which must fit the LLM"):
         # Other fields of the file are not used, because some of them would change the base weights.
         saved = read_json(Path(folder) / "adapter_config.json")
-        fields = {name: saved[name] for name in ("r", "lora_alpha", "target_modules")}
-        model.add_lora(LoraConfig(**fields, task_type="CAUSAL_LM", inference_mode=True))
+        model.add_lora(LoraConfig(r=saved["r"], lora_alpha=saved["lora_alpha"], task_type="CAUSAL_LM",
+                                  target_modules=list(saved["target_modules"]), inference_mode=True))
         tensors = load_file(Path(folder) / "adapter_model.safetensors")
         loaded = set_peft_model_state_dict(model.llm, tensors)
         wrong = loaded.unexpected_keys + [name for name in loaded.missing_keys if ".lora_" in name]
