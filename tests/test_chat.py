@@ -76,6 +76,21 @@ def test_a_new_image_begins_a_new_conversation_but_a_wrong_path_changes_nothing(
     assert images[2].shape == (1, 3, 28, 28)
 
 
+def test_an_image_can_be_named_as_a_terminal_or_a_shell_does(talk, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for line in (r"/image my\ blue.png", '/image "my blue.png"', "/image ~/red.png", r"/image ~/my\ blue.png"):
+        prompts, images = talk(["a cat"], line, "What?", image=None)
+        assert prompts[0].count("<image>") == N and images[0].shape == (1, 3, 28, 28), line
+
+
+def test_commands_are_no_questions(talk, capsys):
+    prompts, _ = talk(["a cat"], "/help", "/image", "/clear", "/imagefoo.png", "What?", "/quit", "never")
+    assert len(prompts) == 1 and "What?" in prompts[0]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [chat.COMMANDS, *(f"{line} is not a command. {chat.COMMANDS}"
+                                      for line in ("/image", "/clear", "/imagefoo.png")), "a cat"]
+
+
 def test_an_image_that_cannot_be_decoded_is_refused(refusal, script, flags, tmp_path):
     script("stage1_align", *flags(1, max_steps=0))
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
