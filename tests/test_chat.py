@@ -78,9 +78,9 @@ def test_a_new_image_begins_a_new_conversation_but_a_wrong_path_changes_nothing(
 
 def test_an_image_can_be_named_as_a_terminal_or_a_shell_does(talk, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    for line in (r"/image my\ blue.png", '/image "my blue.png"', "/image ~/red.png", r"/image ~/my\ blue.png"):
-        prompts, images = talk(["a cat"], line, "What?", image=None)
-        assert prompts[0].count("<image>") == N and images[0].shape == (1, 3, 28, 28), line
+    for name in (r"my\ blue.png", '"my blue.png"', "~/red.png", r"~/my\ blue.png"):
+        prompts, images = talk(["a cat"], f"/image {name}", "What?", image=None)
+        assert prompts[0].count("<image>") == N and images[0].shape == (1, 3, 28, 28), name
 
 
 def test_commands_are_no_questions(talk, capsys):

@@ -112,7 +112,7 @@ def test_a_different_image_is_never_the_same_one():
         records_with_other_images(Records(["a", None, "a"]), 0)
 
 
-def test_codes_that_change_the_terminal_are_escaped_in_what_is_printed(script, flags, drawn, tmp_path, capsys):
+def test_codes_that_change_the_terminal_are_escaped_when_printed(script, flags, drawn, tmp_path, capsys):
     records = json.loads((drawn / "chat.json").read_text())
     for record in records:
         record["conversations"][0]["value"] += " \x1b[2J"

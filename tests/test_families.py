@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, CLIPConfig, CLIPVisionModel,
-                          Gemma2Config, Gemma3TextConfig, GemmaConfig, GPTNeoXConfig, GraniteConfig, LlamaConfig,
-                          MistralConfig, Phi3Config, PhiConfig, PreTrainedTokenizerFast, Qwen2Config,
-                          Qwen3Config, SiglipConfig, SiglipModel, SiglipVisionModel)
+                          Gemma2Config, Gemma3TextConfig, GemmaConfig, GPTNeoXConfig, GraniteConfig,
+                          LlamaConfig, MistralConfig, Phi3Config, PhiConfig, PreTrainedTokenizerFast,
+                          Qwen2Config, Qwen3Config, SiglipConfig, SiglipModel, SiglipVisionModel)
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from data import IGNORE_INDEX, IMAGE_TOKEN, ChatTemplate, collate

@@ -424,16 +424,16 @@ def test_other_fields_of_an_adapter_configuration_change_nothing(saved, batch):
     assert torch.equal(logits_of(load(folder)[0], batch), expected)
 
 
-def test_half_precision_merges_the_adapter_in_fp32_and_leaves_the_positions_in_fp32(saved):
+def test_half_precision_merges_the_adapter_in_fp32_and_leaves_the_positions_in_fp32(saved, parts):
     _, folder = saved()
     whole = load(folder)[0].llm
     half = load_trained(folder, torch.device("cpu"), torch.bfloat16)[0].llm
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     assert half.model.rotary_emb.inv_freq.dtype == torch.float32
-    weight, merged = (llm.model.layers[0].mlp.up_proj.weight for llm in (half, whole))
-    assert torch.equal(half.lm_head.weight, whole.lm_head.weight.bfloat16())
-    torch.testing.assert_close(weight.float(), merged, rtol=2**-7, atol=2**-9)
-    assert not any(".lora_" in name for name, _ in half.named_modules())
+    base = AutoModelForCausalLM.from_pretrained(parts.llm, dtype=torch.float32)
+    weight, merged, frozen = (llm.model.layers[0].mlp.up_proj.weight for llm in (half, whole, base))
+    expected = (frozen.bfloat16().float() + (merged - frozen)).bfloat16()  # only the last step rounds
+    assert (weight == expected).float().mean() > 0.999 and not torch.equal(expected, frozen.bfloat16())
 
 
 def test_half_a_projector_file_is_refused(saved):
