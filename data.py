@@ -34,13 +34,11 @@ import re
 
 import torch
 from torch.utils.data import Dataset, get_worker_info
-from transformers import AutoTokenizer
 
 from model import IGNORE_INDEX
-from support.errors import BadRecord, UserError, explain_errors
-from support.hub import TOKENIZER, find_pretrained
+from support.errors import BadRecord, UserError
+from support.pretrained import load_tokenizer
 from support.records import check_turns
-from support.templates import check_template
 
 IMAGE_TOKEN = "<image>"
 
@@ -52,19 +50,11 @@ class ChatTemplate:
 
     An LLM answers worse with role markers other than those it was tuned with, so we use its own template.
     Training and inference call the same functions, so their prompts are equal.
-
-    Args:
-        llm: folder of a chat model, or its name on the hub.
-    Raises:
-        UserError: there is no usable tokenizer or chat template; see check_template().
+    Raises UserError if the tokenizer or the template cannot be used; see _check().
     """
 
     def __init__(self, llm):
-        folder = find_pretrained(llm, TOKENIZER)
-        with explain_errors(f"load the tokenizer in {folder}"):
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if not self.tokenizer.chat_template:
-            raise UserError(f"the tokenizer in {folder} has no chat template: --llm must name a chat model")
+        self.tokenizer, end_token_ids = load_tokenizer(llm)
         # The tokenizer gets one more token. The LLM's embedding table does not: Llava.embed() puts an image
         # feature wherever this id stands, so the id is never looked up.
         self.tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
@@ -75,8 +65,44 @@ class ChatTemplate:
         if self.tokenizer.pad_token_id is None:  # any token will do, because padding is known by its position
             self.tokenizer.pad_token = self.tokenizer.eos_token
         # run.json stores this hash, because a model must be prompted with the template it was trained with.
-        self.fingerprint = hashlib.sha256(self.tokenizer.get_chat_template().encode()).hexdigest()[:16]
-        self.end_token_id = check_template(self, folder)
+        self.fingerprint = hashlib.sha256(self.tokenizer.chat_template.encode()).hexdigest()[:16]
+        self.end_token_id = self._check()  # the one that is trained; generation stops at all end tokens
+        self.end_token_ids = list(dict.fromkeys([self.end_token_id, *end_token_ids]))
+
+    def _check(self):
+        """Returns the id of the end token. Raises UserError if the label mask would be wrong.
+
+        encode() relies on three properties. Adding an answer leaves the tokens of its prompt unchanged, every
+        answer ends in a special token, and the tokenizer keeps every character. This also finds what the
+        template writes between prompt and answer: Mistral a space, and Qwen3 an empty thinking block before
+        the last answer.
+        """
+        text = 'Is it 2 × "Größe"  or 10%?\n(It is not.) , yes !'
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}] * 3
+        try:
+            rendered = self.render(messages)
+            prompts = [self.render(messages[:i], prompt=True) for i in (1, 3, 5)]
+            prompt_ids = [self.tokenize(prompt, num_image_tokens=0)[0] for prompt in prompts]
+            ids = self.tokenize(rendered, num_image_tokens=0)[0]
+            if not all(rendered.startswith(prompt) and ids[:len(begin)] == begin
+                       for prompt, begin in zip(prompts, prompt_ids)):
+                raise ValueError("it renders a prompt differently once its answer is added, so the model "
+                                 "would be trained on prompts that it never gets")
+            openings = {rendered[len(prompt):rendered.find(text, len(prompt))] for prompt in prompts}
+            self.openings = sorted(openings, key=len, reverse=True)  # the longest that fits is the right one
+            labels = self.encode(messages, num_image_tokens=0)[1]
+            labeled_ids = [label for label in labels if label != IGNORE_INDEX]
+            end = labeled_ids[-1]
+            if end not in self.special_ids or labeled_ids.count(end) != 3:
+                raise ValueError("it writes no end token after an answer, so the model would never learn to "
+                                 "stop")
+            if (decoded := self.decode(ids[len(prompt_ids[2]):])) != text:
+                raise ValueError(f"its tokenizer turns {text!r} into {decoded!r}; fetch the folder again if "
+                                 "a file is missing, such as tokenizer.json")
+        except Exception as error:  # a template is a program, which may raise anything
+            raise UserError(f"the chat template in {self.tokenizer.name_or_path} cannot be used: {error}"
+                            ) from error
+        return end
 
     def render(self, messages, prompt=False):
         """Returns the conversation as one text. With prompt=True it ends where the next answer begins."""
@@ -103,59 +129,41 @@ class ChatTemplate:
     def encode(self, messages, num_image_tokens):
         """Returns (ids, labels) of a whole conversation, two lists of the same length.
 
-        labels[t] == ids[t] on every answer and on the end token after it, in every turn; IGNORE_INDEX
-        elsewhere. The end token must be trained, because a model that never sees one does not learn to stop.
+        labels[t] == ids[t] on every answer, on the end token after it, and on what the template writes
+        between prompt and answer, which the model must generate too; IGNORE_INDEX elsewhere. The end token
+        must be trained, because a model that never sees one does not learn to stop.
         Raises ValueError if the template changes the text of an answer.
-        Source: preprocess_v1() in the original code's train.py, which finds the answers by tokenizing the
-        turns separately and adding up their lengths. If the sum is wrong, it prints a warning and masks the
-        whole sample. Character offsets avoid that.
+        Source: preprocess_v1() in the original code's train.py. It tokenizes the turns separately and adds up
+        their lengths, and masks the whole sample if the sum is wrong. Character offsets avoid that.
         """
         text = self.render(messages)
         ids, offsets = self.tokenize(text, num_image_tokens)
         labels = [IGNORE_INDEX] * len(ids)
-        t = 0
-        for start, end in self.answer_spans(messages, text):
+        t, start = 0, len(self.render(messages[:1], prompt=True))
+        first = start
+        for i in range(1, len(messages), 2):
+            # The answer starts, in characters, where the prompt before it ends. Each answer and question in
+            # between adds its own length, which does not depend on the turns before it.
+            if i > 1:
+                start += len(self.render([messages[0], *messages[i - 2:i]], prompt=True)) - first
+            ends = [start + len(opening + messages[i]["content"]) for opening in self.openings
+                    if text.startswith(opening + messages[i]["content"], start)]
+            if not ends:
+                raise ValueError("the chat template changes the text of an answer")
             while t < len(ids) and offsets[t][0] < start:  # skip everything before the answer
                 t += 1
             while t < len(ids):  # label the answer, up to the first special token after it
                 labels[t] = ids[t]
                 t += 1
-                if offsets[t - 1][0] >= end and ids[t - 1] in self.special_ids:
+                if offsets[t - 1][0] >= ends[0] and ids[t - 1] in self.special_ids:
                     break
         return ids, labels
-
-    def answer_spans(self, messages, text):
-        """Returns (start, end) of each answer in `text`, the rendered conversation, in characters.
-
-        `start` is where the prompt before the answer ends, and `end` is where the answer ends, before its end
-        token. We cannot search for the answer's text, because the answer "s" also occurs in "</s>". Instead
-        we render the conversation with every answer replaced by a marker, and split it at the markers. This
-        gives the text around the answers. Joining these pieces with the answers again rebuilds `text`, and
-        the length so far gives each `end`.
-        """
-        marker = "\ue000"  # a private-use character, which check_turns() refuses in a text
-        answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        pieces = self.render([{**message, "content": marker} if message["role"] == "assistant" else message
-                              for message in messages]).split(marker)
-        spans, rebuilt = [], pieces[0]
-        for i, (answer, piece) in enumerate(zip(answers, pieces[1:])):
-            # Some templates write text between prompt and answer: Mistral a space, Qwen3 an empty thinking
-            # block before the last answer. The prompt lacks this text, so the model must generate it, and it
-            # is labeled. The text before the last answer can differ from that before the others, so its
-            # length is measured at the first answer and at the last one.
-            if i in (0, len(answers) - 1):
-                length = len(rebuilt) - len(self.render(messages[:2 * i + 1], prompt=True))
-            spans.append((len(rebuilt) - length, len(rebuilt) + len(answer)))
-            rebuilt += answer + piece
-        if rebuilt != text:
-            raise ValueError("the chat template changes the text of an answer")
-        return spans
 
     def encode_prompt(self, messages, num_image_tokens):
         """Returns the ids of a conversation that ends with a question.
 
-        They are a prefix of what encode() returns for the conversation with its answer. check_template() has
-        tested this on an example.
+        They are a prefix of what encode() returns for the conversation with its answer. _check() has tested
+        this on an example.
         """
         return self.tokenize(self.render(messages, prompt=True), num_image_tokens)[0]
 
@@ -175,6 +183,8 @@ class ChatTemplate:
                 text = f"{IMAGE_TOKEN}\n{self.escape(text.replace(IMAGE_TOKEN, ''))}"
             else:
                 text = self.escape(text)
+            if i % 2:
+                text = self.without_opening(text) or text
             messages.append({"role": "assistant" if i % 2 else "user", "content": text})
         return messages
 
@@ -186,7 +196,15 @@ class ChatTemplate:
         return self.special_token.sub(lambda match: match[0][0] + " " + match[0][1:], text.strip())
 
     def decode(self, ids):
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        """Returns the text of an answer, as it can be compared with a reference answer: without special
+        tokens, and without what the template writes before an answer."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.without_opening(text.strip())
+
+    def without_opening(self, text):
+        for opening in self.openings:
+            text = text.removeprefix(self.special_token.sub("", opening).strip())
+        return text.strip()
 
 
 # -- samples and batches -----------------------------------------------------------------------------------
@@ -195,11 +213,8 @@ class ChatTemplate:
 class ChatDataset(Dataset):
     """Training samples. Sample i is {"input_ids", "labels", "pixel_values", "skipped"}.
 
-    Args:
-        records: a support.records.RecordSet, the records with their images. template: a ChatTemplate.
-        image_processor: the preprocessing of the vision tower (transformers' own).
-        num_image_tokens: N.
-        max_length: longest sample in tokens, image positions included.
+    `records` is a support.records.RecordSet, `image_processor` the preprocessing of the vision tower,
+    `num_image_tokens` N, and `max_length` the longest sample in tokens, image positions included.
     """
 
     def __init__(self, records, template, image_processor, num_image_tokens, max_length):
@@ -228,17 +243,18 @@ class ChatDataset(Dataset):
         return self.template.to_messages(record, has_image=self.records.image_name(record) is not None)
 
     def encode(self, record):
-        """Returns (input_ids, labels), cut after the last answer that fits into max_length tokens.
-
-        Raises BadRecord if none fits.
-        """
+        """Returns (input_ids, labels), cut after the last answer that fits into max_length tokens. The
+        original code cuts at max_length, which can leave half an answer without its end token.
+        Raises BadRecord if no answer fits."""
         try:
             ids, labels = self.template.encode(self.to_messages(record), self.num_image_tokens)
         except ValueError as error:
             raise BadRecord(record, str(error)) from error
         if len(ids) > self.max_length:
-            has_image = self.template.image_token_id in ids
-            ids, labels = cut_after_last_whole_answer(ids, labels, self.max_length)
+            has_image, following = self.template.image_token_id in ids, labels[1:] + [IGNORE_INDEX]
+            end = max((t + 1 for t in range(self.max_length) if labels[t] != IGNORE_INDEX == following[t]),
+                      default=0)
+            ids, labels = ids[:end], labels[:end]
             if not ids or (has_image and self.template.image_token_id not in ids):
                 raise BadRecord(record, "too long for --max-length",
                                 f"not even its first answer fits into {self.max_length} tokens")
@@ -265,19 +281,6 @@ class ChatDataset(Dataset):
             question = f"{IMAGE_TOKEN}\n{question}"
         ids = self.template.encode_prompt([{"role": "user", "content": question}], self.num_image_tokens)
         return {"input_ids": ids, "pixel_values": pixel_values}, answer
-
-
-def cut_after_last_whole_answer(ids, labels, max_length):
-    """Returns (ids, labels) cut after the last answer that fits completely, or ([], []) if none fits.
-
-    The original code cuts at max_length. That can leave half an answer without its end token.
-    """
-    end = 0
-    for t in range(min(max_length, len(ids))):
-        is_last_of_answer = labels[t] != IGNORE_INDEX and (t + 1 == len(ids) or labels[t + 1] == IGNORE_INDEX)
-        if is_last_of_answer:
-            end = t + 1
-    return ids[:end], labels[:end]
 
 
 def collate(samples, pad_token_id, padding_side="right"):

@@ -15,56 +15,41 @@ import argparse
 import copy
 import math
 import sys
-from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import TextStreamer
 
 from data import IMAGE_TOKEN, collate
 from model import IGNORE_INDEX
-from support.devices import DTYPES, choose_device, choose_dtype
 from support.errors import UserError, printable, run_script
-from support.evaluation import (load_heldout_dataset, mark_labeled, nearest_tokens, record_losses,
-                                shorten_image)
-from support.images import decode_image
-from support.results import latest_stage, load_trained, print_loaded_stage
+from support.evaluation import (AnswerPrinter, load_heldout_dataset, mark_labeled, nearest_tokens,
+                                print_answer, record_losses, records_with_other_images, shorten_image)
+from support.pretrained import load_image
+from support.results import add_run_flags, load_run
 from support.settings import COUNT, POSITIVE, REAL
 
 
-def print_answer(model, template, prompt, device, max_new_tokens, temperature):
+def print_prompt_and_answer(model, template, prompt, args):
     """Prints PROMPT, then GENERATED token by token."""
-    context = model.llm.config.get_text_config().max_position_embeddings  # of prompt and answer, in tokens
-    if len(prompt["input_ids"]) >= context:
-        raise UserError(f"the prompt has {len(prompt['input_ids'])} tokens, but the LLM can read only "
-                        f"{context} tokens, answer included: ask a shorter question")
-    max_new_tokens = min(max_new_tokens, context - len(prompt["input_ids"]))
     text = printable(template.tokenizer.decode(prompt["input_ids"]), keep="\n")
     text = shorten_image(text, prompt["input_ids"].count(template.image_token_id))
     print(f"PROMPT\n{text.rstrip()}\nGENERATED")
-    batch = collate([prompt], template.tokenizer.pad_token_id, padding_side="left")
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    streamer = TextStreamer(template.tokenizer, skip_special_tokens=True)
-    model.generate(**batch, end_token_ids=[template.end_token_id], max_new_tokens=max_new_tokens,
-                   temperature=temperature, streamer=streamer)
+    print_answer(model, template, prompt, AnswerPrinter(template), args.max_new_tokens, args.temperature)
 
 
-def print_losses(model, heldout_dataset, i, pad_token_id, device):
+def print_losses(model, heldout_dataset, i):
     """Prints the loss of record i with the correct image, a different image and a blank image."""
-    batch = collate([heldout_dataset[i]], pad_token_id)
+    batch = collate([heldout_dataset[i]], heldout_dataset.template.tokenizer.pad_token_id)
     correct = batch["pixel_values"]  # (1, 3, S, S)
     images = {"correct image": correct}
-    name = heldout_dataset.records.image_name(heldout_dataset.records[i])
-    for j in range(len(heldout_dataset)):
-        if heldout_dataset.records.image_name(heldout_dataset.records[j]) not in (None, name):
-            images["different image"] = heldout_dataset.load_pixel_values(heldout_dataset.records[j])[None]
-            break
+    [record] = records_with_other_images(heldout_dataset.records, i)
+    images["different image"] = heldout_dataset.load_pixel_values(record)[None]
     images["blank image"] = torch.zeros_like(correct)
     tokens = (batch["labels"] != IGNORE_INDEX).sum().item()
     turns = len(heldout_dataset.to_messages(heldout_dataset.records[i])) // 2
     print(f"loss of all reference answers of this record ({turns} answers, {tokens} tokens), nats per token, "
           "with the")
-    losses = {name: record_losses(model, {**batch, "pixel_values": pixels}, device).item() / tokens
+    losses = {name: record_losses(model, {**batch, "pixel_values": pixels}, model.llm.device).item() / tokens
               for name, pixels in images.items()}
     for name, loss in losses.items():
         print(f"  {name:<18}{loss:.3f}")
@@ -106,8 +91,7 @@ def print_words(model, template, pixel_values, stage):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default="runs/toy", help="folder of the run (default: runs/toy)")
-    parser.add_argument("--stage", type=int, choices=(1, 2), help="default: 2 if it is finished, else 1")
+    add_run_flags(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--sample", type=COUNT, metavar="N", help="answer held-out record N (default: 0)")
     what.add_argument("--image", metavar="FILE", help="answer a question about this image")
@@ -117,29 +101,18 @@ def main():
     parser.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="longest answer in tokens")
     parser.add_argument("--temperature", type=REAL, default=0.0,
                         help="0 takes the most likely token; above 0 samples")
-    parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
-    parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     if args.question is not None and args.image is None:
         raise UserError("--question needs --image, because a held-out record has its own question")
 
-    device = choose_device(args.device)
-    stage = args.stage or latest_stage(args.run)
-    folder = args.run / f"stage{stage}"
-    model, template, image_processor, run = load_trained(folder, device, choose_dtype(args.precision, device))
-    print_loaded_stage(folder, run)
-    answer_settings = (device, args.max_new_tokens, args.temperature)
-
+    model, template, image_processor, run = load_run(args)
     if args.image is not None:
-        try:
-            image = decode_image(args.image, args.image)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        pixel_values = load_image(args.image, image_processor)  # (3, S, S)
         question = template.escape(args.question or "Provide a brief description of the given image.")
         messages = [{"role": "user", "content": f"{IMAGE_TOKEN}\n{question}"}]
         prompt = {"input_ids": template.encode_prompt(messages, model.num_image_tokens),
-                  "pixel_values": image_processor(image, return_tensors="pt")["pixel_values"][0]}  # (3, S, S)
-        print_answer(model, template, prompt, *answer_settings)
+                  "pixel_values": pixel_values}
+        print_prompt_and_answer(model, template, prompt, args)
         return
 
     heldout_dataset = load_heldout_dataset(run, template, image_processor, model.num_image_tokens)
@@ -159,12 +132,12 @@ def main():
         if prompt["pixel_values"] is None:
             raise UserError(f"held-out record {i} has no image: choose another one")
         print(printable(f"reference answer: {reference}\n", keep="\n"))
-        print_words(model, template, prompt["pixel_values"], stage)
+        print_words(model, template, prompt["pixel_values"], run["stage"])
         return
-    print_answer(model, template, prompt, *answer_settings)
+    print_prompt_and_answer(model, template, prompt, args)
     print(printable(f"REFERENCE\n{reference}\n", keep="\n"))
     if prompt["pixel_values"] is not None:
-        print_losses(model, heldout_dataset, i, template.tokenizer.pad_token_id, device)
+        print_losses(model, heldout_dataset, i)
 
 
 if __name__ == "__main__":

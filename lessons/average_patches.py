@@ -5,9 +5,9 @@ from model import Llava
 
 EXPECTED = """Worse captions. If a row shows one object, the mean of the row still contains this object and
 its place. If it shows two, the model has to separate the sum of two vectors."""
-MEANING = """Much worse. With row means, some captions are still right, and with the mean of the whole image
-almost none is. One reason is special to the toy: in its pretraining, the LLM read vectors with at most one
-object each and never their mean."""
+MEANING = """Much worse. With row means, some objects are still named with their place, and with the mean of
+the whole image almost none is. One reason is special to the toy: in its pretraining, the LLM read vectors
+with at most one object each and never their mean."""
 
 encode_images = Llava.encode_images
 

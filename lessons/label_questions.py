@@ -1,4 +1,5 @@
-"""Stage 2 computes the loss on more than the answers: on the questions too, or on the padding too."""
+"""Stage 2 computes the loss on more than the answers: on all text (questions, role markers and newlines too),
+or on the padding too."""
 
 import stage2_instruct
 from data import collate
@@ -7,9 +8,9 @@ from model import IGNORE_INDEX
 
 EXPECTED = """Somewhat worse answers, because a part of every gradient comes from tokens outside the
 answers. The model never has to write a question, and padding is easy to predict after its first token."""
-MEANING = """Labels on the questions do no harm here, and even help a little, perhaps because each step then
-has more labeled tokens about places and colors. Labels on the padding cost a little. The paper trains on
-the answers only."""
+MEANING = """Labels on all text do no harm here, and even help a little, perhaps because each step then has
+more labeled tokens about places and colors. Labels on the padding cost a little. The paper trains on the
+answers only."""
 
 
 def label_all_text(template, ids, labels):
@@ -27,5 +28,5 @@ def run(seed):
         questions = train(2, seed, "label-questions", after=train_baseline(1, seed))
     with replaced(stage2_instruct, collate=collate_with_labeled_padding):
         padding = train(2, seed, "label-padding", after=train_baseline(1, seed))
-    return {"baseline": measure(train_baseline(2, seed)), "loss on questions too": measure(questions),
+    return {"baseline": measure(train_baseline(2, seed)), "loss on all text": measure(questions),
             "loss on padding too": measure(padding)}

@@ -6,6 +6,7 @@ nearest_tokens() on the first record. The tools call the same functions on a fin
 """
 
 from collections import Counter
+from itertools import islice
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from data import IMAGE_TOKEN, ChatDataset, collate
 from model import IGNORE_INDEX
 from support.check_records import check_records, print_checked
-from support.errors import printable
+from support.errors import UserError, printable
 from support.records import open_records
 
 
@@ -96,16 +97,68 @@ def measure_grounding(model, batches, device, blank=False):
     return measured
 
 
-def generate_answers(model, template, prompts, device, max_new_tokens=128, temperature=0.0):
-    """Returns the model's answers, as texts, to a list of prompts (see ChatDataset.make_prompt())."""
+def records_with_other_images(records, i, count=1):
+    """Returns the next `count` records, counted from record i, that have a different image from record i.
+    After the last record follows the first. Raises UserError if there is none."""
+    following = (records[j % len(records)] for j in range(i + 1, i + len(records)))
+    same = (None, records.image_name(records[i]))
+    found = list(islice((record for record in following if records.image_name(record) not in same), count))
+    if not found:
+        raise UserError(f"{records.file.path}: all held-out records have the same image; raise --held-out")
+    return found
+
+
+def prompt_batch(template, prompts, device):
+    """Returns the batch of a list of prompts (see ChatDataset.make_prompt()) on the device."""
     batch = collate(prompts, template.tokenizer.pad_token_id, padding_side="left")
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def generate_answers(model, template, prompts, device, max_new_tokens=128):
+    """Returns the model's answers to a list of prompts, as texts."""
     was_training = model.training
     model.eval()
-    ids = model.generate(**batch, end_token_ids=[template.end_token_id], max_new_tokens=max_new_tokens,
-                         temperature=temperature)
+    ids = model.generate(**prompt_batch(template, prompts, device), end_token_ids=template.end_token_ids,
+                         max_new_tokens=max_new_tokens)
     model.train(was_training)
     return [template.decode(row) for row in ids]
+
+
+def context_length(model):
+    """Returns how many tokens the LLM can read, prompt and answer together."""
+    return model.llm.config.get_text_config().max_position_embeddings
+
+
+class AnswerPrinter:
+    """Prints the text of an answer while Llava.generate() passes on its ids, and keeps them in `ids`."""
+
+    def __init__(self, template):
+        self.template, self.ids, self.printed = template, [], 0  # printed: number of characters
+
+    def put(self, ids):
+        self.ids += ids.flatten().tolist()
+        text = self.template.decode(self.ids)
+        # The end of the text can be a part of a character, and the beginning a part of what decode() removes.
+        if not text.endswith("\ufffd") and not any(o.startswith(text) for o in self.template.openings):
+            self._print_rest(text)
+
+    def end(self):
+        self._print_rest(self.template.decode(self.ids), end="\n")
+
+    def _print_rest(self, text, end=""):
+        print(printable(text[self.printed:], keep="\n"), end=end, flush=True)
+        self.printed = len(text)
+
+
+def print_answer(model, template, prompt, printer, max_new_tokens, temperature):
+    """Lets an AnswerPrinter print the answer to one prompt. Raises UserError if the prompt is too long."""
+    length, context = len(prompt["input_ids"]), context_length(model)
+    if length >= context:
+        raise UserError(f"the prompt has {length} tokens, but the LLM can read only {context} tokens, answer "
+                        "included: ask a shorter question")
+    model.generate(**prompt_batch(template, [prompt], model.llm.device), end_token_ids=template.end_token_ids,
+                   max_new_tokens=min(max_new_tokens, context - length), temperature=temperature,
+                   streamer=printer)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import time
 
 from tqdm import tqdm
 
-from support.errors import UserError, explain_errors
+from support.errors import UserError, explain_errors, printable
 
 
 class MetricsLog:
@@ -71,7 +71,7 @@ class MetricsLog:
         if self.file:
             text = f"step {step}: {format_grounding(measured)}"
             if generated != self.last_generated:  # show an answer only when it has changed
-                text += f"\n    generated: {generated}\n    reference: {reference}"
+                text += printable(f"\n    generated: {generated}\n    reference: {reference}", keep="\n")
             self.last_generated = generated
             tqdm.write(text)
             sys.stdout.flush()

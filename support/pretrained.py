@@ -1,18 +1,24 @@
-"""Loads pretrained models: the vision tower with its preprocessing, and the language model.
+"""Loads pretrained models: the vision tower with its preprocessing, the language model and its tokenizer.
 
 Loading is strict. A missing tensor is an error and never a warning, because a model with random weights in
 one place still answers fluently.
 """
 
+import re
+from datetime import date
+
 import torch
 from PIL import Image
 from torch import nn
-from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, CLIPVisionModel,
-                          SiglipVisionModel)
+from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer,
+                          CLIPVisionModel, SiglipVisionModel)
 
+from model import LORA_TARGETS
 from support.devices import choose_attention
 from support.errors import UserError, explain_errors
-from support.hub import PREPROCESSOR, find_pretrained
+from support.files import read_json
+from support.hub import PREPROCESSOR, TOKENIZER, find_pretrained
+from support.images import decode_image
 
 VISION_MODELS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
 
@@ -44,6 +50,14 @@ def load_image_processor(name):
     return image_processor
 
 
+def load_image(path, image_processor):
+    """Returns the pixel values, (3, S, S), of an image file that the user has named."""
+    try:
+        return image_processor(decode_image(path, path), return_tensors="pt")["pixel_values"][0]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def load_vision_tower(name, dtype):
     """Returns a CLIPVisionModel or SiglipVisionModel with its pretrained weights."""
     config = load_vision_config(name)
@@ -63,14 +77,48 @@ def load_language_model(name, dtype, device):
     will compute, decides the attention kernel."""
     attention = choose_attention(device, dtype)
     llm = _load_strictly(AutoModelForCausalLM, name, dtype, attn_implementation=attention)
+    # LoRA would leave out the layers that have other names. (A weight matrix has two dimensions.)
+    blocks = max((module for module in llm.modules() if isinstance(module, nn.ModuleList)), key=len)
+    layers = {key.removesuffix(".weight").split(".")[-1]
+              for key, parameter in blocks.named_parameters() if parameter.ndim > 1}
+    if layers != set(LORA_TARGETS):
+        raise UserError(f"the blocks of {name} consist of the layers {', '.join(sorted(layers))}, but LoRA "
+                        f"needs {', '.join(LORA_TARGETS)}: name another --llm, such as a Llama or a Qwen")
     # Llava.forward() applies the head to the decoder's output. Some models (Gemma 2, Cohere, Granite) then
     # change the logits once more. Refuse them, because their loss would be wrong.
     ids = torch.arange(3)[None]  # (1, 3)
     with torch.no_grad():
         logits = llm.get_output_embeddings()(llm.get_decoder()(ids, use_cache=False).last_hidden_state)
-        if not torch.allclose(logits, llm(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4):
-            raise UserError(f"{name} changes its logits after the head, which this project does not support")
+        expected = llm(ids, use_cache=False).logits
+    if not expected.isfinite().all():
+        raise UserError(f"{name} overflows in fp16: pass --precision bf16 or fp32"
+                        if dtype == torch.float16 else
+                        f"{name} computes logits that are not finite: fetch its weights again")
+    if not torch.allclose(logits, expected, rtol=1e-4, atol=1e-4):
+        raise UserError(f"{name} changes its logits after the head, which this project does not support")
     return llm
+
+
+def load_tokenizer(name):
+    """Returns (tokenizer, ids of the end tokens that the model's own files list)."""
+    folder = find_pretrained(name, TOKENIZER)
+    with explain_errors(f"load the tokenizer in {folder}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        text = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    if not text:
+        raise UserError(f"the tokenizer in {folder} has no chat template: --llm must name a chat model")
+    if not tokenizer.is_fast:
+        raise UserError(f"{folder} has a slow tokenizer ({type(tokenizer).__name__}), which does not say "
+                        "where its tokens are in a text: name another --llm, with a fast tokenizer")
+    # Some chat templates write today's date. They get a fixed one, or each day would have its own prompts.
+    fixed = date(2024, 7, 26)  # Llama 3's own default
+    tokenizer.chat_template = re.sub(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""",
+                                     lambda call: repr(fixed.strftime(call[2])), text)
+    end_token_ids = []
+    for file in ("generation_config.json", "config.json"):
+        ids = (read_json(f"{folder}/{file}") or {}).get("eos_token_id")  # a number, a list or nothing
+        end_token_ids += ids if isinstance(ids, list) else [ids]
+    return tokenizer, [i for i in end_token_ids if i is not None]
 
 
 def _load_strictly(model_class, name, dtype, **kwargs):

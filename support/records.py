@@ -173,9 +173,7 @@ def check_turns(record, has_image):
             speaker = "gpt" if i % 2 else "human"
             raise BadRecord(record, "turns that do not alternate between human and gpt",
                             f"turn {number} should be from {speaker}, and its value a text")
-        # A lone surrogate (half of a UTF-16 pair) cannot be encoded. U+E000 is the marker of
-        # ChatTemplate.answer_spans().
-        if bad := re.search("[\ud800-\udfff\ue000]", text):
+        if bad := re.search("[\ud800-\udfff]", text):  # half of a UTF-16 pair cannot be encoded
             raise BadRecord(record, "a character that no text should have", f"{ascii(bad[0])}, turn {number}")
         if i % 2 and not text.strip():  # it would teach the model to say nothing
             raise BadRecord(record, "an empty answer", f"turn {number}")

@@ -6,15 +6,17 @@ pickle. support/checkpoints.py loads it with weights_only=True.)
 
 import hashlib
 import os
+import sys
 from pathlib import Path
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from data import ChatTemplate
-from model import LORA_TARGETS, Llava
+from model import Llava
+from support.devices import DTYPES, choose_device, choose_dtype
 from support.errors import UserError, explain_errors
 from support.files import atomic_write, read_json, write_json
 from support.pretrained import load_image_processor, load_language_model, load_vision_tower
@@ -22,10 +24,6 @@ from support.pretrained import load_image_processor, load_language_model, load_v
 # A projector translates from one layer of one vision tower to one LLM. It works with no others.
 MODEL_SETTINGS = ("vision_tower", "vision_layer", "llm", "projector")
 RESULT_FILES = ("projector.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
-RUN_JSON = {"stage": int, "vision_tower": str, "vision_layer": int, "llm": str, "projector": str,
-            "template": str, "steps": int, "settings": dict}  # what run.json must contain
-# What "settings" in run.json must contain. heldout_data and heldout_images are both files or both None.
-FILE_SETTINGS, COUNT_SETTINGS = ("data", "images"), ("held_out", "limit", "seed", "max_length")
 
 
 def save_result(folder, stage, model, template, settings, steps, held_out, skipped):
@@ -68,25 +66,13 @@ def read_run(folder):
         script = "stage2_instruct.py" if Path(folder).name == "stage2" else "stage1_align.py"
         raise UserError(f"{folder} holds no finished run: run python {script} --run {Path(folder).parent} "
                         "first")
-    if not _is_complete(run):
+    if not isinstance(run, dict) or not {"stage", "template", "settings", *MODEL_SETTINGS} <= run.keys():
         raise UserError(f"{folder}/run.json is damaged: copy the folder again, or train again with --restart")
     found = result_checksums(Path(folder))
     if run.get("checksums", found) != found:  # one flipped bit changes the answers and raises no error
         raise UserError(f"{folder} is damaged: a file is missing or has changed since it was written (one of "
                         f"{', '.join(RESULT_FILES)}): copy the folder again, or train again with --restart")
     return run
-
-
-def _is_complete(run):
-    """Returns True if run.json contains all values that are read later, each of the right type."""
-    if (not isinstance(run, dict) or run.get("stage") not in (1, 2)
-            or not all(isinstance(run.get(name), kind) for name, kind in RUN_JSON.items())):
-        return False
-    settings = run["settings"]
-    heldout_kinds = {type(settings.get(f"heldout_{name}", 0)) for name in FILE_SETTINGS}
-    return (all(isinstance(settings.get(name), str) for name in FILE_SETTINGS)
-            and heldout_kinds in ({str}, {type(None)})
-            and all(type(settings.get(name)) is int and settings[name] >= 0 for name in COUNT_SETTINGS))
 
 
 def check_same_models(run, settings, folder):
@@ -114,29 +100,17 @@ def load_projector(model, path):
 def load_adapter(model, folder):
     """Adds a saved LoRA adapter to the model, frozen. Raises UserError if it does not fit exactly (peft
     itself only warns about missing tensors)."""
-    # Only the fields that stage 2 sets are used. Others could change the base weights, or match the names of
-    # modules by a regular expression that takes forever.
-    saved = read_json(Path(folder) / "adapter_config.json")
-    r, alpha, targets = ((saved if isinstance(saved, dict) else {}).get(name)
-                         for name in ("r", "lora_alpha", "target_modules"))
-    with explain_errors(f"read the adapter in {folder}"):
+    with explain_errors(f"load the adapter in {folder}, which must fit the LLM"):
+        # Other fields of the file are not used, because some of them would change the base weights.
+        saved = read_json(Path(folder) / "adapter_config.json")
+        model.add_lora(LoraConfig(r=saved["r"], lora_alpha=saved["lora_alpha"], task_type="CAUSAL_LM",
+                                  target_modules=list(saved["target_modules"]), inference_mode=True))
         tensors = load_file(Path(folder) / "adapter_model.safetensors")
-    ranks = {tensor.shape[:1] for name, tensor in tensors.items() if ".lora_A." in name}
-    if (not isinstance(r, int) or ranks != {(r,)}
-            or not isinstance(alpha, (int, float)) or not 0 < alpha < 2**31
-            or not isinstance(targets, list) or not targets
-            or not all(name in LORA_TARGETS for name in targets)):
-        raise UserError(f"{folder}/adapter_config.json does not fit: it needs the adapter's rank r, a "
-                        f"positive lora_alpha, and target_modules among {', '.join(LORA_TARGETS)}")
-    model.add_lora(LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM",
-                              inference_mode=True))
-    expected = get_peft_model_state_dict(model.llm)
-    wrong = {name for name in expected.keys() | tensors.keys()
-             if name not in expected or name not in tensors or expected[name].shape != tensors[name].shape}
-    if wrong:
-        raise UserError(f"the adapter in {folder} does not fit the LLM: {len(wrong)} tensors are missing, "
-                        f"unexpected or of another shape, for example {sorted(wrong)[0]}")
-    set_peft_model_state_dict(model.llm, tensors)
+        loaded = set_peft_model_state_dict(model.llm, tensors)
+        wrong = loaded.unexpected_keys + [name for name in loaded.missing_keys if ".lora_" in name]
+        if wrong:
+            raise UserError(f"the adapter in {folder} does not fit the LLM: {len(wrong)} tensors are missing "
+                            f"or unexpected, for example {wrong[0]}")
 
 
 def load_trained(folder, device, dtype):
@@ -155,17 +129,35 @@ def load_trained(folder, device, dtype):
         if expected and result_checksums(stage1).get("projector.safetensors", expected) != expected:
             print(f"NOTE: {folder} was trained from another stage 1 than the one that is now in {stage1}: "
                   "train stage 2 again with --restart, or pass --stage 1")
+        # W + (alpha / r)·B·A has the shape of W, so the adapter can be added to W once and costs nothing
+        # afterwards. The sum is computed in fp32 and then rounded. Buffers are not rounded, because RoPE
+        # needs its frequencies in fp32.
+        model.llm.float()
         load_adapter(model, Path(folder) / "adapter")
-        if dtype == torch.float32:
-            # W + (alpha / r)·B·A has the shape of W, so the adapter can be added to W once and costs nothing
-            # afterwards. In half precision, small parts of B·A would be rounded away.
-            model.llm = model.llm.merge_and_unload(safe_merge=True)
-        else:
-            model.llm.to(dtype)  # A and B to half precision, as autocast does in training
+        model.llm = model.llm.merge_and_unload(safe_merge=True)
+        for parameter in model.llm.parameters():
+            parameter.data = parameter.data.to(dtype)
     return model.to(device).eval(), template, image_processor, run
 
 
-def print_loaded_stage(folder, run):
-    """Prints which stage was loaded, and how it was trained. run is its run.json."""
+def add_run_flags(parser, precision=None):
+    """Adds the flags that all tools share: --run, --stage, --device, and --precision unless it is given."""
+    parser.add_argument("--run", type=Path, default="runs/toy", help="folder of the run (default: runs/toy)")
+    parser.add_argument("--stage", type=int, choices=(1, 2), help="default: 2 if it is finished, else 1")
+    parser.add_argument("--device", default="auto")
+    if precision:
+        parser.set_defaults(precision=precision)
+    else:
+        parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
+
+
+def load_run(args):
+    """Returns what load_trained() returns of the stage that the flags name, and prints which one it is. The
+    device is that of model.llm."""
+    device = choose_device(args.device)
+    folder = args.run / f"stage{args.stage or latest_stage(args.run)}"
+    loaded = load_trained(folder, device, choose_dtype(args.precision, device))
+    run = loaded[3]
     print(f"{folder}: {run['steps']:,} steps, {run['projector']} projector, "
-          f"{'LoRA adapter' if run['stage'] == 2 else 'no adapter'}")
+          f"{'LoRA adapter' if run['stage'] == 2 else 'no adapter'}", file=sys.stderr)
+    return loaded

@@ -47,7 +47,7 @@ def talk(tiny, monkeypatch, tmp_path):
         monkeypatch.setattr(model, "generate", generate)
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
         pixel_values = chat.load_image(image, image_processor) if image else None
-        chat.converse(model, template, image_processor, torch.device("cpu"), pixel_values, max_new_tokens, 0)
+        chat.converse(model, template, image_processor, pixel_values, max_new_tokens, 0)
         return prompts, images
 
     run.template = template
@@ -76,6 +76,21 @@ def test_a_new_image_begins_a_new_conversation_but_a_wrong_path_changes_nothing(
     assert images[2].shape == (1, 3, 28, 28)
 
 
+def test_an_image_can_be_named_as_a_terminal_or_a_shell_does(talk, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (r"my\ blue.png", '"my blue.png"', "~/red.png", r"~/my\ blue.png"):
+        prompts, images = talk(["a cat"], f"/image {name}", "What?", image=None)
+        assert prompts[0].count("<image>") == N and images[0].shape == (1, 3, 28, 28), name
+
+
+def test_commands_are_no_questions(talk, capsys):
+    prompts, _ = talk(["a cat"], "/help", "/image", "/clear", "/imagefoo.png", "What?", "/quit", "never")
+    assert len(prompts) == 1 and "What?" in prompts[0]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [chat.COMMANDS, *(f"{line} is not a command. {chat.COMMANDS}"
+                                      for line in ("/image", "/clear", "/imagefoo.png")), "a cat"]
+
+
 def test_an_image_that_cannot_be_decoded_is_refused(refusal, script, flags, tmp_path):
     script("stage1_align", *flags(1, max_steps=0))
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
@@ -99,7 +114,7 @@ def test_the_oldest_turns_are_dropped_but_never_the_image(talk, capsys):
 
 def test_a_question_longer_than_the_context_is_not_asked(talk, capsys):
     prompts, _ = talk([], "long " * 200, context=112)
-    assert prompts == [] and "Ask a shorter question" in capsys.readouterr().out
+    assert prompts == [] and "ask a shorter question" in capsys.readouterr().out
 
 
 def test_ctrl_c_stops_an_answer_and_at_the_prompt_ends_the_program(tmp_path, flags, script):

@@ -131,8 +131,8 @@ def test_tinyllama_reads_olive_oil_as_it_does_after_a_newline(real):
 PIECES = st.one_of(st.text(max_size=12), st.sampled_from([
     "</s>", "<s>", "<unk>", "<|user|>\n", "<|assistant|>\n", "\n", " ", "  ", "olive", "🙂", "é", "<0x0A>",
     "{{ eos_token }}", "<", ">", "s", "/", "s>", "</", "\t", "\u3000", "אב"]))
-# The tokenizer decodes ▁ to a space, and U+E000 marks answers in answer_spans().
-TEXTS = st.lists(PIECES, max_size=5).map("".join).filter(lambda text: not {"▁", "\ue000"} & set(text))
+# The tokenizer decodes ▁ to a space.
+TEXTS = st.lists(PIECES, max_size=5).map("".join).filter(lambda text: "▁" not in text)
 TURNS = st.lists(st.tuples(TEXTS.filter(lambda text: IMAGE_TOKEN not in text),
                            st.one_of(TEXTS.filter(str.strip), TEXTS.map(lambda text: text + IMAGE_TOKEN))),
                  min_size=1, max_size=3)
@@ -279,14 +279,6 @@ def test_half_an_emoji_in_a_text_makes_that_record_unusable_and_no_other(dataset
     assert sample["input_ids"] == dataset[1]["input_ids"] and len(sample["skipped"]) == 1
 
 
-def test_the_character_that_marks_answers_makes_a_record_unusable_in_the_check(dataset_of, template):
-    turns = [("\ue000", "A cat ."), ("Who?", "A \ue000 ."), ("\ue000", "\ue000"), ("Who?", "A cat .")]
-    dataset = dataset_of([record_of(*pair) for pair in turns])
-    checked = check_records(dataset.records, template, N, 500)
-    assert checked.usable.indices.tolist() == [3]
-    assert list(map(len, checked.failures.values())) == [3]
-
-
 def test_a_conversation_of_hundreds_of_turns_is_encoded_quickly(template):
     messages = [user("Who is it, then?"), assistant("A cat .")] * 500
     started = time.perf_counter()
@@ -308,7 +300,7 @@ def test_padding_is_masked_by_its_position_so_end_tokens_stay_although_they_are_
     conversations = [user("Who?"), assistant("A cat .")], [user("Who is it, then?"), assistant("I .")]
     samples = [dict(zip(("input_ids", "labels"), template.encode(messages, N)), pixel_values=None)
                for messages in conversations]
-    # Cut after the end token, as cut_after_last_whole_answer() does. The row's last token is then the
+    # Cut after the end token, as ChatDataset.encode() does. The row's last token is then the
     # padding token.
     samples[0] = {key: value and value[:-1] for key, value in samples[0].items()}
     assert samples[0]["input_ids"][-1] == template.tokenizer.pad_token_id

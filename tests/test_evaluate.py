@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from support.evaluation import make_heldout_batches
+from support.errors import UserError
+from support.evaluation import make_heldout_batches, records_with_other_images
 from tools import evaluate
 from tools.evaluate import evenly_spaced, f1, is_toy_caption, score_captions
 
@@ -94,6 +96,33 @@ def test_the_different_image_is_a_different_one_if_several_records_share_an_imag
     for batch in make_heldout_batches(dataset, 0, 8):
         images = batch["pixel_values"][:, 0, 0, 0]
         assert len(images) == 8 and (images != images.roll(1)).sum() >= 7
+
+
+def test_a_different_image_is_never_the_same_one():
+    class Records(list):
+        file = SimpleNamespace(path="records.json")
+
+        def image_name(self, record):
+            return record
+
+    records = Records(["a", "a", None, "b", "c", "a"])
+    assert records_with_other_images(records, 0, count=9) == ["b", "c"]
+    assert records_with_other_images(records, 4) == ["a"] and records_with_other_images(records, 3) == ["c"]
+    with pytest.raises(UserError, match="records.json: all held-out records have the same image"):
+        records_with_other_images(Records(["a", None, "a"]), 0)
+
+
+def test_codes_that_change_the_terminal_are_escaped_when_printed(script, flags, drawn, tmp_path, capsys):
+    records = json.loads((drawn / "chat.json").read_text())
+    for record in records:
+        record["conversations"][0]["value"] += " \x1b[2J"
+        record["conversations"][1]["value"] += " \u202e"
+    (tmp_path / "codes.json").write_text(json.dumps(records))
+    run = train(script, flags, tmp_path / "run", stages=[1], data={1: tmp_path / "codes.json"})
+    evaluate_run(script, run)
+    script("sanity_check", "--run", run)
+    out = capsys.readouterr().out
+    assert not {"\x1b", "\u202e"} & set(out) and out.count(r"\u202e") > 3 and r"\x1b[2J" in out
 
 
 def test_records_are_taken_at_equal_distances():

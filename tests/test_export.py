@@ -302,6 +302,23 @@ def test_an_export_that_differs_from_the_run_is_found_and_not_kept(refusal, trai
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_named_chat_templates_a_date_and_all_end_tokens_are_exported(script, flags, parts, tmp_path):
+    llm = shutil.copytree(parts.llm, tmp_path / "named")
+    template = (llm / "chat_template.jinja").read_text()
+    (llm / "chat_template.jinja").unlink()
+    config = json.loads((llm / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": "default", "template": "{{ strftime_now('%d %b %Y') }}" + template},
+                               {"name": "tool_use", "template": "{{ 'tools' }}" + template}]
+    (llm / "tokenizer_config.json").write_text(json.dumps(config))
+    config = json.loads((llm / "generation_config.json").read_text())
+    (llm / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": [300, 301]}))
+    script("stage1_align", *flags(1, run=tmp_path / "run", llm=llm, max_steps=0))
+    script("tools.export_hf", "--run", tmp_path / "run", "--out", tmp_path / "exported", "--device", "cpu")
+    generation = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2, 300, 301]
+    assert "26 Jul 2024" in (tmp_path / "exported" / "chat_template.jinja").read_text()
+
+
 def test_a_missing_run_and_an_output_that_cannot_be_written_are_refused(refusal, trained, tmp_path):
     sentence = refusal("tools.export_hf", "--run", tmp_path / "none", "--out", tmp_path / "exported")
     assert "stage1_align.py" in sentence and sentence.endswith(" first")

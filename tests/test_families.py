@@ -9,15 +9,16 @@ from conftest import CHAT_TEMPLATE, CORPUS, SMALL, batch_of, build, draw, make_t
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (AutoModelForCausalLM, CLIPConfig, CLIPVisionModel, Gemma2Config, Gemma3TextConfig,
-                          GraniteConfig,
-                          GemmaConfig, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config,
-                          Qwen3Config, SiglipConfig, SiglipModel, SiglipVisionModel)
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, CLIPConfig, CLIPVisionModel,
+                          Gemma2Config, Gemma3TextConfig, GemmaConfig, GPTNeoXConfig, GraniteConfig,
+                          LlamaConfig, MistralConfig, Phi3Config, PhiConfig, PreTrainedTokenizerFast,
+                          Qwen2Config, Qwen3Config, SiglipConfig, SiglipModel, SiglipVisionModel)
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from data import IGNORE_INDEX, IMAGE_TOKEN, ChatTemplate, collate
 from support.errors import UserError
+from support.evaluation import AnswerPrinter, generate_answers
 from support.pretrained import load_image_processor
 
 CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '
@@ -120,7 +121,8 @@ def test_labels_are_each_answer_and_its_end_token_under_every_familys_template(l
     assert trained.count(template.end_token_id) == 2 and trained[-1] == template.end_token_id
     assert template.decode(trained[:first]) == CONVERSATION[1]["content"]
     thoughts = "<think>\n\n</think>\n\n" if "qwen3" in llm.name else ""
-    assert template.decode(trained[first:]) == thoughts + "Yes"
+    assert template.tokenizer.decode(trained[first:-1]).lstrip(" ") == thoughts + "Yes"
+    assert template.decode(trained[first:]) == "Yes"
     for k in (1, 3):
         prompt = template.encode_prompt(CONVERSATION[:k], 4)
         assert ids[:len(prompt)] == prompt and prompt.count(template.image_token_id) == 4
@@ -149,7 +151,8 @@ WRITTEN = {
 LETTERS = "s</>deimnoprtu_|[]IST xq.\n"
 ANSWERS = st.one_of(st.sampled_from([letter for letter in LETTERS if letter.strip()]),
                     st.text(LETTERS, min_size=1, max_size=3).filter(str.strip),
-                    st.sampled_from(["end", "im", "of", "turn", "user", "model", "</", "s>", "<<", "|>"]))
+                    st.sampled_from(["end", "im", "of", "turn", "user", "model", "</", "s>", "<<", "|>"]),
+                    st.sampled_from(["</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<think>"]))
 
 
 @settings(max_examples=2000, deadline=None, derandomize=True)
@@ -211,7 +214,112 @@ def test_a_template_that_ends_no_answer_or_changes_texts_is_refused(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def looks_complete(folder):
+    """Adds empty files, so that a folder with a tokenizer alone is taken for a model. Returns the folder."""
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("loss", ["tokenizer.json", "capitals", "accents", "spaces", "punctuation"])
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path, loss):
+    make_tokenizer(tmp_path)
+    if loss == "tokenizer.json":  # transformers then builds a tokenizer with four tokens
+        (tmp_path / "tokenizer.json").unlink()
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        config["tokenizer_class"] = "LlamaTokenizer"
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+        tokenizer.backend_tokenizer.normalizer = {
+            "capitals": normalizers.Lowercase(), "spaces": normalizers.Replace("  ", " "),
+            "accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+            "punctuation": normalizers.Replace("?", "")}[loss]
+        tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="its tokenizer turns .* into") as error:
+        ChatTemplate(looks_complete(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_slow_tokenizer_is_named_as_such(tmp_path):
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="slow tokenizer .ByT5Tokenizer."):
+        ChatTemplate(looks_complete(tmp_path))
+
+
+@pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", 'strftime_now( "%Y-%m-%d" )'])
+def test_the_prompt_is_the_same_on_every_day(tmp_path, call):
+    """Llama 3.2's template writes today's date into the system message."""
+    byte_level_tokenizer(tmp_path, "{% if strftime_now is defined %}{{ 'Today: ' + " + call + " }}{% endif %}"
+                         + CHATML)
+    template = ChatTemplate(looks_complete(tmp_path))
+    assert template.render(CONVERSATION).startswith(("Today: 26 Jul 2024<", "Today: 2024-07-26<"))
+    assert "strftime_now(" not in template.tokenizer.chat_template  # nor in an export
+
+
+def test_the_opening_that_the_template_writes_is_trained_but_not_part_of_an_answer(tmp_path, capsys):
+    template = ChatTemplate(make_family(tmp_path, *FAMILIES["qwen3"]))
+    messages = CONVERSATION[:1] + [{"role": "assistant", "content": "Yes ,\n是的"}]
+    _, labels = template.encode(messages, 4)
+    labeled = [label for label in labels if label != IGNORE_INDEX]
+    assert template.tokenizer.decode(labeled).startswith("<think>\n\n</think>\n\nYes")
+    assert template.decode(labeled) == messages[1]["content"]
+    record = {"conversations": [{"from": "human", "value": "Who?"},
+                                {"from": "gpt", "value": "<think>\n\n</think>\n\nYes"}]}
+    assert template.to_messages(record, has_image=False)[1]["content"] == "Yes"  # a reference answer
+
+    printer = AnswerPrinter(template)
+    for token in labeled:
+        printer.put(torch.tensor([token]))
+        assert "\ufffd" not in capsys.readouterr().out and printer.ids[-1] == token
+    printer.end()
+    printer = AnswerPrinter(template)
+    printer.put(torch.tensor(labeled))
+    printer.end()
+    assert capsys.readouterr().out.endswith("Yes ,\n是的\n")
+
+
 # -- losses and whole runs ---------------------------------------------------------------------------------
+
+
+def test_generation_stops_at_every_end_token_of_the_models_own_files(parts, tmp_path):
+    llm = make_family(tmp_path, *FAMILIES["llama3"])
+    model, template = build(parts.clip, llm)
+    prompt = {"input_ids": template.encode_prompt([{"role": "user", "content": "Sure?"}], 0),
+              "pixel_values": None}
+    batch = collate([prompt], 0, padding_side="left")
+    free = model.generate(**batch, end_token_ids=template.end_token_ids, max_new_tokens=12)[0].tolist()
+    ends = [template.tokenizer.convert_tokens_to_ids("<|endoftext|>"), free[4]]
+    config = json.loads((llm / "generation_config.json").read_text())
+    (llm / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": ends}))
+    template = ChatTemplate(llm)
+    assert template.end_token_ids == [template.end_token_id, *ends, 2]  # 2 is in config.json
+    [answer] = generate_answers(model, template, [prompt], torch.device("cpu"), 12)
+    assert answer == template.decode(free[:free.index(free[4]) + 1])
+
+
+@pytest.mark.parametrize("config_class, layers", [(Phi3Config, "gate_up_proj, o_proj, qkv_proj"),
+                                                  (PhiConfig, "dense, fc1, fc2, k_proj"),
+                                                  (GPTNeoXConfig, "dense_h_to_4h, query_key_value")])
+def test_an_llm_with_other_layers_than_lora_knows_is_refused_before_stage_1(
+        flags, refusal, tmp_path, config_class, layers):
+    make_tokenizer(tmp_path / "other")
+    AutoModelForCausalLM.from_config(config_class(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=400,
+        max_position_embeddings=512, pad_token_id=0, eos_token_id=2)).save_pretrained(tmp_path / "other")
+    sentence = refusal("stage1_align", *flags(1, llm=tmp_path / "other"))
+    assert layers in sentence and "other consist of the layers" in sentence
+
+
+def test_an_llm_that_overflows_in_fp16_is_named_as_such(flags, refusal, tmp_path):
+    llm = make_family(tmp_path / "llm", *FAMILIES["llama"])
+    model = AutoModelForCausalLM.from_pretrained(llm)
+    model.lm_head.weight.data *= 3e5 / model.lm_head.weight.abs().max()
+    model.save_pretrained(llm)
+    arguments = [word if word != "fp32" else "fp16" for word in flags(1, llm=llm)]
+    assert "overflows in fp16: pass --precision bf16 or fp32" in refusal("stage1_align", *arguments)
 
 
 def test_the_loss_is_the_familys_own(llm, parts):

@@ -400,15 +400,14 @@ def test_a_projector_or_adapter_that_does_not_fit_is_refused(saved, file, change
 
 
 @pytest.mark.parametrize("change", [
-    {"target_modules": "^(([a-z_.0-9]+)+)+!$"}, {"target_modules": ["lm_head"]},
-    {"target_modules": [["q_proj"]]}, {"target_modules": None}, {"r": 4096}, {"r": -1}, {"r": "4"},
-    {"lora_alpha": float("inf")}, {"lora_alpha": None}, {"lora_alpha": 10**400}], ids=str)
-def test_a_hostile_adapter_configuration_is_one_sentence(saved, change):
+    {"target_modules": ["lm_head"]}, {"target_modules": None}, {"target_modules": "q_proj"}, {"r": 16},
+    {"r": -1}, {"lora_alpha": None}], ids=str)
+def test_an_adapter_configuration_that_does_not_fit_is_one_sentence(saved, change):
     _, folder = saved()
     forget_checksums(folder)
     path = folder / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(UserError, match="adapter_config.json does not fit"):
+    with pytest.raises(UserError, match="adapter in .* fit the LLM"):
         load(folder)
 
 
@@ -423,6 +422,18 @@ def test_other_fields_of_an_adapter_configuration_change_nothing(saved, batch):
               "unknown": True}
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     assert torch.equal(logits_of(load(folder)[0], batch), expected)
+
+
+def test_half_precision_merges_the_adapter_in_fp32_and_leaves_the_positions_in_fp32(saved, parts):
+    _, folder = saved()
+    whole = load(folder)[0].llm
+    half = load_trained(folder, torch.device("cpu"), torch.bfloat16)[0].llm
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert half.model.rotary_emb.inv_freq.dtype == torch.float32
+    base = AutoModelForCausalLM.from_pretrained(parts.llm, dtype=torch.float32)
+    weight, merged, frozen = (llm.model.layers[0].mlp.up_proj.weight for llm in (half, whole, base))
+    expected = (frozen.bfloat16().float() + (merged - frozen)).bfloat16()  # only the last step rounds
+    assert (weight == expected).float().mean() > 0.999 and not torch.equal(expected, frozen.bfloat16())
 
 
 def test_half_a_projector_file_is_refused(saved):

@@ -121,6 +121,15 @@ def test_effect_and_attention_are_those_of_the_complete_model(asked):
     assert effect.shape == attention.shape == (len(answer_ids), N)
 
 
+def test_characters_of_several_tokens_do_not_vanish(template):
+    text = "嗎 👍🏽 é, 是的 a cat"
+    ids = template.tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = page.split_text(template, ids)
+    assert len(pieces) == len(ids) > len(text)
+    assert "".join(pieces).strip() == text and "\ufffd" not in "".join(pieces)
+    assert "嗎" in pieces and "是" in pieces
+
+
 @pytest.mark.parametrize("num_patches, count, block", [(4, 4, 1), (9, 9, 1), (256, 64, 4), (729, 9, 81)])
 def test_regions_are_squares_that_cover_each_patch_once(num_patches, count, block):
     regions = page.find_regions(num_patches)

@@ -33,17 +33,16 @@ both, because it may have forgotten how to write captions. The keys of eval.json
 """
 
 import argparse
-from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from data import IMAGE_TOKEN
-from support.devices import DTYPES, choose_device, choose_dtype
-from support.errors import UserError, run_script
-from support.evaluation import generate_answers, make_heldout_batches, load_heldout_dataset, measure_grounding
+from support.errors import UserError, printable, run_script
+from support.evaluation import (generate_answers, load_heldout_dataset, make_heldout_batches,
+                                measure_grounding, records_with_other_images)
 from support.files import make_writable_folder, write_json
-from support.results import latest_stage, load_trained, print_loaded_stage, read_run
+from support.results import add_run_flags, load_run, read_run
 from support.settings import COUNT, POSITIVE
 from toy.world import PLACES, caption_of, objects_in
 
@@ -100,20 +99,11 @@ def answer_questions(model, template, dataset, questions, device, batch_size, ma
         for question in questions[start:start + batch_size]:
             prompt, _ = dataset.make_prompt(question.record, question.turn)
             if different_image and prompt["pixel_values"] is not None:
-                prompt["pixel_values"] = next_image(dataset, question.record)
+                [record] = records_with_other_images(dataset.records, question.record)
+                prompt["pixel_values"] = dataset.load_pixel_values(record)
             prompts.append(prompt)
         answers += generate_answers(model, template, prompts, device, max_new_tokens)
     return answers
-
-
-def next_image(dataset, i):
-    """Returns the pixel values of the next record that has a different image."""
-    records = dataset.records
-    for j in range(i + 1, i + len(records)):
-        record = records[j % len(records)]
-        if records.image_name(record) not in (None, records.image_name(records[i])):
-            return dataset.load_pixel_values(record)
-    raise UserError(f"{records.file.path}: all held-out records have the same image; raise --held-out")
 
 
 # -- scores ------------------------------------------------------------------------------------------------
@@ -197,24 +187,17 @@ def open_held_out(run_json, count, template, image_processor, num_image_tokens):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default="runs/toy", help="folder of the run (default: runs/toy)")
-    parser.add_argument("--stage", type=int, choices=(1, 2), help="default: 2 if it is finished, else 1")
+    add_run_flags(parser)
     parser.add_argument("--held-out", type=POSITIVE, help="evaluate on the first HELD_OUT records of the "
                         "held-out data (default: on as many as during training)")
     parser.add_argument("--batch-size", type=POSITIVE, default=32, help="records per batch (default: 32)")
     parser.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="longest answer in tokens")
     parser.add_argument("--count", type=COUNT, default=5, help="how many mistakes to print; if the answers "
                         "cannot be scored, how many of them to generate and print (default: 5)")
-    parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
-    parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-
-    device = choose_device(args.device)
-    stage = args.stage or latest_stage(args.run)
-    folder, dtype = args.run / f"stage{stage}", choose_dtype(args.precision, device)
-    model, template, image_processor, run_json = load_trained(folder, device, dtype)
+    model, template, image_processor, run_json = load_run(args)
     make_writable_folder(args.run)
-    print_loaded_stage(folder, run_json)
+    stage, device = run_json["stage"], model.llm.device
     dataset_args = args.held_out, template, image_processor, model.num_image_tokens
     datasets = {"captions" if stage == 1 else "answers": open_held_out(run_json, *dataset_args)}
     if stage == 2:
@@ -258,7 +241,8 @@ def main():
     for title, pairs in examples:
         print(f"\n{title}{', for example' if pairs else ''}")
         for question, answer in pairs:
-            print(f"  {question.text}\n    generated: {answer}\n    reference: {question.reference}")
+            lines = question.text, f"  generated: {answer}", f"  reference: {question.reference}"
+            print("\n".join(f"  {printable(line)}" for line in lines))
     write_json(args.run / "eval.json", result)
     print(f"\nwrote {args.run / 'eval.json'}")
 

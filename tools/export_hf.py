@@ -28,13 +28,13 @@ from torch import nn
 from transformers import (AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LlavaConfig,
                           LlavaForConditionalGeneration, LlavaProcessor)
 
-from data import IMAGE_TOKEN, collate
-from support.devices import DTYPES, choose_device
+from data import IMAGE_TOKEN
+from support.devices import DTYPES
 from support.errors import UserError, run_script
-from support.evaluation import load_heldout_dataset
+from support.evaluation import load_heldout_dataset, prompt_batch
 from support.files import atomic_write, delete, read_json
 from support.hub import find_pretrained
-from support.results import latest_stage, load_trained, print_loaded_stage, read_run
+from support.results import add_run_flags, load_run, read_run
 from support.settings import POSITIVE
 from tools.model_card import write_model_card
 
@@ -100,7 +100,7 @@ def build_hf_model(model, template, run_json):
     llava.model.multi_modal_projector.to_empty(device="cpu")
     copy_projector(model.projector, llava.model.multi_modal_projector)
     llava.generation_config = GenerationConfig(
-        bos_token_id=template.tokenizer.bos_token_id, eos_token_id=template.end_token_id,
+        bos_token_id=template.tokenizer.bos_token_id, eos_token_id=template.end_token_ids,
         pad_token_id=template.tokenizer.pad_token_id,
         suppress_tokens=sorted({template.image_token_id, *new_rows}))  # see add_embedding_rows()
     return llava.cpu().eval()
@@ -192,9 +192,8 @@ def build_hf_processor(model, template, image_processor):
 def run_ours(model, template, held_out, i, device):
     """Returns what the run computes for the first question of held-out record i, as a dict."""
     prompt, _ = held_out.make_prompt(i)
-    batch = collate([prompt], template.tokenizer.pad_token_id, padding_side="left")
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    answer = model.generate(**batch, end_token_ids=[template.end_token_id], max_new_tokens=NEW_TOKENS)
+    batch = prompt_batch(template, [prompt], device)
+    answer = model.generate(**batch, end_token_ids=template.end_token_ids, max_new_tokens=NEW_TOKENS)
     ids = torch.cat([batch["input_ids"], answer], dim=1)
     logits = model.llm(inputs_embeds=model.embed(ids, batch["pixel_values"])).logits  # of prompt and answer
     record = held_out.records[i]
@@ -249,14 +248,11 @@ def compare(folder, expected, device):
 
 def export(args, folder):
     """Writes the run to `folder` and compares it. Raises UserError if it differs from the run."""
-    device = choose_device(args.device)
-    stage = args.stage or latest_stage(args.run)
-    paths = [args.run / f"stage{i}" for i in (1, 2)[:stage]]
+    model, template, image_processor, run_json = load_run(args)
+    device = model.llm.device
+    paths = [args.run / f"stage{i}" for i in (1, 2)[:run_json["stage"]]]
     stages = [read_run(path) for path in paths if (path / "run.json").exists()]  # for the model card
     evaluation = read_json(args.run / "eval.json")
-    # fp32, because merging in half precision would round W + (alpha / r)·B·A to the precision of W.
-    model, template, image_processor, run_json = load_trained(paths[-1], device, torch.float32)
-    print_loaded_stage(paths[-1], run_json)
     held_out = load_heldout_dataset(run_json, template, image_processor, model.num_image_tokens)
     expected = [run_ours(model, template, held_out, i, device)
                 for i in range(min(args.samples, len(held_out)))]
@@ -280,12 +276,10 @@ def export(args, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default="runs/toy", help="folder of the run (default: runs/toy)")
-    parser.add_argument("--stage", type=int, choices=(1, 2), help="default: 2 if it is finished, else 1")
+    add_run_flags(parser, precision="fp32")  # the export is compared in fp32
     parser.add_argument("--out", type=Path, required=True, help="folder to write; it must not exist yet")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the exported weights")
     parser.add_argument("--samples", type=POSITIVE, default=8, help="how many held-out records to compare")
-    parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     out = args.out.resolve()
     if os.path.lexists(out):

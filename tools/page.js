@@ -87,7 +87,7 @@ const onMove = []; // functions that show moments[now]
 
 // Returns a chart. `lines` are [style, points]. A point is [x, y], and y is null if it was not finite.
 function chart(label, lines) {
-  const [left, right, top, bottom] = [34, 412, 8, 172];
+  const [left, right, top, bottom] = [52, 412, 8, 172];
   const values = lines.flatMap(([, points]) => points.map(([, y]) => y));
   const largest = Math.ceil(2 * Math.max(0.5, ...values)) / 2;
   const toX = (x) => left + (x / (total || 1)) * (right - left);

@@ -2,9 +2,10 @@
 
     python -m tools.page --run runs/toy         writes runs/toy/page.html
 
-The page is a single file and needs neither a server nor a network. All results are computed here, with stage
-2 of the run if it is finished, else with stage 1. The toy takes about 10 seconds on 2 CPU cores.
-tools/page.js only shows the results.
+The page is a single file and needs neither a server nor a network. Losses, nearest tokens and the answers to
+the first held-out record come from metrics.jsonl, which the stages wrote. All other answers are generated
+here, with stage 2 of the run if it is finished, else with stage 1. The toy takes about 10 seconds on 2 CPU
+cores. tools/page.js only shows the results.
 
 A patch is erased by replacing its feature by the mean feature of many held-out patches. At real size, erasing
 one of 256 patches changes little, and erasing each of them would take long. So patches are changed in square
@@ -19,19 +20,20 @@ import math
 import os
 import re
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from data import IMAGE_TOKEN, collate
+from data import IMAGE_TOKEN
 from model import IGNORE_INDEX
-from support.devices import DTYPES, choose_device, choose_dtype
 from support.errors import UserError, explain_errors, run_script
-from support.evaluation import generate_answers, load_heldout_dataset
+from support.evaluation import (generate_answers, load_heldout_dataset, prompt_batch,
+                                records_with_other_images)
 from support.files import atomic_write
-from support.results import latest_stage, load_trained, read_run
+from support.results import add_run_flags, load_run, read_run
 from support.settings import POSITIVE
 from tools.evaluate import answer_questions, evenly_spaced, is_toy_caption, list_questions
 from toy.world import PLACES, answer_to, objects_in
@@ -74,10 +76,15 @@ def image_url(pixel_values, image_processor):
 
 
 def split_text(template, ids):
-    """Returns the text that each token adds to the tokens before it."""
-    texts = [template.tokenizer.decode(ids[:t], clean_up_tokenization_spaces=False)
-             for t in range(len(ids) + 1)]
-    return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
+    """Returns the text that each token adds to the tokens before it. A character that several tokens spell is
+    the text of the last one, and the others have none."""
+    pieces, length = [], 0
+    for t in range(1, len(ids) + 1):
+        text = template.tokenizer.decode(ids[:t], clean_up_tokenization_spaces=False)
+        complete = t == len(ids) or not text.endswith("\ufffd")
+        pieces.append(text[length:] if complete else "")
+        length += len(pieces[-1])
+    return pieces
 
 
 def describe_stage(folder, run_json, dataset):
@@ -175,7 +182,7 @@ def attention_to_regions(model, prompt_ids, answer_ids, features, regions):
     ids = torch.tensor([prompt_ids + answer_ids], device=features.device)  # (1, P + T)
     with features_replaced(model, features[None]):
         inputs_embeds = model.embed(ids, None)
-    usual = model.llm.config._attn_implementation  # "sdpa", which never stores the attention weights
+    usual = model.llm.config._attn_implementation  # "sdpa" or "expanded", which never store the weights
     model.llm.set_attn_implementation("eager")
     weights = model.llm.get_decoder()(inputs_embeds=inputs_embeds, output_attentions=True,
                                       use_cache=False).attentions  # L × (1, heads, P + T, P + T)
@@ -238,18 +245,14 @@ def find_second_image(records, question, scenes, num_regions):
     Of the next 20 records with a different image, it is the one whose patches lead to most correct answers
     that erasing does not lead to. Without known correct answers, it is the first.
     """
-    i, name = question.record, records.image_name(records[question.record])
-    others = (records[j % len(records)] for j in range(i + 1, i + len(records)))
-    others = [other for other in others if records.image_name(other) not in (None, name)][:20]
-    if not others:
-        raise UserError(f"{records.file.path}: all held-out records have the same image; raise --held-out")
+    name = records.image_name(records[question.record])
 
     def count_new_answers(other):
         _, erased, copied = expected_answers(question.text, scenes.get(name),
                                              scenes.get(records.image_name(other)), num_regions)
         return len(set(copied) - set(erased))
 
-    return max(others, key=count_new_answers)
+    return max(records_with_other_images(records, question.record, count=20), key=count_new_answers)
 
 
 def describe_question(model, template, dataset, question, mean, scenes, args):
@@ -272,11 +275,9 @@ def describe_question(model, template, dataset, question, mean, scenes, args):
                            for record in (records[question.record], second))
     unchanged, if_erased, if_copied = expected_answers(question.text, scene, second_scene, len(regions))
 
-    batch = collate([prompt], template.tokenizer.pad_token_id, padding_side="left")
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    ids = model.generate(**batch, end_token_ids=[template.end_token_id], max_new_tokens=args.max_new_tokens)
-    ids = ids[0].tolist()
-    ids = ids[:ids.index(template.end_token_id)] if template.end_token_id in ids else ids
+    ids = model.generate(**prompt_batch(template, [prompt], device), end_token_ids=template.end_token_ids,
+                         max_new_tokens=args.max_new_tokens)[0].tolist()
+    ids = list(takewhile(lambda i: i not in template.end_token_ids, ids))
     described = {
         "picture": image_url(images[0], dataset.image_processor),
         "second": image_url(images[1], dataset.image_processor),
@@ -323,12 +324,9 @@ def describe_answers(model, template, dataset, args):
             "equal": sum(answer == question.reference for question, answer in zip(asked, answers))}
 
 
-def describe_run(args):
+def describe_run(args, model, template, image_processor, run_json):
     """Returns everything that the page shows, as one value that can be written as JSON."""
-    device = choose_device(args.device)
-    last = latest_stage(args.run)
-    model, template, image_processor, run_json = load_trained(args.run / f"stage{last}", device,
-                                                              choose_dtype(args.precision, device))
+    last, device = run_json["stage"], model.llm.device
     stages, answers, scenes = [], [], {}
     for stage in range(1, last + 1):
         folder = args.run / f"stage{stage}"
@@ -375,20 +373,18 @@ def make_page(described):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default="runs/toy", help="folder of the run (default: runs/toy)")
+    add_run_flags(parser)
     parser.add_argument("--out", type=Path, metavar="HTML", help="file to write (default: <run>/page.html)")
     parser.add_argument("--questions", type=POSITIVE, default=5, help="questions whose image is changed "
                         "(default: 5); at real size, each takes more than 100 answers")
     parser.add_argument("--batch-size", type=POSITIVE, default=32, help="answers per batch (default: 32)")
     parser.add_argument("--max-new-tokens", type=POSITIVE, default=64, help="longest answer in tokens")
-    parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
-    parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    read_run(args.run / f"stage{latest_stage(args.run)}")  # a wrong --run is refused first
+    loaded = load_run(args)
     path = args.out or args.run / "page.html"
     if os.path.isdir(path) or not os.access(path.absolute().parent, os.W_OK):
         raise UserError(f"cannot write a page to {path}: name a file in a writable folder with --out")
-    described = describe_run(args)
+    described = describe_run(args, *loaded)
     with atomic_write(path) as temporary:
         temporary.write_text(make_page(described), encoding="utf-8")
     print(f"wrote {path} ({path.stat().st_size / 1000:,.0f} kB): open it in a browser")
