@@ -139,23 +139,19 @@ class ChatTemplate:
         text = self.render(messages)
         ids, offsets = self.tokenize(text, num_image_tokens)
         labels = [IGNORE_INDEX] * len(ids)
-        t, start = 0, len(self.render(messages[:1], prompt=True))
-        first = start
+        t = 0
         for i in range(1, len(messages), 2):
-            # The answer starts, in characters, where the prompt before it ends. Each answer and question in
-            # between adds its own length, which does not depend on the turns before it.
-            if i > 1:
-                start += len(self.render([messages[0], *messages[i - 2:i]], prompt=True)) - first
-            ends = [start + len(opening + messages[i]["content"]) for opening in self.openings
-                    if text.startswith(opening + messages[i]["content"], start)]
-            if not ends:
+            start = len(self.render(messages[:i], prompt=True))  # in characters: where the prompt ends
+            answers = (opening + messages[i]["content"] for opening in self.openings)
+            end = next((start + len(answer) for answer in answers if text.startswith(answer, start)), None)
+            if end is None:
                 raise ValueError("the chat template changes the text of an answer")
             while t < len(ids) and offsets[t][0] < start:  # skip everything before the answer
                 t += 1
             while t < len(ids):  # label the answer, up to the first special token after it
                 labels[t] = ids[t]
                 t += 1
-                if offsets[t - 1][0] >= ends[0] and ids[t - 1] in self.special_ids:
+                if offsets[t - 1][0] >= end and ids[t - 1] in self.special_ids:
                     break
         return ids, labels
 

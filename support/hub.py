@@ -21,15 +21,13 @@ from support.files import REPOSITORY
 FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "model.safetensors",
          "model.safetensors.index.json", "model-*.safetensors", "tokenizer*", "special_tokens_map.json",
          "added_tokens.json", "vocab.json", "merges.txt", "chat_template*"]
-TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them holds the vocabulary
-PREPROCESSOR = ("preprocessor_config.json",)
 
 
-def find_pretrained(name, one_of=("config.json",)):
+def find_pretrained(name, also="config.json"):
     """Returns the folder of a pretrained model: `name` itself if it is a folder, else that of the hub's model
     `name`, which is fetched if it is not complete in the cache.
 
-    Args: one_of: file names. The folder must have one of them, and config.json and the weights.
+    Args: also: a file that the folder must have, beside config.json and the weights.
     Raises UserError if the folder is not complete, or if the model cannot be fetched.
     """
     for folder in (Path(name), REPOSITORY / name):
@@ -37,9 +35,9 @@ def find_pretrained(name, one_of=("config.json",)):
             break
     else:
         folder = find_in_cache(name)
-        if folder is None or missing_file(folder, one_of):
-            folder = fetch(name, one_of)
-    if missing := missing_file(folder, one_of):
+        if folder is None or missing_file(folder, also):
+            folder = fetch(name, also)
+    if missing := missing_file(folder, also):
         raise UserError(f"{folder} is not a complete pretrained model: it has no {missing}")
     return str(folder)
 
@@ -53,7 +51,7 @@ def find_in_cache(name):
         return None
 
 
-def missing_file(folder, one_of):
+def missing_file(folder, also):
     """Returns the name of a file that a folder of a pretrained model lacks, or None."""
     weights, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if index.exists():  # the weights are split into several files
@@ -61,14 +59,14 @@ def missing_file(folder, one_of):
             weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, LookupError, AttributeError, TypeError):
             return f"readable {index.name}"
-    for file in ("config.json", *weights):
+    for file in ("config.json", *weights, also):
         if not (folder / file).exists():
             pickles = [path.name for path in folder.glob("*.bin")] if file in weights else []
             return f"{file} ({pickles[0]} is a pickle: convert it to safetensors)" if pickles else file
-    return None if any((folder / file).exists() for file in one_of) else " or ".join(one_of)
+    return None
 
 
-def fetch(name, one_of):
+def fetch(name, also):
     """Fetches a model from the hub, with the client's progress bar, and returns its folder in the cache.
 
     If a download breaks off, complete files stay in the cache. The next attempt fetches the others.
@@ -78,7 +76,7 @@ def fetch(name, one_of):
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):  # of several processes, one fetches; the others wait, and then find the model
             folder = find_in_cache(name)
-            if folder and not missing_file(folder, one_of):
+            if folder and not missing_file(folder, also):
                 return folder
             disable_progress_bars()  # of the next request, which only asks for the sizes
             files = snapshot_download(str(name), allow_patterns=FILES, dry_run=True)

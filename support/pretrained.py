@@ -17,7 +17,7 @@ from model import LORA_TARGETS
 from support.devices import choose_attention
 from support.errors import UserError, explain_errors
 from support.files import read_json
-from support.hub import PREPROCESSOR, TOKENIZER, find_pretrained
+from support.hub import find_pretrained
 from support.images import decode_image
 
 VISION_MODELS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
@@ -25,7 +25,7 @@ VISION_MODELS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": Si
 
 def load_vision_config(name):
     """Returns the configuration of the vision half of a CLIP or SigLIP."""
-    folder = find_pretrained(name, PREPROCESSOR)
+    folder = find_pretrained(name, "preprocessor_config.json")
     with explain_errors(f"read {folder}/config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config = getattr(config, "vision_config", config)
@@ -101,7 +101,7 @@ def load_language_model(name, dtype, device):
 
 def load_tokenizer(name):
     """Returns (tokenizer, ids of the end tokens that the model's own files list)."""
-    folder = find_pretrained(name, TOKENIZER)
+    folder = find_pretrained(name, "tokenizer_config.json")
     with explain_errors(f"load the tokenizer in {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         text = tokenizer.get_chat_template() if tokenizer.chat_template else None

@@ -65,8 +65,9 @@ def on(hub, tmp_path):
 
 def find(on, name, **changes):
     """Returns what find_pretrained(name) prints or raises, in a process of its own."""
+    also = {CLIP: "preprocessor_config.json"}.get(name, "tokenizer_config.json")
     code = ("from support.errors import run_script; from support.hub import *; "
-            f"run_script(lambda: print(find_pretrained({name!r}, PREPROCESSOR + TOKENIZER)))")
+            f"run_script(lambda: print(find_pretrained({name!r}, {also!r})))")
     done = on(sys.executable, "-c", code, **changes)
     return done.stdout + done.stderr
 
@@ -200,9 +201,9 @@ def test_a_folder_that_is_not_complete_is_refused_by_naming_what_is_missing(part
     sentence = refusal("stage1_align", *flags(1, vision_tower=tmp_path / "clip"))
     assert "is not a complete pretrained model: it has no model.safetensors (pytorch_model.bin" in sentence
     make_llm(tmp_path / "llm")
-    (tmp_path / "llm" / "tokenizer.json").unlink()
+    (tmp_path / "llm" / "tokenizer_config.json").unlink()
     sentence = refusal("stage1_align", *flags(1, llm=tmp_path / "llm"))
-    assert "it has no tokenizer.json or tokenizer.model or vocab.json" in sentence
+    assert "it has no tokenizer_config.json" in sentence
 
 
 def test_small_made_models_stand_in_for_the_real_files_where_they_are_missing(tmp_path):
