@@ -14,7 +14,6 @@ import sys
 
 import torch
 
-from support.checkpoints import kill_workers
 from support.errors import run_script
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -38,10 +37,7 @@ def _child(script, arguments, output, environment, plain_sgd, max_file_size):
     sys.stdout.reconfigure(line_buffering=True)  # a killed process would lose its lines
     if max_file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
-    try:
-        run_script(importlib.import_module(script).main)
-    finally:
-        kill_workers()  # a process of multiprocessing does not call what atexit has registered
+    run_script(importlib.import_module(script).main)
 
 
 def start(script, arguments, output, environment=None, plain_sgd=False, max_file_size=None):
@@ -78,5 +74,5 @@ def finish(script, arguments, output, world_size=1, plain_sgd=False):
 def metrics(folder):
     """Returns the lines of metrics.jsonl without what depends on the time of day."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("time", "samples_per_s", "waiting")}
-            for line in lines]
+    times = ("time", "samples_per_s", "tokens_per_s", "waiting", "seconds_left")
+    return [{name: value for name, value in line.items() if name not in times} for line in lines]
