@@ -58,10 +58,7 @@ def open_stage_folder(folder, settings, processes):
     resume = settings["resume"] or restarted
     if finished := read_json(folder / "run.json"):
         if resume:
-            before = finished.get("settings") if isinstance(finished, dict) else None
-            if not isinstance(before, dict):
-                raise UserError(f"{folder}/run.json is damaged: train again with --restart")
-            check_same_settings(folder, before, settings)
+            check_same_settings(folder, finished["settings"], settings)
             discard_checkpoint(folder)  # left if the run was killed just before its end
             print(f"{folder} holds a finished run, so there is nothing to resume", file=sys.stderr)
             sys.exit(0)

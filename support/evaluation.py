@@ -99,7 +99,7 @@ def measure_grounding(model, batches, device, blank=False, map=map):
     correct, different, *blanks, tokens, differs = torch.cat(list(map(measure, batches)), dim=1)  # (records,)
     model.train(was_training)
     differs = differs.bool()
-    wins = ((correct < different).double() + 0.5 * (correct == different))[differs]
+    wins = ((correct < different).float() + 0.5 * (correct == different))[differs]
     measured = {"loss": (correct.sum() / tokens.sum()).item(),
                 "loss_different": (different[differs].sum() / tokens[differs].sum()).item(),
                 "correct_more_likely": wins.mean().item()}

@@ -130,8 +130,7 @@ def format_grounding(measured):
     text = (f"held-out loss {measured['loss']:.3f} (different image {measured['loss_different']:.3f}); "
             f"correct image more likely: {measured['correct_more_likely']:.0%} (chance 50%)")
     if measured.get("same_image"):
-        text += (f"; without {measured['same_image']} records whose image is also that of the record before "
-                 "them")
+        text += f"; without {measured['same_image']} records whose different image would be the same one"
     return text
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 import json
 import os
 import pickle
@@ -23,7 +24,7 @@ import model
 import stage1_align
 import toy.world
 from data import ChatDataset, collate
-from support import checkpoints, files, metrics_log, results
+from support import checkpoints, files, metrics_log, results, step_batches
 from support.check_records import count_skipped_images
 from support.errors import UserError, run_script
 from support.images import ImageStore
@@ -136,9 +137,10 @@ def test_an_unfinished_run_is_not_overwritten_by_accident(unfinished, tmp_path):
 
 
 @pytest.mark.parametrize("flag, value", [("--lr", "0.5"), ("--seed", "3"), ("--max-length", "99"),
-                                         ("--data", "toy/data/instruct.json"), ("--precision", "bf16")])
+                                         ("--data", "toy/data/instruct.json"), ("--precision", "bf16"),
+                                         ("--decode", "True")])
 def test_resuming_with_another_setting_names_it(unfinished, flag, value, tmp_path):
-    arguments = ["--run", str(unfinished), *SMALL, "--resume", flag, value]
+    arguments = ["--run", str(unfinished), *SMALL, "--resume", flag, *[value] * (flag != "--decode")]
     sentence = failure("stage1_align", arguments, tmp_path / "log")
     assert "--resume" in sentence and flag in sentence and value in sentence
 
@@ -447,6 +449,26 @@ def test_an_error_in_a_worker_ends_the_command(flags, tmp_path, drawn):
         path.write_text("<html>404</html>")
     done = command("stage1_align", *flags(1, images=tmp_path / "images", workers=2), cwd=tmp_path)
     assert done.returncode == 1 and "8 records in a row cannot be used" in done.stderr.splitlines()[-1]
+
+
+def test_many_micro_batches_of_a_worker_need_few_open_files(tmp_path):
+    """Every tensor that a worker sends is an open file: 32 micro-batches have 128. The files of two steps
+    would be more than this process may open."""
+    arguments = ["--run", str(tmp_path), *SMALL, "--limit", "70", "--epochs", "1", "--batch-size", "1",
+                 "--grad-accum", "32", "--workers", "1"]
+    process = start("stage1_align", arguments, tmp_path / "log", max_open_files=256)
+    process.join(120)
+    assert process.exitcode == 0, (tmp_path / "log").read_text()[-3000:]
+
+
+@pytest.mark.parametrize("accumulation, prefetched", [(1, 2), (8, 8), (128, 16)])
+def test_a_worker_prepares_at_most_16_micro_batches(accumulation, prefetched, monkeypatch):
+    """With pinned memory only the worker's files are open, four for each micro-batch."""
+    settings = {}
+    loader = ({"skipped": []} for _ in itertools.count())
+    monkeypatch.setattr(step_batches, "DataLoader", lambda *_, **named: settings.update(named) or loader)
+    next(step_batches.load_steps([], [[[0]] * accumulation] * 2, 0, 1, torch.device("cpu")))
+    assert settings["prefetch_factor"] == prefetched
 
 
 def test_a_bug_still_shows_its_traceback():
