@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 
