@@ -284,7 +284,7 @@ def collate(samples, pad_token_id, padding_side="right"):
 
         input_ids       (B, T) int64
         attention_mask  (B, T) bool, False on padding
-        pixel_values    (I, 3, S, S) fp32, the images of the samples that have one, in order; I may be 0
+        pixel_values    (I, 3, S, S) fp32, the images of the samples, in order; (0, 3, 0, 0) without images
         labels          (B, T) int64, only for samples; prompts have none
         skipped         a list of sentences, only for samples; see ChatDataset.__getitem__()
     """

@@ -118,7 +118,7 @@ class Llava(nn.Module):
         return "\n".join(rows)
 
     def train(self, mode=True):
-        """Puts projector and LoRA adapter in train mode. All layers of CLIP and of the LLM stay in eval mode.
+        """Puts projector and adapter in train mode. All layers in CLIP and in the LLM's blocks stay in eval.
 
         `requires_grad_(False)` does not switch off dropout. If a plain model.train() reached the frozen
         components, a model with dropout would return different features for the same image in every step.

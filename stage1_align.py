@@ -13,21 +13,18 @@ Writes projector.safetensors, run.json and metrics.jsonl to <run>/stage1/. Conti
 """
 
 import math
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
-from data import ChatDataset, ChatTemplate, collate
+from data import ChatDataset, ChatTemplate
 from model import IGNORE_INDEX, Llava, count_patches
 from support import checkpoints
 from support.check_records import count_skipped_images, drop_unusable_records
 from support.devices import choose_dtype
-from support.errors import Stopped, UserError, run_script
-from support.evaluation import (generate_answers, make_heldout_batches, mark_labeled, measure_grounding,
-                                nearest_tokens)
+from support.errors import UserError, explain_errors, run_script
+from support.evaluation import evaluate_heldout, make_heldout_batches, mark_labeled
 from support.metrics_log import MetricsLog, format_grounding, import_tracker
 from support.pretrained import (load_image_processor, load_language_model, load_vision_config,
                                 load_vision_tower)
@@ -35,7 +32,7 @@ from support.processes import Processes
 from support.records import open_records
 from support.results import save_result
 from support.settings import next_command, parse_settings, print_settings
-from support.step_batches import plan_steps
+from support.step_batches import load_steps, plan_events, plan_steps, print_plan, try_longest_batch
 
 # -- 1. settings: each one is also a flag, see --help ------------------------------------------------------
 
@@ -61,24 +58,24 @@ PRESETS = {
         data="data/LLaVA-CC3M-Pretrain-595K/chat.json", images="data/LLaVA-CC3M-Pretrain-595K/images.zip",
         heldout_data=None, heldout_images=None, held_out=256,
         limit=0, max_length=2048, allow_bad=0.01, workers=2,
-        # The paper has the same learning rate, schedule and effective batch of 128 (here 16 × 8). It does not
+        # The paper has the same learning rate, schedule and effective batch of 128 (here 4 × 32). It does not
         # mention clipping.
-        lr=2e-3, batch_size=16, grad_accum=8, epochs=1, max_steps=None, warmup=0.03, max_grad_norm=1.0,
-        precision="auto", device="auto", seed=0, eval_every=250, save_every=100, log_every=10, tracker=None,
+        lr=2e-3, batch_size=4, grad_accum=32, epochs=1, max_steps=None, warmup=0.03, max_grad_norm=1.0,
+        precision="auto", device="auto", seed=0, eval_every=None, save_every=None, log_every=5, tracker=None,
     ),
 }
 
 
-def main():
-    args = parse_settings(__doc__, PRESETS)
+def main(argv=None):
+    args = parse_settings(__doc__, PRESETS, argv)
     processes = Processes(args.device)  # one process, or several if torchrun has started this script
     device, dtype = processes.device, choose_dtype(args.precision, processes.device)
     print_settings(args, device, dtype)
     folder = Path(args.run) / "stage1"
+    # run.json and every checkpoint store all settings, and --resume compares them.
+    settings = {**vars(args), "effective_batch": args.batch_size * args.grad_accum * processes.world_size}
     tracker = import_tracker(args.tracker) if args.tracker else None
-    checkpoint = None
-    if not args.check_data:
-        checkpoint = checkpoints.open_stage_folder(folder, args, processes.world_size)
+    checkpoint = None if args.check_data else checkpoints.open_stage_folder(folder, settings, processes)
     torch.manual_seed(args.seed)  # every process must start with the same random weights
 
     # -- 2. data -------------------------------------------------------------------------------------------
@@ -94,7 +91,7 @@ def main():
     train_records, lengths, heldout_records = drop_unusable_records(
         train_records, heldout_records, template, num_image_tokens, args)
     if args.check_data:
-        return
+        return None
     image_processor = load_image_processor(args.vision_tower)
     train_dataset, heldout_dataset = (
         ChatDataset(records, template, image_processor, num_image_tokens, args.max_length)
@@ -109,10 +106,8 @@ def main():
     # Frozen weights are never updated, so half precision is enough on a GPU, and halves their memory.
     clip = load_vision_tower(args.vision_tower, dtype)
     llm = load_language_model(args.llm, dtype, device)
-    try:
+    with explain_errors(f"use --vision-layer {args.vision_layer}"):
         model = Llava(clip, llm, template.image_token_id, args.projector, args.vision_layer).to(device)
-    except ValueError as error:
-        raise UserError(f"--vision-layer: {error}") from error
     # The projector was created in fp32 and stays in fp32. bf16 has 8 significant bits, so an update smaller
     # than about 1/500 of the weight would always be rounded away.
     model.projector.requires_grad_(True)
@@ -132,121 +127,95 @@ def main():
     # by it before the step. bf16 and fp32 have a larger range. For them the scaler is disabled: scale()
     # returns the loss unchanged, and step() only calls optimizer.step().
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    # With several processes, one can be without samples in a step. If scale() had never been called before,
-    # unscale_() would then fail. So it is called here.
-    scaler.scale(torch.zeros((), device=device))
+    scaler.scale(torch.zeros((), device=device))  # or unscale_() fails in a process without samples
     # Autocast runs matrix products in half precision, and operations such as the loss in fp32.
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     # -- 5. the loop ---------------------------------------------------------------------------------------
 
-    progress = checkpoints.Progress()
     fingerprint = train_records.fingerprint()  # a resumed run must see the same records
-    if checkpoint:
-        progress = checkpoints.restore(checkpoint, model, optimizer, scaler, fingerprint, processes)
-    elif processes.rank == 0:
-        checkpoints.discard_results(folder)  # those of an earlier run
+    progress = checkpoints.restore_or_begin(
+        checkpoint, folder, model, optimizer, scaler, fingerprint, processes)
     # steps[k] lists the micro-batches of one optimizer step of this process, and each micro-batch lists its
     # samples. step_sizes[k] is the number of samples of that step in all processes.
     steps, step_sizes = plan_steps(
         lengths, args.batch_size, args.grad_accum, args.epochs, args.max_steps, args.seed, processes.rank,
         processes.world_size, samples_done=progress.samples, steps_done=progress.step)
     total_steps = progress.step + len(steps)
-    loader = DataLoader(
-        train_dataset, batch_sampler=[indices for step in steps for indices in step],
-        collate_fn=partial(collate, pad_token_id=pad_token_id), num_workers=args.workers,
-        # Each worker prepares the micro-batches of one optimizer step in advance, but at least two.
-        prefetch_factor=max(2, args.grad_accum) if args.workers else None,
-        worker_init_fn=checkpoints.ignore_signals_in_worker, pin_memory=device.type == "cuda",
-        # Without its own generator, the loader draws a seed from the global one. A resumed run of stage 2
-        # would then draw different dropout masks.
-        generator=torch.Generator())
-    loaded = iter(loader)
-    print(f"batch: {args.batch_size} (micro-batch) × {args.grad_accum} (accumulation) × "
-          f"{processes.world_size} (processes) = {max(step_sizes, default=0)} samples per step\n"
-          f"data: {len(train_dataset):,} samples to train on, {len(heldout_dataset):,} held out; "
-          f"{total_steps:,} steps")
-    log = MetricsLog(folder, processes.rank, checkpoint, total_steps, tracker, vars(args))
+    log_at, eval_at, save_at = plan_events(args, total_steps)
+    loaded = load_steps(train_dataset, steps, pad_token_id, args.workers, device)
+    print_plan(args, processes.world_size, step_sizes, len(train_dataset), len(heldout_dataset), total_steps)
+    log = MetricsLog(folder, processes, checkpoint, total_steps, tracker, settings)
 
     def evaluate():
         """Measures the held-out loss with the correct and with a different image, and logs one answer and
         the nearest tokens of its image patches."""
-        prompt, reference = heldout_dataset.make_prompt(0)
         with autocast():
-            measured = measure_grounding(model, heldout_batches, device)
-            generated = generate_answers(model, template, [prompt], device, max_new_tokens=64)[0]
-            words = nearest_tokens(model, template, prompt["pixel_values"])
-        log.log_heldout(progress.step, measured, generated, reference, words)
-        return measured
+            return log.log_heldout(progress.step, *evaluate_heldout(
+                model, template, heldout_dataset, heldout_batches, device, processes.map))
 
     model.train()
-    stop_signal = checkpoints.StopSignal()  # Ctrl-C, SIGTERM or SIGHUP
+    if device.type == "cuda":
+        try_longest_batch(model, train_dataset, lengths, pad_token_id, device, autocast, args)
     warmup_steps = max(1, round(args.warmup * total_steps))
-    if progress.step == 0:
-        progress.before = evaluate()
-    for step, step_size in zip(steps, step_sizes):
-        # Linear warm-up, because Adam's first updates are about as large as lr however small the gradient is.
-        # Then half a cosine, towards zero.
-        done = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)  # 0 … 1
-        factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * done))
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+    with checkpoints.StopSignal() as stop_signal:  # Ctrl-C or SIGTERM
+        if progress.step == 0:
+            progress.before = evaluate()
+        for step, step_size in zip(steps, step_sizes):
+            # Linear warm-up, because Adam's first updates are about as large as lr however small the gradient
+            # is. Then half a cosine, towards zero.
+            done = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)  # 0 … 1
+            factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * done))
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
 
-        started = time.perf_counter()
-        micro_batches = [next(loaded) for _ in step]  # see collate() for what they contain
-        seconds_waiting = time.perf_counter() - started
-        skipped = [sentence for batch in micro_batches for sentence in batch.pop("skipped")]
-        count_skipped_images(progress.skipped, skipped, folder, args.allow_bad, len(train_dataset))
+            micro_batches, skipped, seconds_waiting = next(loaded)  # see collate() for what they contain
+            count_skipped_images(progress.skipped, skipped, folder, args.allow_bad, len(train_dataset))
 
-        # The loss is the mean over all n labeled tokens of the effective batch:
-        #     L = 1/n · Σ over micro-batches Σ over their labeled tokens  -log p(x_t | x_<t, image)
-        # With the usual loss.mean() / grad_accum, every micro-batch has the same weight. A token in a
-        # micro-batch with few labeled tokens would then count more than one in a micro-batch with many, and
-        # the result would depend on how the batch is split.
-        n = processes.sum(sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in micro_batches))
-        loss = torch.zeros((), device=device)
-        for batch in micro_batches:
-            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            with autocast():
-                losses = model(**batch)  # (K,)
-            micro_loss = losses.sum() / n
-            # backward() computes gradients through the frozen LLM, but stores none for its weights. It adds
-            # the projector's gradients to those of the previous micro-batches.
-            scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()  # .item() would wait for the GPU after every micro-batch
+            # The loss is the mean over all n labeled tokens of the effective batch:
+            #     L = 1/n · Σ over micro-batches Σ over their labeled tokens  -log p(x_t | x_<t, image)
+            # With the usual loss.mean() / grad_accum, every micro-batch has the same weight. A token in a
+            # micro-batch with few labeled tokens would then count more than one in a micro-batch with many,
+            # and the result would depend on how the batch is split.
+            n = processes.sum(sum((b["labels"][:, 1:] != IGNORE_INDEX).sum() for b in micro_batches))
+            loss = torch.zeros((), device=device)
+            for batch in micro_batches:
+                batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+                with autocast():
+                    losses = model(**batch)  # (K,)
+                micro_loss = losses.sum() / n
+                # backward() computes gradients through the frozen LLM, but stores none for its weights. It
+                # adds the projector's gradients to those of the previous micro-batches.
+                scaler.scale(micro_loss).backward()
+                loss += micro_loss.detach()
 
-        # n counts the labeled tokens of all processes, and each process has divided its loss by it. So their
-        # gradients are added. (DistributedDataParallel would average them.)
-        processes.sum_gradients(parameters)
-        loss = processes.sum(loss)
-        scaler.unscale_(optimizer)  # so that the true gradient is clipped
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-        # A NaN would spoil all weights, so stop before the step. In fp16, an overflow now and then is normal:
-        # scaler.step() skips the step, and scaler.update() lowers the scale. Ten in a row are not normal.
-        progress.bad_steps = 0 if math.isfinite(loss + grad_norm) else progress.bad_steps + 1
-        if progress.bad_steps >= (10 if scaler.is_enabled() else 1):
-            ids = [str(train_records[i].get("id")) for indices in step for i in indices]
-            raise UserError(f"step {progress.step + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try a "
-                            f"lower --lr, or look at the records of this step: {', '.join(ids[:16])}")
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+            # n counts the labeled tokens of all processes, and each process has divided its loss by it. So
+            # their gradients are added. (DistributedDataParallel would average them.)
+            processes.sum_gradients(parameters)
+            loss = processes.sum(loss)
+            scaler.unscale_(optimizer)  # so that the true gradient is clipped
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+            checkpoints.stop_if_diverged(progress, loss, grad_norm, scaler, train_records, step)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
 
-        progress.step += 1
-        progress.samples += step_size
-        log.count_step(step_size, seconds_waiting)
-        if progress.step % args.log_every == 0 or progress.step == total_steps:
-            log.log_step(progress.step, loss=loss, lr=optimizer.param_groups[0]["lr"], grad_norm=grad_norm,
-                         labeled_tokens=n, samples=progress.samples)
-        if progress.step % args.eval_every == 0 and progress.step < total_steps:
-            evaluate()
-        stop = processes.max(stop_signal.number)
-        if progress.step % args.save_every == 0 or progress.step == total_steps or stop:
-            checkpoints.save(folder, progress, model, optimizer, scaler, args, fingerprint, processes)
-        if stop:
-            log.close()
-            raise Stopped(f"saved {folder} at step {progress.step:,} of {total_steps:,}: continue with the "
-                          "same command and --resume", 128 + stop)
+            progress.step += 1
+            progress.samples += step_size
+            log.count_step(step_size, micro_batches, seconds_waiting)
+            del micro_batches  # before the next ones are loaded
+            if progress.step in log_at:
+                [lr] = (group["lr"] for group in optimizer.param_groups)
+                log.log_step(progress.step, loss=loss, lr=lr, grad_norm=grad_norm, labeled_tokens=n,
+                             samples=progress.samples)
+            if progress.step in eval_at and (args.eval_every or log.may_evaluate()):
+                evaluate()
+            stop = processes.max(stop_signal.number)
+            if stop or progress.step in save_at:
+                checkpoints.save(folder, progress, model, optimizer, scaler, settings, fingerprint, processes)
+            if stop:
+                log.close()
+                checkpoints.exit_after_stop(stop, folder, progress.step, total_steps)
 
     # -- 6. save -------------------------------------------------------------------------------------------
 
@@ -255,11 +224,12 @@ def main():
     if not math.isfinite(after["loss"]):
         raise UserError("the held-out loss is not finite, so the result was not saved; try a lower --lr")
     if processes.rank == 0:
-        save_result(folder, 1, model, template, vars(args), progress.step, after, len(progress.skipped))
+        save_result(folder, 1, model, template, settings, progress.step, after, len(progress.skipped))
         checkpoints.discard_checkpoint(folder)
     processes.barrier()
     print(f"before: {format_grounding(progress.before)}\nafter:  {format_grounding(after)}\n"
           f"saved in {folder}; next: {next_command('stage2_instruct.py', args)}")
+    return model
 
 
 if __name__ == "__main__":

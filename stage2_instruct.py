@@ -12,22 +12,19 @@ Continue with sanity_check.py. The comments explain what is new; stage1_align.py
 """
 
 import math
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from torch.utils.data import DataLoader
 
-from data import ChatDataset, ChatTemplate, collate
+from data import ChatDataset, ChatTemplate
 from model import IGNORE_INDEX, LORA_TARGETS, Llava, count_patches
 from support import checkpoints
 from support.check_records import count_skipped_images, drop_unusable_records
 from support.devices import choose_dtype
-from support.errors import Stopped, UserError, run_script
-from support.evaluation import (generate_answers, make_heldout_batches, mark_labeled, measure_grounding,
-                                nearest_tokens)
+from support.errors import UserError, explain_errors, run_script
+from support.evaluation import evaluate_heldout, make_heldout_batches, mark_labeled
 from support.metrics_log import MetricsLog, format_grounding, import_tracker
 from support.pretrained import (load_image_processor, load_language_model, load_vision_config,
                                 load_vision_tower)
@@ -36,7 +33,7 @@ from support.records import open_records
 from support.results import (check_same_models, check_same_template, load_projector, read_run,
                              result_checksums, save_result)
 from support.settings import next_command, parse_settings, print_settings
-from support.step_batches import plan_steps
+from support.step_batches import load_steps, plan_events, plan_steps, print_plan, try_longest_batch
 
 # -- 1. settings: each one is also a flag, see --help ------------------------------------------------------
 
@@ -63,29 +60,28 @@ PRESETS = {
         data="data/LLaVA-Instruct-150K/llava_instruct_150k.json", images="data/coco/train2017.zip",
         heldout_data=None, heldout_images=None, held_out=256,
         limit=0, max_length=2048, allow_bad=0.01, workers=2,
-        # The original code's LoRA script has the same learning rates and effective batch, 128 = 4 × 32, but r
-        # = 128 and alpha = 256. With r = 16 and alpha = 32, alpha / r is the same, and the adapter and its
-        # optimizer need an eighth of the memory.
+        # The original code's LoRA script has the same learning rates and effective batch of 128, here 2 × 64.
+        # It has r = 128 and alpha = 256. With r = 16 and alpha = 32, alpha / r is the same, and the adapter
+        # and its optimizer need an eighth of the memory.
         lr=2e-4, projector_lr=2e-5, lora_r=16, lora_alpha=32, lora_dropout=0.05,
-        batch_size=4, grad_accum=32, epochs=1, max_steps=None, warmup=0.03, max_grad_norm=1.0,
-        precision="auto", device="auto", seed=0, eval_every=250, save_every=100, log_every=10, tracker=None,
+        batch_size=2, grad_accum=64, epochs=1, max_steps=None, warmup=0.03, max_grad_norm=1.0,
+        precision="auto", device="auto", seed=0, eval_every=None, save_every=None, log_every=5, tracker=None,
     ),
 }
 
 
-def main():
-    args = parse_settings(__doc__, PRESETS)
+def main(argv=None):
+    args = parse_settings(__doc__, PRESETS, argv)
     processes = Processes(args.device)  # one process, or several if torchrun has started this script
     device, dtype = processes.device, choose_dtype(args.precision, processes.device)
     print_settings(args, device, dtype)
     stage1_folder, folder = Path(args.run) / "stage1", Path(args.run) / "stage2"
     stage1_run = read_run(stage1_folder)
     check_same_models(stage1_run, args, stage1_folder)
-    args.stage1_checksum = result_checksums(stage1_folder).get("projector.safetensors")  # goes to run.json
+    settings = {**vars(args), "effective_batch": args.batch_size * args.grad_accum * processes.world_size,
+                "stage1_checksum": result_checksums(stage1_folder).get("projector.safetensors")}
     tracker = import_tracker(args.tracker) if args.tracker else None
-    checkpoint = None
-    if not args.check_data:
-        checkpoint = checkpoints.open_stage_folder(folder, args, processes.world_size)
+    checkpoint = None if args.check_data else checkpoints.open_stage_folder(folder, settings, processes)
     torch.manual_seed(args.seed)  # every process must start with the same random weights
 
     # -- 2. data -------------------------------------------------------------------------------------------
@@ -102,7 +98,7 @@ def main():
     train_records, lengths, heldout_records = drop_unusable_records(
         train_records, heldout_records, template, num_image_tokens, args)
     if args.check_data:
-        return
+        return None
     image_processor = load_image_processor(args.vision_tower)
     train_dataset, heldout_dataset = (
         ChatDataset(records, template, image_processor, num_image_tokens, args.max_length)
@@ -116,10 +112,8 @@ def main():
 
     clip = load_vision_tower(args.vision_tower, dtype)
     llm = load_language_model(args.llm, dtype, device)
-    try:
+    with explain_errors(f"use --vision-layer {args.vision_layer}"):
         model = Llava(clip, llm, template.image_token_id, args.projector, args.vision_layer).to(device)
-    except ValueError as error:
-        raise UserError(f"--vision-layer: {error}") from error
     load_projector(model, stage1_folder / "projector.safetensors")
     model.projector.requires_grad_(True)
     # peft creates LoRA's A and B, makes them trainable, and keeps them in fp32 even if W is in half
@@ -140,103 +134,81 @@ def main():
                                    {"params": model.projector.parameters(), "peak_lr": args.projector_lr}],
                                   weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    scaler.scale(torch.zeros((), device=device))  # or unscale_() could fail; see stage 1
+    scaler.scale(torch.zeros((), device=device))  # or unscale_() fails in a process without samples
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     # -- 5. the loop ---------------------------------------------------------------------------------------
 
-    progress = checkpoints.Progress()
     fingerprint = train_records.fingerprint()  # a resumed run must see the same records
-    if checkpoint:
-        progress = checkpoints.restore(checkpoint, model, optimizer, scaler, fingerprint, processes)
-    elif processes.rank == 0:
-        checkpoints.discard_results(folder)  # those of an earlier run
+    progress = checkpoints.restore_or_begin(
+        checkpoint, folder, model, optimizer, scaler, fingerprint, processes)
     steps, step_sizes = plan_steps(
         lengths, args.batch_size, args.grad_accum, args.epochs, args.max_steps, args.seed, processes.rank,
         processes.world_size, samples_done=progress.samples, steps_done=progress.step)
     total_steps = progress.step + len(steps)
-    loader = DataLoader(
-        train_dataset, batch_sampler=[indices for step in steps for indices in step],
-        collate_fn=partial(collate, pad_token_id=pad_token_id), num_workers=args.workers,
-        prefetch_factor=max(2, args.grad_accum) if args.workers else None,
-        worker_init_fn=checkpoints.ignore_signals_in_worker, pin_memory=device.type == "cuda",
-        generator=torch.Generator())
-    loaded = iter(loader)
-    print(f"batch: {args.batch_size} (micro-batch) × {args.grad_accum} (accumulation) × "
-          f"{processes.world_size} (processes) = {max(step_sizes, default=0)} samples per step\n"
-          f"data: {len(train_dataset):,} samples to train on, {len(heldout_dataset):,} held out; "
-          f"{total_steps:,} steps")
-    log = MetricsLog(folder, processes.rank, checkpoint, total_steps, tracker, vars(args))
+    log_at, eval_at, save_at = plan_events(args, total_steps)
+    loaded = load_steps(train_dataset, steps, pad_token_id, args.workers, device)
+    print_plan(args, processes.world_size, step_sizes, len(train_dataset), len(heldout_dataset), total_steps)
+    log = MetricsLog(folder, processes, checkpoint, total_steps, tracker, settings)
 
     def evaluate():
-        """Measures the held-out loss with the correct and with a different image, and logs one answer and
-        the nearest tokens of its image patches."""
-        prompt, reference = heldout_dataset.make_prompt(0)
         with autocast():
-            measured = measure_grounding(model, heldout_batches, device)
-            generated = generate_answers(model, template, [prompt], device, max_new_tokens=64)[0]
-            words = nearest_tokens(model, template, prompt["pixel_values"])
-        log.log_heldout(progress.step, measured, generated, reference, words)
-        return measured
+            return log.log_heldout(progress.step, *evaluate_heldout(
+                model, template, heldout_dataset, heldout_batches, device, processes.map))
 
     model.train()
-    stop_signal = checkpoints.StopSignal()  # Ctrl-C, SIGTERM or SIGHUP
+    if device.type == "cuda":
+        try_longest_batch(model, train_dataset, lengths, pad_token_id, device, autocast, args)
     warmup_steps = max(1, round(args.warmup * total_steps))
-    if progress.step == 0:
-        progress.before = evaluate()
-    for step, step_size in zip(steps, step_sizes):
-        done = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)  # 0 … 1
-        factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * done))
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+    with checkpoints.StopSignal() as stop_signal:  # Ctrl-C or SIGTERM
+        if progress.step == 0:
+            progress.before = evaluate()
+        for step, step_size in zip(steps, step_sizes):
+            done = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)  # 0 … 1
+            factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * done))
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
 
-        started = time.perf_counter()
-        micro_batches = [next(loaded) for _ in step]  # see collate() for what they contain
-        seconds_waiting = time.perf_counter() - started
-        skipped = [sentence for batch in micro_batches for sentence in batch.pop("skipped")]
-        count_skipped_images(progress.skipped, skipped, folder, args.allow_bad, len(train_dataset))
+            micro_batches, skipped, seconds_waiting = next(loaded)  # see collate() for what they contain
+            count_skipped_images(progress.skipped, skipped, folder, args.allow_bad, len(train_dataset))
 
-        n = processes.sum(sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in micro_batches))
-        loss = torch.zeros((), device=device)
-        for batch in micro_batches:
-            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            with autocast():
-                losses = model(**batch)  # (K,)
-            micro_loss = losses.sum() / n
-            # Gradients flow back through the frozen weights into LoRA's A and B, and through the image
-            # positions into the projector.
-            scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()  # .item() would wait for the GPU after every micro-batch
+            n = processes.sum(sum((b["labels"][:, 1:] != IGNORE_INDEX).sum() for b in micro_batches))
+            loss = torch.zeros((), device=device)
+            for batch in micro_batches:
+                batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+                with autocast():
+                    losses = model(**batch)  # (K,)
+                micro_loss = losses.sum() / n
+                # Gradients flow back through the frozen weights into LoRA's A and B, and through the image
+                # positions into the projector.
+                scaler.scale(micro_loss).backward()
+                loss += micro_loss.detach()
 
-        processes.sum_gradients(parameters)
-        loss = processes.sum(loss)
-        scaler.unscale_(optimizer)  # so that the true gradient is clipped
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-        progress.bad_steps = 0 if math.isfinite(loss + grad_norm) else progress.bad_steps + 1
-        if progress.bad_steps >= (10 if scaler.is_enabled() else 1):
-            ids = [str(train_records[i].get("id")) for indices in step for i in indices]
-            raise UserError(f"step {progress.step + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try a "
-                            f"lower --lr, or look at the records of this step: {', '.join(ids[:16])}")
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+            processes.sum_gradients(parameters)
+            loss = processes.sum(loss)
+            scaler.unscale_(optimizer)  # so that the true gradient is clipped
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+            checkpoints.stop_if_diverged(progress, loss, grad_norm, scaler, train_records, step)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
 
-        progress.step += 1
-        progress.samples += step_size
-        log.count_step(step_size, seconds_waiting)
-        if progress.step % args.log_every == 0 or progress.step == total_steps:
-            lr, projector_lr = (group["lr"] for group in optimizer.param_groups)
-            log.log_step(progress.step, loss=loss, lr=lr, projector_lr=projector_lr, grad_norm=grad_norm,
-                         labeled_tokens=n, samples=progress.samples)
-        if progress.step % args.eval_every == 0 and progress.step < total_steps:
-            evaluate()
-        stop = processes.max(stop_signal.number)
-        if progress.step % args.save_every == 0 or progress.step == total_steps or stop:
-            checkpoints.save(folder, progress, model, optimizer, scaler, args, fingerprint, processes)
-        if stop:
-            log.close()
-            raise Stopped(f"saved {folder} at step {progress.step:,} of {total_steps:,}: continue with the "
-                          "same command and --resume", 128 + stop)
+            progress.step += 1
+            progress.samples += step_size
+            log.count_step(step_size, micro_batches, seconds_waiting)
+            del micro_batches  # before the next ones are loaded
+            if progress.step in log_at:
+                lr, projector_lr = (group["lr"] for group in optimizer.param_groups)
+                log.log_step(progress.step, loss=loss, lr=lr, projector_lr=projector_lr, grad_norm=grad_norm,
+                             labeled_tokens=n, samples=progress.samples)
+            if progress.step in eval_at and (args.eval_every or log.may_evaluate()):
+                evaluate()
+            stop = processes.max(stop_signal.number)
+            if stop or progress.step in save_at:
+                checkpoints.save(folder, progress, model, optimizer, scaler, settings, fingerprint, processes)
+            if stop:
+                log.close()
+                checkpoints.exit_after_stop(stop, folder, progress.step, total_steps)
 
     # -- 6. save -------------------------------------------------------------------------------------------
 
@@ -245,11 +217,12 @@ def main():
     if not math.isfinite(after["loss"]):
         raise UserError("the held-out loss is not finite, so the result was not saved; try a lower --lr")
     if processes.rank == 0:
-        save_result(folder, 2, model, template, vars(args), progress.step, after, len(progress.skipped))
+        save_result(folder, 2, model, template, settings, progress.step, after, len(progress.skipped))
         checkpoints.discard_checkpoint(folder)
     processes.barrier()
     print(f"before: {format_grounding(progress.before)}\nafter:  {format_grounding(after)}\n"
           f"saved in {folder}; next: {next_command('sanity_check.py', args)}")
+    return model
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Compares the speed and memory of our training steps and answers with those of transformers' own Llava.
+"""Compares the speed of our training steps with that of transformers' own Llava.
 
-    python -m bench.speed                                  mid geometry: about 30 minutes on 2 CPU cores
-    python -m bench.speed --quick                          fewer and smaller steps: about 5 minutes
-    python -m bench.speed --only stage2 generate           some of the sections stage1 stage2 generate memory
+    python -m bench.speed                                  mid geometry: up to 30 minutes on 2 CPU cores
+    python -m bench.speed --quick                          fewer and smaller steps: up to 5 minutes
+    python -m bench.speed --stage 2                        one of the stages
     python -m bench.speed --geometry full --device cuda    CLIP ViT-L/14 and TinyLlama-1.1B, on a GPU
 
 "Ours" is Llava from model.py. "The peer" is LlavaForConditionalGeneration from transformers. Both get the
@@ -14,20 +14,12 @@ The output is a table of ratios: the median over the pairs (least–most). On a 
     same batches    time of the peer divided by ours, for training steps. Above 1 ours is faster.
     own batching    the same, but our micro-batches are sorted by length, as in the stages. (The stages only
                     estimate the lengths, so they have slightly more padding.)
-    generation      the same for 64 new tokens for 16 prompts. Our adapter is merged, as in sanity_check.py.
-    peak memory     ours divided by the peer's, for one training step. Below 1 ours needs less. On a CPU it is
-                    the memory of the whole process (Linux only).
 """
 
 import argparse
-import copy
-import multiprocessing
-import os
 import sys
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 
 import numpy as np
 import torch
@@ -74,10 +66,10 @@ def random_sample(config, question_length, answer_length, rng):
 
 
 def draw_sample(config, stage, rng):
-    """Returns a random sample that is about as long as a sample of the stage's real data.
+    """Returns a random sample of a length that we assume for the stage's real data. Nobody has measured them.
 
-    Stage 1, like CC3M: a prompt of about 12 tokens, and a caption of 5 to 30 words with 1.3 tokens each.
-    Stage 2, like LLaVA-Instruct-150K: 60 to 700 tokens with a median of 220, a third of them questions."""
+    Stage 1: a prompt of 12 tokens, and a caption of 5 to 30 words with 1.3 tokens each. Stage 2: 60 to 700
+    tokens with a median of 220, a third of them questions."""
     if stage == 1:
         return random_sample(config, 11, int(1.3 * rng.integers(5, 31)) + 1, rng)
     length = int(np.clip(rng.lognormal(np.log(220), 0.55), 60, 700))
@@ -184,29 +176,23 @@ def build_sides(args, config, stage):
 
 
 def time_pair(runs, pair, seconds, device):
-    """Calls all functions of {name: function}, in reverse order if `pair` is odd. Returns {name: result}, and
-    appends the times to seconds[name], except those of the warm-up, which is pair -1."""
-    results = {}
+    """Calls all functions of {name: function}, in reverse order if `pair` is odd. Appends the times to
+    seconds[name], except those of the warm-up, which is pair -1."""
     for name in list(runs)[::-1 if pair % 2 else 1]:
         started = time.perf_counter()
-        results[name] = runs[name]()
+        runs[name]()
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the call returns before the GPU has finished
         if pair >= 0:
             seconds.setdefault(name, []).append(time.perf_counter() - started)
     if pair >= 0:
         print(f"  pair {pair + 1}:", *(f"{name} {seconds[name][-1]:.2f} s" for name in runs), flush=True)
-    return results
 
 
 def table_rows(rows, seconds, tokens):
-    """Returns the table's row of each (label, our run, peer's run), and warns if a speed varied a lot.
+    """Returns the table's row of each (label, our run, peer's run).
     seconds: {run: time of each pair}. tokens: number in each pair."""
     lines, speeds = [], {run: np.array(tokens) / times for run, times in seconds.items()}
-    for run, speed in speeds.items():
-        if speed.max() > 1.5 * speed.min():
-            print(f"  WARNING: the speed of {run} varied by a factor of {speed.max() / speed.min():.1f}. "
-                  "If other programs were running, measure again.")
     for label, ours, peer in rows:
         ratios = speeds[ours] / speeds[peer]
         lines.append(f"| {label} | {np.median(ratios):.2f} ({ratios.min():.2f}–{ratios.max():.2f}) | "
@@ -231,70 +217,11 @@ def compare_training(stage, args, config):
     return table_rows([(f"stage {stage}, {label}", *runs) for label, *runs in rows], seconds, tokens)
 
 
-def compare_generation(args, config):
-    rng, seconds, pairs = np.random.default_rng(3), {}, args.plan[2][2]
-    ours, peer = (side.model.eval() for side in build_sides(args, config, 2))
-    ours.llm = ours.llm.merge_and_unload()
-    peer.model.model.multi_modal_projector.to(args.dtype)  # in fp32 it would need autocast
-    merged = copy.deepcopy(peer).merge_and_unload()
-    never = config.text_config.vocab_size  # an end token that never comes, so all answers are equally long
-    for pair in range(-1, pairs):  # pair -1 is the warm-up
-        samples = [random_sample(config, int(rng.integers(10, 31)), 1, rng) for _ in range(16)]
-        prompts = [{"input_ids": sample["input_ids"][:-1], "pixel_values": sample["pixel_values"]}
-                   for sample in samples]  # without the answer
-        batch = {name: tensor.to(args.device) for name, tensor in collate(prompts, PAD, "left").items()}
-        new = 64 if pair >= 0 else 4
-        settings = dict(max_new_tokens=new, do_sample=False, eos_token_id=never, pad_token_id=PAD)
-        runs = {"ours": lambda: ours.generate(**batch, end_token_ids=[never], max_new_tokens=new),
-                "peer": lambda: peer.generate(**batch, **settings),
-                "merged peer": lambda: merged.generate(**batch, **settings)}
-        answers = time_pair(runs, pair, seconds, args.device)
-        same = (answers["ours"] == answers["merged peer"][:, -new:]).float().mean().item()
-        if args.dtype == torch.float32 and same < 0.9:
-            sys.exit(f"speed.py: only {same:.0%} of our tokens equal those of the merged peer")
-    return table_rows([("generation, peer with its adapter", "ours", "peer"),
-                       ("generation, peer merged", "ours", "merged peer")], seconds, [16 * 64] * pairs)
-
-
-def call_in_new_process(function, *args):
-    """Returns function(*args), called in a new process, so that its peak memory can be measured there."""
-    # Without these, glibc keeps freed tensors, and they count as used memory.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = str(2**20)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
-        return executor.submit(function, *args).result()
-
-
-def process_memory(field):
-    """Returns the memory of this process in bytes: of now ("VmRSS") or the peak ("VmHWM"). Linux only."""
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def measure_peak(build, config, stage, micro_batch, device, dtype):
-    """Returns the peak memory of one side in bytes. A first, small step creates Adam's moments."""
-    side, rng = Side(build, config, stage, device, dtype), np.random.default_rng(stage)
-    side.step(make_batches([draw_sample(config, 1, rng)], 1))
-    side.step(make_batches([draw_sample(config, stage, rng) for _ in range(micro_batch)], micro_batch))
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_memory("VmHWM")
-
-
-def compare_memory(args, config):
-    rows = []  # without --quick, for the micro-batches of the preset tinyllama
-    for stage, micro_batch in ((1, 4), (2, 2)) if args.quick else ((1, 16), (2, 4)):
-        ours, peer = (call_in_new_process(measure_peak, build, config, stage, micro_batch, args.device,
-                                          args.dtype) / 2**30 for build in (build_ours, build_peer))
-        rows.append(f"| stage {stage}, peak memory at micro-batch {micro_batch} | {ours / peer:.2f} | "
-                    f"{ours:.2f} / {peer:.2f} GiB |")
-    return rows
-
-
 def main():
-    sections = {"stage1": partial(compare_training, 1), "stage2": partial(compare_training, 2),
-                "generate": compare_generation, "memory": compare_memory}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="mid", help="sizes of the models")
-    parser.add_argument("--only", choices=sections, nargs="+", default=sections, metavar="SECTION")
-    parser.add_argument("--pairs", type=int, metavar="N", help="number of pairs in each section")
+    parser.add_argument("--stage", type=int, choices=(1, 2), help="default: both")
+    parser.add_argument("--pairs", type=int, metavar="N", help="number of pairs of each stage")
     parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu, cuda, …")
     parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller steps")
@@ -303,15 +230,14 @@ def main():
     # {stage: (samples of a micro-batch, samples of a step, pairs)}. In the stages, a step has 128 samples.
     args.plan = {1: (4, 4, 3), 2: (2, 4, 2)} if args.quick else {1: (4, 4, 12), 2: (4, 32, 3)}
     if args.device.type == "cuda" and not args.quick:
-        args.plan = {1: (16, 128, 12), 2: (4, 128, 3)}
+        args.plan = {1: (4, 128, 12), 2: (2, 128, 3)}
     args.plan = {stage: (*samples, args.pairs or pairs) for stage, (*samples, pairs) in args.plan.items()}
     config, rows = geometry(args.geometry), []
     torch.manual_seed(0)
     print(f"geometry {args.geometry}, {args.dtype} on {args.device}, {torch.get_num_threads()} threads")
-    for section in [name for name in sections if name in args.only]:
-        print(section, flush=True)
-        rows += sections[section](args, config)
-        torch.cuda.empty_cache()  # the section memory measures other processes on the same GPU
+    for stage in [args.stage] if args.stage else (1, 2):
+        print(f"stage {stage}", flush=True)
+        rows += compare_training(stage, args, config)
     print("\n| | ratio (least–most) | ours / the peer |\n|--|--|--|", *rows, sep="\n")
 
 

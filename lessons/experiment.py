@@ -4,8 +4,6 @@ A lesson trains fewer steps than the toy's presets (250 of 376 in stage 1, 50 of
 120 held-out pictures, so that a lesson with three seeds takes minutes.
 """
 
-import signal
-import sys
 from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
@@ -17,10 +15,9 @@ import stage1_align
 import stage2_instruct
 from data import ChatDataset, ChatTemplate
 from model import Llava
-from support.checkpoints import STOP_SIGNALS
 from support.evaluation import load_heldout_dataset, make_heldout_batches, measure_grounding
 from support.pretrained import load_image_processor
-from support.results import read_run, save_result
+from support.results import read_run
 from tools.evaluate import answer_questions, list_questions, score_answers, score_captions
 from tools.page import read_metrics
 
@@ -53,7 +50,7 @@ def train(stage, seed, name, after=None, **settings):
         after: for stage 2, the Trained stage 1 to continue from.
         settings: changes to the settings of the stage; see its PRESETS.
     """
-    folder, stage_module, trained = RUNS / f"{name}-seed{seed}", STAGES[stage], []
+    folder = RUNS / f"{name}-seed{seed}"
     if after and after.folder != folder:  # stage 2 reads the result of stage 1 from its own run folder
         rmtree(folder / "stage1", ignore_errors=True)
         copytree(after.folder / "stage1", folder / "stage1")
@@ -62,19 +59,9 @@ def train(stage, seed, name, after=None, **settings):
                 "held_out": HELD_OUT, "eval_every": 10**6, "precision": "fp32", **settings}
     flags = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
 
-    # main() returns nothing, but it passes the trained model to save_result().
-    def save_and_keep(folder, stage, model, *rest):
-        save_result(folder, stage, model, *rest)
-        trained.append(model)
-
-    with (patch.object(sys, "argv", [stage_module.__name__, *flags, "--restart"]),
-          replaced(stage_module, save_result=save_and_keep),
-          open(folder / f"stage{stage}.txt", "w", encoding="utf-8") as file, redirect_stdout(file)):
-        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-        stage_module.main()
-    for number, handler in handlers.items():  # the stage has replaced them, to save before Ctrl-C ends it
-        signal.signal(number, handler)
-    model, run = trained[0], read_run(folder / f"stage{stage}")
+    with open(folder / f"stage{stage}.txt", "w", encoding="utf-8") as file, redirect_stdout(file):
+        model = STAGES[stage].main([*flags, "--restart"])
+    run = read_run(folder / f"stage{stage}")
     template = ChatTemplate(run["llm"])
     dataset = load_heldout_dataset(run, template, load_image_processor(run["vision_tower"]),
                                    model.num_image_tokens)

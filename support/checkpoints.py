@@ -8,28 +8,23 @@
     <run>/stage1/run.json                how it was trained, written last
 """
 
-import atexit
-import multiprocessing
+import math
 import os
 import signal
-import stat
 import sys
-import zipfile
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 
-from support.errors import Stopped, UserError
+from support.errors import UserError
 from support.files import atomic_write, delete, lock_folder, make_writable_folder, read_json
 
 # Settings that a resumed run may change, because they do not change what is computed. batch_size and
-# grad_accum may change if their product stays the same, which is checked separately.
+# grad_accum may change if the number of samples per step stays the same, which is checked separately.
 MAY_CHANGE = {"preset", "run", "device", "workers", "eval_every", "log_every", "save_every", "batch_size",
               "grad_accum", "allow_bad", "tracker", "activation_checkpointing", "resume", "restart",
-              "check_data", "decode", "effective_batch"}
-# Ctrl-C, the signal of kill and of cluster schedulers, and that of a closed terminal (not on Windows).
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+              "check_data", "effective_batch"}
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # of Ctrl-C; of kill and of cluster schedulers
 
 
 @dataclass
@@ -42,34 +37,30 @@ class Progress:
     skipped: list = field(default_factory=list)  # sentences about images that could not be decoded
 
 
-def open_stage_folder(folder, settings, world_size):
+def open_stage_folder(folder, settings, processes):
     """Creates a stage's folder and returns its checkpoint to resume from, or None to begin at step 0.
 
-    Also sets settings.effective_batch, the number of samples per step. Raises UserError if the folder is not
-    writable, or another process trains in it, or it holds a run and neither --resume nor --restart was given,
-    or --resume comes with other settings. Raises Stopped if --resume finds a run that is finished.
+    Ends the process if --resume finds a run that is finished. Raises UserError if the folder is not writable,
+    or another process trains in it, or it holds a run and neither --resume nor --restart was given, or
+    --resume comes with other settings.
+
+    Args: settings: dict of all settings, effective_batch included.
     """
-    settings.effective_batch = settings.batch_size * settings.grad_accum * world_size
     folder = make_writable_folder(folder)
-    if int(os.environ.get("RANK", 0)) == 0:  # of torchrun's processes, only one writes
+    if processes.rank == 0:  # the only one that writes
         lock_folder(folder)
-    for name in ("metrics.jsonl", "skipped.txt"):  # files that are appended to
-        if (folder / name).is_symlink():
-            raise UserError(f"{folder / name} is a symbolic link, and its target would be changed: delete it")
     path = folder / "checkpoint.pt"
     # If torchrun has restarted its workers, they continue from their checkpoint, even with --restart.
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if settings.restart and not (restarted and path.exists()):
+    restarted = processes.attempt > 0
+    if settings["restart"] and not (restarted and path.exists()):
         return None
-    resume = settings.resume or restarted
+    resume = settings["resume"] or restarted
     if finished := read_json(folder / "run.json"):
         if resume:
-            before = finished.get("settings") if isinstance(finished, dict) else None
-            if not isinstance(before, dict):
-                raise UserError(f"{folder}/run.json is damaged: train again with --restart")
-            check_same_settings(folder, before, settings)
+            check_same_settings(folder, finished["settings"], settings)
             discard_checkpoint(folder)  # left if the run was killed just before its end
-            raise Stopped(f"{folder} holds a finished run, so there is nothing to resume", 0)
+            print(f"{folder} holds a finished run, so there is nothing to resume", file=sys.stderr)
+            sys.exit(0)
         raise UserError(f"{folder} holds a finished run: discard it with --restart, or choose another folder "
                         "with --run")
     if path.exists() and not resume:
@@ -80,9 +71,6 @@ def open_stage_folder(folder, settings, world_size):
             print(f"{folder} has no checkpoint, so this run begins at step 0")
         return None
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch.load() does not compare the checksums in the file
-                raise ValueError("wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         before, progress = checkpoint["settings"], Progress(**checkpoint["progress"])
     except Exception as error:  # a damaged file can raise anything
@@ -95,17 +83,18 @@ def open_stage_folder(folder, settings, world_size):
 
 def check_same_settings(folder, before, settings):
     """Raises UserError if --resume comes with other settings than `before`, those of the earlier run."""
-    if before.get("stage1_checksum") != vars(settings).get("stage1_checksum"):  # stage 2 has this setting
+    if before.get("stage1_checksum") != settings.get("stage1_checksum"):  # stage 2 has this setting
         raise UserError(f"--resume: stage 1 has been trained again since the run in {folder} began; start "
                         "stage 2 again with --restart")
-    for name, value in vars(settings).items():
+    for name, value in settings.items():
         if name not in MAY_CHANGE and before.get(name) != value:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"--resume: the run in {folder} has {flag} {before.get(name)}, not {value}; use "
                             "the same value, or start another run with --run")
-    if settings.effective_batch != before.get("effective_batch"):
-        raise UserError(f"--resume: the run in {folder} has {before.get('effective_batch')} samples per step, "
-                        f"not {settings.effective_batch}; change --batch-size and --grad-accum together")
+    if settings["effective_batch"] != before.get("effective_batch"):
+        size = before.get("effective_batch")
+        raise UserError(f"--resume: the run in {folder} has {size} samples per step, not "
+                        f"{settings['effective_batch']}; change --batch-size and --grad-accum together")
 
 
 def discard_results(folder):
@@ -136,15 +125,20 @@ def save(folder, progress, model, optimizer, scaler, settings, fingerprint, proc
         # torch.save() says why a write failed (for example, a full disk) only if it gets an open file.
         with atomic_write(folder / "checkpoint.pt") as temporary, open(temporary, "wb") as file:
             torch.save({
-                "progress": asdict(progress), "settings": vars(settings),
+                "progress": asdict(progress), "settings": settings,
                 "weights": model.trainable(), "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(), "rng": rngs, "records": fingerprint,
                 "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0}, file)
     processes.barrier()
 
 
-def restore(checkpoint, model, optimizer, scaler, fingerprint, processes):
-    """Restores weights, optimizer, scaler and random numbers, and returns the Progress."""
+def restore_or_begin(checkpoint, folder, model, optimizer, scaler, fingerprint, processes):
+    """Returns the Progress of `checkpoint` and restores its weights, optimizer, scaler and random numbers. If
+    it is None, discards what an earlier run left in the folder, and returns the Progress of step 0."""
+    if checkpoint is None:
+        if processes.rank == 0:
+            discard_results(folder)
+        return Progress()
     if checkpoint["records"] != fingerprint:
         raise UserError("--resume: the training records have changed since the run was interrupted, so its "
                         "order of samples is lost; restore the data, or start again with --restart")
@@ -165,41 +159,53 @@ def restore(checkpoint, model, optimizer, scaler, fingerprint, processes):
     return Progress(**checkpoint["progress"])
 
 
-class StopSignal:
-    """Remembers a stop signal, so that the loop can finish its step and save. `number` is 0 until then.
+def stop_if_diverged(progress, loss, grad_norm, scaler, records, step):
+    """Raises UserError if the loss or the gradient is not finite, because the step would spoil all weights.
 
-    A second Ctrl-C or SIGTERM ends the process at once. Nothing is saved then, and nothing is damaged.
+    In fp16, an overflow now and then is normal: scaler.step() skips the step, and scaler.update() lowers the
+    scale. Ten in a row are not normal. `step` lists the micro-batches, whose records are named.
+    """
+    progress.bad_steps = 0 if math.isfinite(loss + grad_norm) else progress.bad_steps + 1
+    if progress.bad_steps >= (10 if scaler.is_enabled() else 1):
+        ids = [str(records[i].get("id")) for indices in step for i in indices]
+        raise UserError(f"step {progress.step + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try a lower "
+                        f"--lr, or look at the records of this step: {', '.join(ids[:16])}")
+
+
+def exit_after_stop(number, folder, step, total_steps):
+    """Says how to continue a run that a stop signal has ended, and ends the process."""
+    print(f"saved {folder} at step {step:,} of {total_steps:,}: continue with the same command and --resume",
+          file=sys.stderr)
+    sys.exit(128 + number)
+
+
+class StopSignal:
+    """A context in which Ctrl-C and SIGTERM only set `number`, so that the loop can finish its step and save.
+    `number` is 0 until then.
+
+    A second signal ends the process at once. Nothing is saved then, and nothing is damaged.
     """
 
-    def __init__(self):
+    def __enter__(self):
         self.number = 0
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup lets a run ignore SIGHUP
-                signal.signal(number, self._receive)
+        self.handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def _receive(self, number, frame):
-        if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal is gone; printing would fail
-            for output in (sys.stdout.fileno(), sys.stderr.fileno()):
-                if stat.S_ISCHR(os.fstat(output).st_mode):  # a terminal, and not a log file
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
-        elif self.number:
+        if self.number:
             os._exit(128 + number)
         self.number = number
         print("\nfinishing this step, then saving (press again to stop at once)", file=sys.stderr)
 
 
 def ignore_signals_in_worker(worker):
-    """Lets DataLoader workers ignore the stop signals, which reach every process. The main process still
-    needs the workers to finish its step. Afterwards it ends them."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def kill_workers():
-    """Kills DataLoader workers that are left at exit, after an error. Otherwise multiprocessing would send
-    them SIGTERM, which they ignore, and wait forever."""
-    if os.name != "nt":
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report them as lost
-    for child in multiprocessing.active_children():
-        child.kill()
+    """Keeps stop signals away from a DataLoader worker, because the main process needs its workers to finish
+    its step. A terminal and torchrun signal a whole group of processes, so the worker leaves this group."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    else:  # Windows
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -42,19 +42,19 @@ def expanded_attention(module, query, key, value, attention_mask, scaling=None, 
     values.
 
     TinyLlama has 32 query heads and 4 key-value heads, so 8 query heads share keys and values. For such
-    attention PyTorch before 2.14 has two CUDA kernels: flash and math. Flash needs half precision, Linux, and
-    an A100, an RTX 30xx or a later GPU. Elsewhere PyTorch uses math, which keeps all T×T attention weights in
-    fp32 for the backward pass. With copies, PyTorch can use its memory-efficient kernel,
-    which keeps none and runs on every CUDA GPU.
+    attention PyTorch before 2.14 has three CUDA kernels: flash, cuDNN and math. Flash and cuDNN need half
+    precision and an A100, an RTX 30xx or a later GPU, and flash also needs Linux. Elsewhere PyTorch uses
+    math, which keeps all T×T attention weights in fp32 for the backward pass. With copies, PyTorch can use
+    its memory-efficient kernel, which keeps none and runs on every CUDA GPU.
 
-    Shapes: query (B, heads, T, D / heads); key, value (B, key-value heads, T, D / heads).
+    Shapes: query (B, heads, T, head_dim); key, value (B, key-value heads, T, head_dim).
     """
     copies = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))  # (B, heads, T, D / heads)
+    key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))  # (B, heads, T, head_dim)
     is_causal = attention_mask is None and query.shape[2] > 1
     output = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, is_causal,
-                                            scale=scaling)  # (B, heads, T, D / heads)
-    return output.transpose(1, 2).contiguous(), None  # (B, T, heads, D / heads), and no attention weights
+                                            scale=scaling)  # (B, heads, T, head_dim)
+    return output.transpose(1, 2).contiguous(), None  # (B, T, heads, head_dim), and no attention weights
 
 
 AttentionInterface.register("expanded", expanded_attention)

@@ -1,6 +1,5 @@
 """Errors that a user can fix, and how a script ends with them: in one sentence and an exit code."""
 
-import os
 import re
 import sys
 import warnings
@@ -40,14 +39,6 @@ class BadRecord(UserError):
                          printable(f"record {repr(name)[:80]}: {reason}{detail and ': ' + detail}"))
 
 
-class Stopped(Exception):
-    """Ends the script before its last line, without an error: `sentence` is printed, `exit_code` returned."""
-
-    def __init__(self, sentence, exit_code):
-        super().__init__(sentence)
-        self.exit_code = exit_code
-
-
 @contextmanager
 def explain_errors(action):
     """Turns every exception into the UserError "cannot <action>: …". It is for reading and writing files,
@@ -64,8 +55,7 @@ def explain_errors(action):
 
 
 def run_script(main):
-    """Runs main() and exits. A UserError ends in its sentence and exit code 1; a bug still shows its
-    traceback."""
+    """Runs main(). A UserError exits with its sentence and code 1; a bug still shows its traceback."""
     transformers.logging.disable_progress_bar()  # the bar of loading weights
     # peft 0.21 asks transformers 5 for an attribute by its old name. The user can do nothing about it.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -76,17 +66,9 @@ def run_script(main):
         if hasattr(output, "reconfigure"):  # not in a notebook
             output.reconfigure(errors="backslashreplace")
     try:
-        for argument in sys.argv:
-            if re.search("[\ud800-\udfff]", argument):
-                raise UserError(f"the argument {ascii(argument)} is not UTF-8 text: type it again, or rename "
-                                "the file")
         main()
-        sys.stdout.flush()  # so that a broken pipe is noticed here
         if dist.is_initialized():  # not after an error, because other processes may still be waiting in a sum
             dist.destroy_process_group()
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stop.exit_code)
     except UserError as error:
         # An error of a DataLoader worker arrives as text, with the worker's traceback above it.
         sentence = re.split(r"support\.errors\.(?:UserError|BadRecord): ", str(error))[-1].strip()
@@ -108,10 +90,7 @@ def run_script(main):
                 advice = f"Lower --batch-size. {advice}"
         details = (str(error).splitlines() or ["no details"])[0]
         sys.exit(f"{script}: out of memory ({details}). {advice}")
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would fail once more
-        sys.exit(f"{script}: the program that reads this output has ended, so this one stops too")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(130)
 
 

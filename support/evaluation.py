@@ -1,8 +1,7 @@
 """Measures a model on held-out records: its loss with the correct, a different and a blank image, the answers
 that it generates, and the vocabulary tokens nearest to its projected patches.
 
-Both stages call measure_grounding() on all held-out records with an image, and generate_answers() and
-nearest_tokens() on the first record. The tools call the same functions on a finished run.
+Both stages call evaluate_heldout(). The tools call the functions that it uses on a finished run.
 """
 
 from collections import Counter
@@ -37,17 +36,27 @@ def make_heldout_batches(dataset, pad_token_id, batch_size):
     measure_grounding() takes the image of the previous record as the different image. So records that share
     an image are spread: the first record of every image comes first, then the second of every image, and so
     on. A last batch of one record would contain no different image. So np.array_split makes batches of nearly
-    equal size, which can be larger than batch_size.
+    equal size, which can be larger than batch_size. batch["image_names"] lists the names of the images.
+    Raises UserError if all records have the same image.
     """
     earlier, order = Counter(), []  # earlier[name]: how many records with this image came before
     for i in range(len(dataset)):
         name = dataset.records.image_name(dataset.records[i])
         if name is not None:
-            order.append((earlier[name], i))
+            order.append((earlier[name], i, name))
             earlier[name] += 1
-    samples = [dataset[i] for _, i in sorted(order)]
-    chunks = np.array_split(np.arange(len(samples)), max(1, len(samples) // max(2, batch_size)))
-    return [collate([samples[i] for i in chunk], pad_token_id) for chunk in chunks]
+    if len(earlier) < 2:
+        raise UserError("all held-out records with an image have the same image, so none can be evaluated "
+                        "with a different image; raise --held-out")
+    order.sort()
+    chunks = np.array_split(np.arange(len(order)), max(1, len(order) // max(2, batch_size)))
+    return [collate([dataset[order[k][1]] for k in chunk], pad_token_id)
+            | {"image_names": [order[k][2] for k in chunk]} for chunk in chunks]
+
+
+def count_labeled(batch):
+    """Returns the number of labeled tokens of each record: (B,)."""
+    return (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1)
 
 
 @torch.no_grad()
@@ -55,45 +64,50 @@ def record_losses(model, batch, device):
     """Returns -log p(answers | questions, image) of each record, in nats, summed over its tokens: (B,)."""
     tensors = {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
     losses = model(**tensors)  # (K,), in the order of the records
-    tokens_per_record = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1).tolist()
-    return torch.stack([record.sum() for record in losses.split(tokens_per_record)]).cpu().double()  # (B,)
+    per_record = losses.split(count_labeled(batch).tolist())
+    return torch.stack([record.sum() for record in per_record]).cpu().double()  # (B,)
 
 
-def measure_grounding(model, batches, device, blank=False):
+def measure_grounding(model, batches, device, blank=False, map=map):
     """Measures how much the held-out answers depend on the image.
 
     A falling loss does not show that a model uses the image, because it also falls while the model learns the
     style of the captions. So every record is evaluated with the correct image and with a different one, the
     image of the previous record in the batch. Only a model that uses the image does worse with a different
-    one.
+    one. If the previous record has the same image, the record counts in "loss" only.
 
     Args:
         batches: from make_heldout_batches().
         blank: if true, every record is evaluated with a blank image too.
+        map: Processes.map shares the batches out among several processes.
     Returns: a dict.
         loss, loss_different, loss_blank: nats per token with the correct, a different and a blank image.
         correct_more_likely: fraction of records whose answers are more likely with the correct image. A tie
             counts half, so chance is 0.5.
+        same_image: number of records without a different image, if there are any.
     """
+    def measure(batch):
+        pixel_values, names = batch["pixel_values"], batch["image_names"]  # (B, 3, S, S)
+        images = [pixel_values, pixel_values.roll(1, dims=0)]  # the second: record i gets image i - 1
+        if blank:  # pixel values are normalized, so zero is CLIP's mean color
+            images.append(torch.zeros_like(pixel_values))
+        losses = [record_losses(model, {**batch, "pixel_values": pixels}, device) for pixels in images]
+        differs = torch.tensor([name != names[i - 1] for i, name in enumerate(names)])  # (B,)
+        return torch.stack([*losses, count_labeled(batch), differs])  # (4 or 5, B)
+
     was_training = model.training
     model.eval()
-    correct, different, blanks, tokens = [], [], [], 0
-    for batch in batches:
-        pixel_values = batch["pixel_values"]  # (B, 3, S, S)
-        correct.append(record_losses(model, batch, device))
-        different_batch = {**batch, "pixel_values": pixel_values.roll(1, dims=0)}  # record i gets image i - 1
-        different.append(record_losses(model, different_batch, device))
-        if blank:  # pixel values are normalized, so zero is CLIP's mean color
-            blank_batch = {**batch, "pixel_values": torch.zeros_like(pixel_values)}
-            blanks.append(record_losses(model, blank_batch, device))
-        tokens += (batch["labels"][:, 1:] != IGNORE_INDEX).sum().item()
+    correct, different, *blanks, tokens, differs = torch.cat(list(map(measure, batches)), dim=1)  # (records,)
     model.train(was_training)
-    correct, different = torch.cat(correct), torch.cat(different)  # (records,)
-    wins = (correct < different).float() + 0.5 * (correct == different)  # (records,)
-    measured = {"loss": correct.sum().item() / tokens, "loss_different": different.sum().item() / tokens,
+    differs = differs.bool()
+    wins = ((correct < different).float() + 0.5 * (correct == different))[differs]
+    measured = {"loss": (correct.sum() / tokens.sum()).item(),
+                "loss_different": (different[differs].sum() / tokens[differs].sum()).item(),
                 "correct_more_likely": wins.mean().item()}
     if blank:
-        measured["loss_blank"] = torch.cat(blanks).sum().item() / tokens
+        measured["loss_blank"] = (blanks[0].sum() / tokens.sum()).item()
+    if not differs.all():
+        measured["same_image"] = (~differs).sum().item()
     return measured
 
 
@@ -106,6 +120,15 @@ def records_with_other_images(records, i, count=1):
     if not found:
         raise UserError(f"{records.file.path}: all held-out records have the same image; raise --held-out")
     return found
+
+
+def evaluate_heldout(model, template, dataset, batches, device, map):
+    """Returns (measured, generated, reference, words): what measure_grounding() returns for all held-out
+    batches, and for the first record the generated answer, the reference answer and the nearest tokens."""
+    prompt, reference = dataset.make_prompt(0)
+    measured = measure_grounding(model, batches, device, map=map)
+    [generated] = generate_answers(model, template, [prompt], device, max_new_tokens=64)
+    return measured, generated, reference, nearest_tokens(model, template, prompt["pixel_values"])
 
 
 def prompt_batch(template, prompts, device):

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 
+import torch
 from tqdm import tqdm
 
 from support.errors import UserError, explain_errors, printable
@@ -17,16 +18,16 @@ class MetricsLog:
     """Writes the metrics of one stage.
 
     Args:
-        folder: where metrics.jsonl is. Only the process of rank 0 writes.
+        folder: where metrics.jsonl is. Only process 0 writes.
         checkpoint: what the run resumes from, or None. Lines that were written after it are removed, because
             their steps are taken again.
         tracker: None, or a module with init(...) and log(dict, step=...), such as trackio, wandb or swanlab.
         settings: dict of all settings, for the tracker.
     """
 
-    def __init__(self, folder, rank, checkpoint, total_steps, tracker, settings):
-        self.file = self.tracker = None
-        if rank == 0:
+    def __init__(self, folder, processes, checkpoint, total_steps, tracker, settings):
+        self.processes, self.file, self.tracker = processes, None, None
+        if processes.rank == 0:
             path = folder / "metrics.jsonl"
             with explain_errors(f"write {path}"):
                 self.file = open(path, "ab")
@@ -37,35 +38,57 @@ class MetricsLog:
         step = checkpoint["progress"]["step"] if checkpoint else 0
         # disable=None: no bar where stderr is not a terminal, because it would fill a log file.
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True,
-                        disable=True if rank > 0 else None)
-        self.last_line, self.last_generated = time.time(), None
+                        disable=True if processes.rank > 0 else None)
+        self.total_steps, self.steps_counted, self.evaluation_seconds = total_steps, 0, 0.0
+        self.started = self.evaluated = self.step_ended = time.time()
+        self.last_line, self.last_generated = 0.0, None
         self._start_interval()
 
     def _start_interval(self):
-        self.interval_start, self.interval_samples, self.interval_waiting = time.time(), 0, 0.0
+        self.interval_start, self.interval_waiting = time.time(), 0.0
+        self.interval_samples = self.interval_tokens = 0
 
-    def count_step(self, samples, waiting):
-        """Counts a step: its number of samples and the seconds that it waited for data."""
+    def count_step(self, samples, micro_batches, waiting):
+        """Counts a step: its number of samples over all processes, the micro-batches of this process, and the
+        seconds that it waited for them."""
         self.interval_samples += samples
+        self.interval_tokens += sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
         self.interval_waiting += waiting
+        self.steps_counted += 1
+        self.step_ended = time.time()
         self.bar.update()
 
     def log_step(self, step, **metrics):
-        """Logs a training step, with samples per second and the fraction of time spent waiting for data."""
+        """Logs a training step. Adds samples and tokens per second, the fraction of time spent waiting for
+        data, the seconds until the last step, evaluations included, and the peak memory of a GPU."""
         seconds = time.time() - self.interval_start
-        metrics = {name: float(value) for name, value in metrics.items()}
-        rate = self.interval_samples / seconds
-        self._write(step, **metrics, samples_per_s=rate, waiting=self.interval_waiting / seconds)
-        state = f"loss {metrics['loss']:.3f}, {rate:.1f} samples/s"
+        metrics = {name: float(value) for name, value in metrics.items()} | {
+            "samples_per_s": self.interval_samples / seconds,
+            "tokens_per_s": self.processes.sum(self.interval_tokens) / seconds,
+            "waiting": self.interval_waiting / seconds,
+            "seconds_left": (time.time() - self.started) / self.steps_counted * (self.total_steps - step)}
+        state = (f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:,.0f} tokens/s, waiting for data "
+                 f"{metrics['waiting']:.0%}")
+        if self.processes.device.type == "cuda":
+            metrics["gpu_gib"] = torch.cuda.max_memory_allocated(self.processes.device) / 2**30
+            state += f", GPU memory {metrics['gpu_gib']:.1f} GiB"
+        self._write(step, **metrics)
         self.bar.set_postfix_str(state, refresh=False)
-        if self.bar.disable and time.time() - self.last_line > 60:  # a sign of life in place of the bar
+        if self.bar.disable and time.time() - self.last_line > 60:  # in place of the bar, once a minute
             self.last_line = time.time()
-            print(f"step {step} of {self.bar.total}: {state}", flush=True)
+            left = tqdm.format_interval(metrics["seconds_left"])
+            print(f"step {step} of {self.total_steps}: {state}, {left} left", flush=True)
         self._start_interval()
+
+    def may_evaluate(self):
+        """Returns True if training since the last evaluation has taken ten times as long as that evaluation.
+        So evaluations take at most a tenth of the time. All processes get the same answer."""
+        enough = time.time() - self.evaluated >= 10 * self.evaluation_seconds
+        return self.processes.max(int(enough)) > 0
 
     def log_heldout(self, step, measured, generated, reference, words):
         """Logs an evaluation: what measure_grounding() returned, one answer beside its reference answer, and
-        what nearest_tokens() returned. tools/page.py shows the latter."""
+        what nearest_tokens() returned. tools/page.py shows the latter. Returns `measured`."""
         measured_values = {f"heldout_{name}": value for name, value in measured.items()}
         self._write(step, **measured_values, generated=generated, words=words)
         if self.file:
@@ -75,7 +98,12 @@ class MetricsLog:
             self.last_generated = generated
             tqdm.write(text)
             sys.stdout.flush()
+        self.evaluated = time.time()
+        self.evaluation_seconds = self.evaluated - self.step_ended  # an evaluation follows a step
+        if not self.steps_counted:
+            self.started = self.evaluated
         self._start_interval()
+        return measured
 
     def _write(self, step, **values):
         if self.file:
@@ -99,8 +127,11 @@ class MetricsLog:
 
 def format_grounding(measured):
     """Returns one line about what measure_grounding() measured."""
-    return (f"held-out loss {measured['loss']:.3f} (different image {measured['loss_different']:.3f}); "
+    text = (f"held-out loss {measured['loss']:.3f} (different image {measured['loss_different']:.3f}); "
             f"correct image more likely: {measured['correct_more_likely']:.0%} (chance 50%)")
+    if measured.get("same_image"):
+        text += f"; without {measured['same_image']} records whose different image would be the same one"
+    return text
 
 
 def import_tracker(name):

@@ -45,12 +45,14 @@ FLAGS = {  # name: (type or choices, help)
     "epochs": (number(int, 1, 10_000), "passes over the data"),
     "max_steps": (number(int, 0, 10_000_000), "optimizer steps, instead of --epochs; 0 trains nothing"),
     "warmup": (FRACTION, "fraction of the steps in which the learning rate rises"),
-    "max_grad_norm": (REAL, "gradients with a larger norm are scaled down to it"),
+    "max_grad_norm": (REAL, "gradients with a larger norm are scaled down to it; 0: no clipping"),
     "precision": (("auto", "fp32", "bf16", "fp16"), "of frozen weights and matrix products"),
     "device": (str, "auto, cpu, cuda, cuda:1, mps, …"),
     "seed": (COUNT, "seed of all random numbers"),
-    "eval_every": (POSITIVE, "optimizer steps between two evaluations on the held-out records"),
-    "save_every": (POSITIVE, "optimizer steps between two checkpoints"),
+    "eval_every": (POSITIVE, "optimizer steps between two evaluations on the held-out records; None: up to "
+                   "20 evaluations per run, in at most a tenth of its time"),
+    "save_every": (POSITIVE, "optimizer steps between two checkpoints; None: about 20 per run, and at least "
+                   "one every 100 steps"),
     "log_every": (POSITIVE, "optimizer steps between two lines of metrics.jsonl"),
     "tracker": (str, "also log to this module, which has init() and log(): trackio, wandb, swanlab, …"),
 }
@@ -63,11 +65,11 @@ SWITCHES = {
 }
 
 
-def parse_settings(description, presets):
+def parse_settings(description, presets, argv=None):
     """Returns the settings as an argparse.Namespace: those of the chosen preset, changed by the flags given.
 
     Args: description: shown by --help. presets: {name of the preset: {setting: value}}, all with the same
-    settings.
+    settings. argv: list of flags; None takes those of the command line.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,7 +84,7 @@ def parse_settings(description, presets):
     for name, text in SWITCHES.items():
         group = resume_or_restart if name in ("resume", "restart") else parser
         group.add_argument("--" + name.replace("_", "-"), action="store_true", help=text)
-    given = vars(parser.parse_args())
+    given = vars(parser.parse_args(argv))
     return argparse.Namespace(**{"preset": given["preset"], **presets[given["preset"]], **given})
 
 

@@ -1,8 +1,16 @@
-"""Which samples each optimizer step uses, in which order, and in which micro-batches."""
+"""Which samples each optimizer step uses, in which micro-batches, and whether the longest of them fits."""
 
+import time
+from functools import partial
 from math import ceil
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from data import collate
+from support.checkpoints import ignore_signals_in_worker
+from support.errors import UserError, is_out_of_memory
 
 
 def plan_steps(lengths, batch_size, grad_accum, epochs, max_steps, seed, rank=0, world_size=1, samples_done=0,
@@ -14,12 +22,12 @@ def plan_steps(lengths, batch_size, grad_accum, epochs, max_steps, seed, rank=0,
 
     The samples of all epochs form one long sequence, each epoch in a random order drawn from (seed, epoch). A
     step takes the next batch_size × grad_accum × world_size of them; the last step of an epoch takes what is
-    left. The sequence depends on the seed alone. So a run can be resumed after `samples_done` samples, even
-    with another number of processes.
+    left. The sequence depends only on the seed and on the number of samples. So a run can be resumed after
+    `samples_done` samples, even with another number of processes.
 
-    Within a step, samples are sorted by length, so that a micro-batch needs little padding. This changes
-    nothing in the gradient, because the loss is a sum over the whole step. (Sorting a whole epoch would
-    remove the randomness.) The longest samples of a step come first.
+    If a step has several micro-batches or processes, its samples are sorted by length, so that a micro-batch
+    needs little padding. This changes nothing in the gradient, because the loss is a sum over the whole step.
+    (Sorting a whole epoch would remove the randomness.) The longest samples of a step come first.
 
     Args:
         lengths: (samples,) approximate number of tokens of each sample.
@@ -42,3 +50,81 @@ def plan_steps(lengths, batch_size, grad_accum, epochs, max_steps, seed, rank=0,
     # Process r of P takes samples r, r + P, r + 2P, … so that all processes get samples of similar lengths.
     steps = [step[rank::world_size].tolist() for step in steps]
     return [[step[i:i + batch_size] for i in range(0, len(step), batch_size)] for step in steps], sizes
+
+
+def plan_events(settings, total_steps):
+    """Returns three sets of steps: after which to log, to evaluate, and to save a checkpoint.
+
+    The last step is not in the second set, because an evaluation follows it in any case.
+    """
+    automatic = max(1, total_steps // 20)
+    eval_every, save_every = settings.eval_every or automatic, settings.save_every or min(100, automatic)
+    log_at, eval_at, save_at = (set(range(every, total_steps, every))
+                                for every in (settings.log_every, eval_every, save_every))
+    return log_at | {total_steps}, eval_at, save_at | {total_steps}
+
+
+def print_plan(settings, world_size, step_sizes, training, held_out, total_steps):
+    """Prints the sizes of the batch and of the data."""
+    print(f"batch: {settings.batch_size} (micro-batch) × {settings.grad_accum} (accumulation) × {world_size} "
+          f"(processes) = {max(step_sizes, default=0)} samples per step\n"
+          f"data: {training:,} samples to train on, {held_out:,} held out; {total_steps:,} steps")
+
+
+def load_steps(dataset, steps, pad_token_id, workers, device):
+    """Yields (micro-batches, sentences about images that were skipped, seconds spent waiting) of each step.
+
+    steps: from plan_steps(). See collate() for what a micro-batch contains.
+    """
+    # Every tensor that a worker has prepared is an open file, so workers prepare 16 micro-batches at most.
+    loader = DataLoader(dataset, batch_sampler=[indices for step in steps for indices in step],
+                        collate_fn=partial(collate, pad_token_id=pad_token_id), num_workers=workers,
+                        prefetch_factor=min(max([2, *map(len, steps)]), 16) if workers else None,
+                        worker_init_fn=ignore_signals_in_worker, pin_memory=device.type == "cuda",
+                        # Without its own generator, the loader draws a seed from the global one. A resumed
+                        # run of stage 2 would then draw different dropout masks.
+                        generator=torch.Generator())
+    batches = iter(loader)
+    for step in steps:
+        yield _take(batches, len(step))  # nothing here keeps the micro-batches, so the caller can free them
+
+
+def _take(batches, count):
+    started = time.perf_counter()
+    micro_batches = [next(batches) for _ in range(count)]
+    seconds = time.perf_counter() - started
+    return micro_batches, [sentence for batch in micro_batches for sentence in batch.pop("skipped")], seconds
+
+
+def try_longest_batch(model, dataset, lengths, pad_token_id, device, autocast, settings):
+    """Takes one forward and backward pass of the longest possible micro-batch and prints its peak memory, so
+    that a run that does not fit ends at once and not after hours.
+
+    Changes nothing in the run: weights and random numbers stay as they are, and gradients are None
+    afterwards. Raises UserError if the memory is too small.
+    """
+    longest = np.argsort(-lengths, kind="stable")[:settings.batch_size].tolist()
+    batch = collate([dataset[i] for i in longest], pad_token_id)
+    size, length = batch["input_ids"].shape
+    text = f"longest micro-batch: {size} samples of up to {length:,} tokens"
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws from it
+            with autocast():
+                losses = model(**{name: batch[name].to(device) for name in batch if name != "skipped"})
+            losses.sum().backward()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = "add --activation-checkpointing"
+        if settings.activation_checkpointing:
+            advice = "lower --max-length"
+        if settings.batch_size > 1:
+            parts = next(n for n in range(2, settings.batch_size + 1) if settings.batch_size % n == 0)
+            advice = (f"pass --batch-size {settings.batch_size // parts} --grad-accum "
+                      f"{settings.grad_accum * parts}, which gives the same gradient, or {advice}")
+        raise UserError(f"out of memory; {text}: {advice}") from error
+    model.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        text += (f"; peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB, and "
+                 f"{torch.cuda.mem_get_info(device)[0] / 2**30:.1f} GiB of the GPU are still free")
+    print(text)

@@ -39,7 +39,7 @@ from support.pretrained import load_image_processor, load_language_model, load_v
 torch.set_num_threads(1)  # models this small are slower with more threads
 
 # nohup and the background jobs of a shell ignore some of these signals. The scripts that tests start would
-# inherit this, and the tests of Ctrl-C and of a closed terminal would fail.
+# inherit this, and the tests of Ctrl-C would fail.
 for number in STOP_SIGNALS:
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -267,16 +267,12 @@ def flags(parts, drawn):
 def script(monkeypatch, tmp_path):
     """script("stage1_align", flag, …) runs a script in this process, as its command line would.
     "tools.evaluate" stands for python -m tools.evaluate."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-
     def run(name, *words):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [name.replace(".", "/") + ".py", *map(str, words)])
         run_script(importlib.import_module(name).main)
 
-    yield run
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    return run
 
 
 @pytest.fixture

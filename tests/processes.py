@@ -14,7 +14,6 @@ import sys
 
 import torch
 
-from support.checkpoints import kill_workers
 from support.errors import run_script
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -25,7 +24,8 @@ SMALL = ["--batch-size", "4", "--grad-accum", "2", "--held-out", "4", "--save-ev
          "--eval-every", "8", "--log-every", "1", "--device", "cpu"]
 
 
-def _child(script, arguments, output, environment, plain_sgd, max_file_size):
+def _child(script, arguments, output, environment, plain_sgd, max_file_size,
+           max_open_files):
     os.environ.update(environment)
     os.setpgid(0, 0)  # a group of its own, so that a signal can be sent to this process and its workers
     torch.set_num_threads(1)
@@ -36,22 +36,21 @@ def _child(script, arguments, output, environment, plain_sgd, max_file_size):
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.stdout.reconfigure(line_buffering=True)  # a killed process would lose its lines
-    if max_file_size:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
-    try:
-        run_script(importlib.import_module(script).main)
-    finally:
-        kill_workers()  # a process of multiprocessing does not call what atexit has registered
+    for limit, value in ((resource.RLIMIT_FSIZE, max_file_size), (resource.RLIMIT_NOFILE, max_open_files)):
+        if value:
+            resource.setrlimit(limit, (value, value))
+    run_script(importlib.import_module(script).main)
 
 
-def start(script, arguments, output, environment=None, plain_sgd=False, max_file_size=None):
+def start(script, arguments, output, environment=None, plain_sgd=False, max_file_size=None,
+          max_open_files=None):
     """Starts a script and returns its process.
 
     Args: output: file to which stdout and stderr are appended. plain_sgd: use SGD instead of AdamW.
-    max_file_size: bytes after which writing to a file fails, as on a full disk.
+    max_file_size: bytes after which writing to a file fails, as on a full disk. max_open_files: as set by ulimit -n.
     """
     process = CONTEXT.Process(target=_child, args=(script, arguments, output, environment or {}, plain_sgd,
-                                                   max_file_size))
+                                                   max_file_size, max_open_files))
     process.start()
     return process
 
@@ -78,5 +77,5 @@ def finish(script, arguments, output, world_size=1, plain_sgd=False):
 def metrics(folder):
     """Returns the lines of metrics.jsonl without what depends on the time of day."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("time", "samples_per_s", "waiting")}
-            for line in lines]
+    times = ("time", "samples_per_s", "tokens_per_s", "waiting", "seconds_left")
+    return [{name: value for name, value in line.items() if name not in times} for line in lines]

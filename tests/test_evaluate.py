@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from support import evaluation
 from support.errors import UserError
-from support.evaluation import make_heldout_batches, records_with_other_images
+from support.evaluation import make_heldout_batches, measure_grounding, records_with_other_images
+from support.metrics_log import format_grounding
 from tools import evaluate
 from tools.evaluate import evenly_spaced, f1, is_toy_caption, score_captions
 
@@ -47,7 +49,7 @@ def documented_keys():
 def test_every_key_of_eval_json_is_documented():
     # Of the keys with "answers_", the docstring names only the first, and then writes "…".
     expected = {"stage", "checksums", "counts", "correct_more_likely", "answers_loss"} | CAPTIONS | F1 | EXACT
-    assert documented_keys() == expected
+    assert documented_keys() == expected | {"captions_same_image"}
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -81,19 +83,23 @@ def test_correct_captions_score_1_and_those_of_different_images_less():
     assert f1([set()], [{"circle"}]) == 0 and f1([set()], [set()]) == 0
 
 
-def test_the_different_image_is_a_different_one_if_several_records_share_an_image():
-    class Records(list):
-        def image_name(self, record):
-            return record["image"]
+class Records(list):
+    def image_name(self, record):
+        return record["image"]
 
+
+def dataset_of(names):
+    """Returns a dataset with one record for each letter. The pixels of an image are its letter's code, and so
+    is the token of its answer."""
     class Dataset(list):
-        records = Records({"image": name} for name in "aaabbbcc")
+        records = Records({"image": name} for name in names)
 
-    names = {name: value for value, name in enumerate("abc")}
-    dataset = Dataset({"input_ids": [0], "labels": [0],
-                       "pixel_values": torch.full((3, 1, 1), names[record["image"]])}
-                      for record in Dataset.records)
-    for batch in make_heldout_batches(dataset, 0, 8):
+    return Dataset({"input_ids": [0, ord(name)], "labels": [0, ord(name)],
+                    "pixel_values": torch.full((3, 1, 1), ord(name))} for name in names)
+
+
+def test_the_different_image_is_a_different_one_if_several_records_share_an_image():
+    for batch in make_heldout_batches(dataset_of("aaabbbcc"), 0, 8):
         images = batch["pixel_values"][:, 0, 0, 0]
         assert len(images) == 8 and (images != images.roll(1)).sum() >= 7
 
@@ -123,6 +129,25 @@ def test_codes_that_change_the_terminal_are_escaped_when_printed(script, flags, 
     script("sanity_check", "--run", run)
     out = capsys.readouterr().out
     assert not {"\x1b", "\u202e"} & set(out) and out.count(r"\u202e") > 3 and r"\x1b[2J" in out
+
+
+@pytest.mark.parametrize("names, left_out", [("aaaaaaab", 6), ("aaab", 2), ("abcd", 0)])
+def test_a_record_whose_different_image_would_be_the_same_is_left_out_and_counted(names, left_out,
+                                                                                  monkeypatch):
+    """The model is perfect: its loss is 0 with the correct image and 1 with every other."""
+    def losses(model, batch, device):
+        return (batch["pixel_values"][:, 0, 0, 0] != batch["labels"][:, 1]).double()
+
+    monkeypatch.setattr(evaluation, "record_losses", losses)
+    measured = measure_grounding(torch.nn.Linear(1, 1), make_heldout_batches(dataset_of(names), 0, 4), "cpu")
+    assert (measured["loss"], measured["loss_different"], measured["correct_more_likely"]) == (0, 1, 1)
+    assert measured.get("same_image", 0) == left_out
+    assert (f"without {left_out} records" in format_grounding(measured)) == (left_out > 0)
+
+
+def test_held_out_records_that_all_share_one_image_are_refused():
+    with pytest.raises(UserError, match="the same image.*--held-out"):
+        make_heldout_batches(dataset_of("aaaa"), 0, 4)
 
 
 def test_records_are_taken_at_equal_distances():

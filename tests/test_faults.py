@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 import json
 import os
 import pickle
@@ -23,20 +24,11 @@ import model
 import stage1_align
 import toy.world
 from data import ChatDataset, collate
-from support import checkpoints, files, metrics_log, results
+from support import checkpoints, files, metrics_log, results, step_batches
 from support.check_records import count_skipped_images
 from support.errors import UserError, run_script
 from support.images import ImageStore
 from support.records import RecordFile, RecordSet
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """Restores pytest's own handlers after a test that has run a stage in this process."""
-    handlers = {number: signal.getsignal(number) for number in checkpoints.STOP_SIGNALS}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def wait_for(process, condition):
@@ -78,31 +70,11 @@ def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_continue(num
     assert metrics(tmp_path / "stage1")[-1]["step"] == step
 
 
-def test_a_closed_terminal_lets_a_run_save_and_stop(tmp_path):
-    """The kernel sends SIGHUP, and writing to the terminal fails from then on."""
-    pty = pytest.importorskip("pty")
-    words = [sys.executable, str(REPOSITORY / "stage1_align.py"), "--run", str(tmp_path), *SMALL,
-             "--save-every", "9999", "--workers", "1"]
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(sys.executable, words)
-    while not first_step_is_logged(tmp_path / "stage1"):
-        os.read(terminal, 10_000)
-    os.close(terminal)
-    os.kill(pid, signal.SIGHUP)  # a shell sends it to its jobs once more
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
-    checkpoint = torch.load(tmp_path / "stage1" / "checkpoint.pt", weights_only=True)
-    assert metrics(tmp_path / "stage1")[-1]["step"] == checkpoint["progress"]["step"]
-
-
-def test_a_run_under_nohup_ignores_a_closed_terminal(monkeypatch):
-    monkeypatch.setattr(checkpoints, "STOP_SIGNALS", [signal.SIGHUP])
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        checkpoints.StopSignal()
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def test_a_stage_leaves_the_signal_handlers_as_they_were(script, flags):
+    before = {number: signal.getsignal(number) for number in checkpoints.STOP_SIGNALS}
+    script("stage1_align", *flags(1, max_steps=1))
+    interrupt_after_step(1, script, flags(1, max_steps=3, run="interrupted"))
+    assert {number: signal.getsignal(number) for number in checkpoints.STOP_SIGNALS} == before
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path):
@@ -156,9 +128,10 @@ def test_an_unfinished_run_is_not_overwritten_by_accident(unfinished, tmp_path):
 
 
 @pytest.mark.parametrize("flag, value", [("--lr", "0.5"), ("--seed", "3"), ("--max-length", "99"),
-                                         ("--data", "toy/data/instruct.json"), ("--precision", "bf16")])
+                                         ("--data", "toy/data/instruct.json"), ("--precision", "bf16"),
+                                         ("--decode", "True")])
 def test_resuming_with_another_setting_names_it(unfinished, flag, value, tmp_path):
-    arguments = ["--run", str(unfinished), *SMALL, "--resume", flag, value]
+    arguments = ["--run", str(unfinished), *SMALL, "--resume", flag, *[value] * (flag != "--decode")]
     sentence = failure("stage1_align", arguments, tmp_path / "log")
     assert "--resume" in sentence and flag in sentence and value in sentence
 
@@ -209,8 +182,6 @@ class Dangerous:
 
 def damaged_checkpoints(content):
     yield "truncated", content[:len(content) // 2]
-    middle = len(content) // 2
-    yield "a bit flipped in a weight", content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
     yield "a bit flipped in its pickle", content.replace(b"weights", b"weight\xff")
     yield "empty", b""
     yield "no checkpoint", b"<html>404</html>"
@@ -285,11 +256,11 @@ def test_more_tokens_than_the_llm_can_read_are_refused(script, refusal, flags, t
     assert "ask a shorter question" in refusal("sanity_check", "--image", image, "--question", "word " * 5000)
 
 
-@pytest.mark.parametrize("name, reason", [("a" * 300, "a" * 300), ("\udcff", "UTF-8")])
-def test_a_name_that_no_file_can_have_is_one_sentence(name, reason, refusal):
+def test_a_name_that_no_file_can_have_is_one_sentence(refusal):
+    name = "a" * 300
     for script, flag in (("stage1_align", "--run"), ("stage1_align", "--data"), ("stage1_align", "--llm"),
                          ("sanity_check", "--run")):
-        assert reason in refusal(script, flag, name)
+        assert name in refusal(script, flag, name)
 
 
 def test_another_chat_template_than_that_of_the_training_is_refused(tmp_path):
@@ -458,6 +429,26 @@ def test_an_error_in_a_worker_ends_the_command(flags, tmp_path, drawn):
     assert done.returncode == 1 and "8 records in a row cannot be used" in done.stderr.splitlines()[-1]
 
 
+def test_many_micro_batches_of_a_worker_need_few_open_files(tmp_path):
+    """Every tensor that a worker sends is an open file: 32 micro-batches have 128. The files of two steps
+    would be more than this process may open."""
+    arguments = ["--run", str(tmp_path), *SMALL, "--limit", "70", "--epochs", "1", "--batch-size", "1",
+                 "--grad-accum", "32", "--workers", "1"]
+    process = start("stage1_align", arguments, tmp_path / "log", max_open_files=256)
+    process.join(120)
+    assert process.exitcode == 0, (tmp_path / "log").read_text()[-3000:]
+
+
+@pytest.mark.parametrize("accumulation, prefetched", [(1, 2), (8, 8), (128, 16)])
+def test_a_worker_prepares_at_most_16_micro_batches(accumulation, prefetched, monkeypatch):
+    """With pinned memory only the worker's files are open, four for each micro-batch."""
+    settings = {}
+    loader = ({"skipped": []} for _ in itertools.count())
+    monkeypatch.setattr(step_batches, "DataLoader", lambda *_, **named: settings.update(named) or loader)
+    next(step_batches.load_steps([], [[[0]] * accumulation] * 2, 0, 1, torch.device("cpu")))
+    assert settings["prefetch_factor"] == prefetched
+
+
 def test_a_bug_still_shows_its_traceback():
     illegal_access = "CUDA error: an illegal memory access was encountered"  # no lack of memory
     for bug in (ZeroDivisionError(), RuntimeError(illegal_access)):
@@ -503,18 +494,6 @@ def test_a_disk_that_fills_up_while_skipped_images_are_listed_is_one_sentence(tm
     os.symlink("/dev/full", tmp_path / "skipped.txt")
     with pytest.raises(UserError, match="cannot write .*skipped.txt: No space left on device"):
         count_skipped_images([], ["an image"], tmp_path, 1.0, 1)
-
-
-@pytest.mark.parametrize("name", ["metrics.jsonl", "skipped.txt"])
-def test_a_resumed_run_does_not_write_through_a_symbolic_link(name, script, refusal, flags, tmp_path):
-    arguments = flags(1, max_steps=4, save_every=1, batch_size=2)
-    interrupt_after_step(2, script, arguments)
-    link = tmp_path / "runs" / "toy" / "stage1" / name
-    link.unlink(missing_ok=True)
-    (tmp_path / "precious.txt").write_text("precious" * 1000)
-    os.symlink(tmp_path / "precious.txt", link)
-    assert name in refusal("stage1_align", *arguments, "--resume")
-    assert (tmp_path / "precious.txt").read_text() == "precious" * 1000
 
 
 def test_a_folder_that_vanishes_during_the_run_is_one_sentence(refusal, flags, monkeypatch, tmp_path):

@@ -3,21 +3,28 @@
 Both stages are started once as commands, for all tests. The other runs are in this process.
 """
 
+import importlib
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import N, batch_of, command, draw, forget_checksums, metrics, preprocess
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+import stage1_align
 from data import collate
 from model import LORA_TARGETS
+from support import metrics_log
+from support.errors import UserError
 from support.settings import print_settings
+from support.step_batches import plan_events, try_longest_batch
 
 NAMES = {1: "stage1_align", 2: "stage2_instruct"}
 
@@ -142,8 +149,11 @@ def test_a_real_model_on_a_cpu_is_pointed_out_before_it_starts(capsys, device, l
 def test_the_loss_falls_and_every_step_is_logged(trained, stage, steps):
     lines, held_out = metrics(trained[0] / "runs" / "toy" / f"stage{stage}")
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
-    expected = {"step", "samples", "loss", "lr", "grad_norm", "labeled_tokens", "samples_per_s", "waiting"}
+    expected = {"step", "samples", "loss", "lr", "grad_norm", "labeled_tokens", "samples_per_s",
+                "tokens_per_s", "waiting", "seconds_left"}
     assert all(line.keys() >= expected for line in lines)
+    assert all(N < line["tokens_per_s"] / line["samples_per_s"] < 200 for line in lines)
+    assert lines[0]["seconds_left"] > lines[-1]["seconds_left"] == 0
     assert lines[-1]["samples"] == 8 * steps
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
     assert held_out[0]["step"] == 0 and held_out[-1]["step"] == steps
@@ -257,6 +267,46 @@ def test_the_same_seed_gives_the_same_projector(script, flags, tmp_path):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
+def test_trying_the_longest_batch_changes_no_bit_of_the_run(script, flags, watched, tmp_path, stage,
+                                                             monkeypatch, capsys):
+    """In stage 2 dropout draws random numbers. On a CPU the stages leave this step out, so the test adds it
+    where the stage makes its loader."""
+    script("stage1_align", *flags(1, max_steps=0))
+    module, outcomes, seen = importlib.import_module(NAMES[stage]), [], watched(stage)
+    load_steps, folder = module.load_steps, tmp_path / "runs" / "toy" / f"stage{stage}"
+
+    def try_and_load(dataset, steps, pad_token_id, workers, device):
+        settings = SimpleNamespace(batch_size=3, grad_accum=1, activation_checkpointing=False)
+        lengths = np.array([len(dataset.encode(record)[0]) for record in dataset.records])
+        model = seen["model"].train()
+        try_longest_batch(model, dataset, lengths, pad_token_id, device, nullcontext, settings)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        return load_steps(dataset, steps, pad_token_id, workers, device)
+
+    for load in (load_steps, try_and_load):
+        monkeypatch.setattr(module, "load_steps", load)
+        script(NAMES[stage], *flags(stage, max_steps=2, batch_size=4), "--restart")
+        outcomes.append([(folder / "projector.safetensors").read_bytes(),
+                         [(line["loss"], line["grad_norm"]) for line in metrics(folder)[0]]])
+    assert outcomes[0] == outcomes[1]
+    assert "longest micro-batch: 3 samples of up to " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch_size, recompute, advice", [
+    (16, False, "--batch-size 8 --grad-accum 16"), (9, False, "--batch-size 3 --grad-accum 24"),
+    (1, False, "add --activation-checkpointing"), (1, True, "lower --max-length")])
+def test_a_longest_batch_that_does_not_fit_names_the_flags_in_numbers(batch_size, recompute, advice):
+    def model(**batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    samples = [{"input_ids": [1] * n, "labels": [1] * n, "pixel_values": None} for n in range(1, 31)]
+    settings = SimpleNamespace(batch_size=batch_size, grad_accum=8, activation_checkpointing=recompute)
+    with pytest.raises(UserError, match="up to 30 tokens") as error:
+        try_longest_batch(model, samples, np.arange(30), 0, torch.device("cpu"), nullcontext, settings)
+    assert advice in str(error.value)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
 def test_activation_checkpointing_changes_no_loss(script, flags, tmp_path, stage):
     script("stage1_align", *flags(1, max_steps=3))
     losses = []
@@ -264,6 +314,101 @@ def test_activation_checkpointing_changes_no_loss(script, flags, tmp_path, stage
         script(NAMES[stage], *flags(stage, max_steps=3), "--restart", *switch)
         losses.append([line["loss"] for line in metrics(tmp_path / "runs" / "toy" / f"stage{stage}")[0]])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(losses[0]) == 3
+
+
+def test_a_norm_of_zero_means_no_clipping(script, flags, tmp_path):
+    saved = []
+    for run, max_grad_norm in (("none", 0), ("large", 1e9), ("small", 1e-3)):
+        script("stage1_align", *flags(1, max_steps=3, run=run, max_grad_norm=max_grad_norm, batch_size=4))
+        saved.append((tmp_path / run / "stage1" / "projector.safetensors").read_bytes())
+    assert saved[0] == saved[1] != saved[2]
+
+
+def test_main_takes_flags_and_returns_the_trained_model(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = stage1_align.main(flags(1, max_steps=1))
+    saved = load_file(tmp_path / "runs" / "toy" / "stage1" / "projector.safetensors")
+    assert torch.equal(model.projector.weight, saved["weight"])
+
+
+# -- what a run shows --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("total_steps", [1, 3, 37, 157, 14_800])
+def test_evaluations_and_checkpoints_follow_the_length_of_the_run(total_steps):
+    settings = SimpleNamespace(eval_every=None, save_every=None, log_every=5)
+    log_at, eval_at, save_at = plan_events(settings, total_steps)
+    assert min(total_steps - 1, 18) <= len(eval_at) <= 36 and total_steps not in eval_at
+    assert eval_at <= save_at or total_steps > 2000
+    saves = [0, *sorted(save_at)]
+    assert max(later - earlier for earlier, later in zip(saves, saves[1:])) <= 100
+    assert saves[-1] == total_steps == max(log_at)
+
+
+def test_explicit_intervals_are_kept():
+    settings = SimpleNamespace(eval_every=4, save_every=6, log_every=5)
+    assert plan_events(settings, 13) == ({5, 10, 13}, {4, 8, 12}, {6, 12, 13})
+
+
+class Clock(float):
+    """Stands for the module time."""
+    now = 0.0
+
+    def time(self):
+        return self.now
+
+
+@pytest.fixture
+def timed_log(tmp_path, monkeypatch):
+    """A MetricsLog of 100 steps, and the clock that it reads."""
+    clock, measured = Clock(), {"loss": 1.0, "loss_different": 2.0, "correct_more_likely": 0.5}
+    monkeypatch.setattr(metrics_log, "time", clock)
+    processes = SimpleNamespace(rank=0, device=torch.device("cpu"), sum=lambda x: x, max=lambda x: x)
+    log = metrics_log.MetricsLog(tmp_path, processes, None, 100, None, {})
+
+    def evaluate(seconds):
+        clock.now += seconds
+        log.log_heldout(0, measured, "a", "b", [])
+
+    def step(seconds):
+        clock.now += seconds
+        log.count_step(8, [{"attention_mask": torch.ones(8, 50)}], waiting=seconds / 4)
+
+    return log, evaluate, step
+
+
+def test_evaluations_take_at_most_a_tenth_of_the_time(timed_log):
+    log, evaluate, step = timed_log
+    evaluate(6)
+    step(59)
+    assert not log.may_evaluate()
+    step(2)
+    assert log.may_evaluate()
+    evaluate(3)
+    step(31)
+    assert log.may_evaluate()
+    log.processes.max = lambda answer: 0  # the answer is that of all processes
+    assert not log.may_evaluate()
+
+
+def test_the_line_without_a_terminal_says_loss_speed_waiting_and_time_left(timed_log, tmp_path, capsys):
+    log, evaluate, step = timed_log
+    evaluate(100)  # before the first step, so it says nothing about the time left
+    step(10)
+    step(10)
+    log.log_step(2, loss=1.5)
+    assert ("step 2 of 100: loss 1.500, 40 tokens/s, waiting for data 25%, 16:20 left"
+            in capsys.readouterr().out.splitlines())
+    line = metrics(tmp_path)[0][-1]
+    assert (line["tokens_per_s"], line["samples_per_s"], line["waiting"]) == (40, 0.8, 0.25)
+    assert line["seconds_left"] == 980
+    step(10)
+    log.log_step(3, loss=1.5)  # once a minute is enough
+    assert "tokens/s" not in capsys.readouterr().out
+
+
+def test_a_command_without_a_terminal_shows_its_first_steps(trained):
+    assert "step 1 of 30: loss " in trained[1][1].stdout and " left\n" in trained[1][1].stdout
 
 
 # -- trackers ----------------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ both, because it may have forgotten how to write captions. The keys of eval.json
     captions_correct_more_likely
                              fraction of the records whose reference answers are more likely with the correct
                              image than with a different one; chance is 0.5
-    answers_loss, …          the same four numbers for the records of stage 2
+    captions_same_image      number of records that the two controls with a different image leave out, because
+                             their different image would be the same one; only if there are any
+    answers_loss, …          the same numbers for the records of stage 2
     correct_more_likely      the same fraction of the records of both stages
     objects_f1               F1 of the objects (color, shape) in the generated captions; only for the toy
     caption_f1               the same for (color, shape, place)
@@ -163,6 +165,8 @@ def print_table(result):
     for name, *cells in make_table(result):
         print(f"{name:<42}" + "".join(f"{cell:>17}" for cell in cells))
     print(f"correct image more likely: {result['correct_more_likely']:.1%} (chance 50%)")
+    if left_out := sum(result.get(f"{name}_same_image", 0) for name in ("captions", "answers")):
+        print(f"without {left_out} records whose different image would be the same one")
 
 
 # -- the command -------------------------------------------------------------------------------------------
@@ -213,7 +217,7 @@ def main():
         batches = make_heldout_batches(dataset, template.tokenizer.pad_token_id, args.batch_size)
         measured = measure_grounding(model, batches, device, blank=True)
         result |= {f"{name}_{key}": value for key, value in measured.items()}
-        count = sum(len(batch["input_ids"]) for batch in batches)
+        count = sum(len(batch["input_ids"]) for batch in batches) - measured.get("same_image", 0)
         matches, records = matches + measured["correct_more_likely"] * count, records + count
 
         # 2. With generated answers. They can be scored only if no other answer is correct.

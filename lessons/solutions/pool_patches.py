@@ -44,7 +44,8 @@ def place_losses(model, template, batches):
     place_ids = torch.tensor([template.tokenizer.convert_tokens_to_ids(f"▁{word}") for word in words])
     losses, targets = [], []
     for batch in batches:
-        losses.append(model(**{name: value for name, value in batch.items() if name != "skipped"}))  # (K,)
+        tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
+        losses.append(model(**tensors))  # (K,)
         targets.append(batch["labels"][:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX])  # (K,)
     losses, is_place = torch.cat(losses), torch.isin(torch.cat(targets), place_ids)
     return losses[is_place].mean().item(), losses[~is_place].mean().item()
