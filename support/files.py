@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager, suppress
@@ -60,6 +61,22 @@ def find_pretrained(name):
             raise UserError(f"{path}/model.safetensors.index.json lists other files than safetensors: fetch "
                             "the model again, or convert its weights to safetensors")
     return str(path)
+
+
+FORMATS = {  # how files begin that people take for another format
+    b"version https://git-lfs": "a Git LFS pointer instead of the file: run git lfs pull",
+    b"PAR1": "a Parquet file: save it as JSON", b"\x1f\x8b": "compressed by gzip: unpack it",
+    b"\xfd7zXZ": "compressed by xz: unpack it", b"BZh": "compressed by bzip2: unpack it",
+    b"PK\3\4": "a .zip file: unpack it", b"\xff\xfe": "UTF-16 text: save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text: save it as UTF-8", b"<": "a web page or XML: fetch the file itself",
+}
+
+
+def name_format(content):
+    """Returns what a file is, by its first bytes, and what to do; or None if it may be JSON or an image."""
+    if re.match(rb"[^\n\0-\x08\[{<]*[,;\t][^\n\0-\x08]*\n", content):
+        return "a table (CSV or TSV): save it as JSON"
+    return next((kind for start, kind in FORMATS.items() if content.lstrip().startswith(start)), None)
 
 
 def make_writable_folder(path):

@@ -28,7 +28,8 @@ RUN_JSON = {"stage": int, "vision_tower": str, "vision_layer": int, "llm": str, 
 FILE_SETTINGS, COUNT_SETTINGS = ("data", "images"), ("held_out", "limit", "seed", "max_length")
 
 
-def save_result(folder, stage, model, template, settings, steps, held_out, skipped):
+def save_result(folder, stage, model, template, settings, steps, held_out, skipped,
+                records):
     """Writes projector.safetensors, adapter/ (if there is one, as plain peft writes it), and last run.json.
 
     A folder without run.json does not count as finished.
@@ -36,6 +37,7 @@ def save_result(folder, stage, model, template, settings, steps, held_out, skipp
     Args:
         settings: dict of all settings of the run. steps: number of optimizer steps. held_out: what
             measure_grounding() returned at the end. skipped: number of images that could not be decoded.
+        records: what describe_records() returned.
     """
     with atomic_write(folder / "projector.safetensors") as temporary:
         save_file(model.projector.state_dict(), temporary)
@@ -46,7 +48,8 @@ def save_result(folder, stage, model, template, settings, steps, held_out, skipp
         "stage": stage, **{name: settings[name] for name in MODEL_SETTINGS}, "template": template.fingerprint,
         "checksums": result_checksums(folder), "steps": steps, "held_out": held_out,
         "skipped_images": skipped, "settings": settings,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "records": records})
 
 
 def result_checksums(folder):

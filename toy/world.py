@@ -30,6 +30,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from support.errors import explain_errors
+
 DATA = Path(__file__).resolve().parent / "data"
 
 # -- 1. scenes and their pictures --------------------------------------------------------------------------
@@ -268,7 +270,8 @@ def draw_if_missing():
     """Draws toy/data if it does not exist. With torchrun, local rank 0 draws and the other processes wait."""
     if not DATA.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
         print("drawing the toy world", flush=True)
-        draw(DATA)
+        with explain_errors(f"draw the toy's data into {DATA}, which must be writable once"):
+            draw(DATA)
     while not DATA.exists():
         time.sleep(.2)
 
