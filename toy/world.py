@@ -23,14 +23,13 @@ import os
 import random
 import re
 import shutil
+import sys
 import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-
-from support.errors import explain_errors
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -270,8 +269,11 @@ def draw_if_missing():
     """Draws toy/data if it does not exist. With torchrun, local rank 0 draws and the other processes wait."""
     if not DATA.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
         print("drawing the toy world", flush=True)
-        with explain_errors(f"draw the toy's data into {DATA}, which must be writable once"):
+        try:
             draw(DATA)
+        except OSError as error:
+            sys.exit(f"cannot draw the toy's pictures into {DATA}: {error.strerror}; copy this repository to a "
+                     "folder that is writable, or draw them with python -m toy.world before it becomes read-only")
     while not DATA.exists():
         time.sleep(.2)
 
