@@ -16,6 +16,8 @@ test: $(VENV)/.installed-dev
 	$(RUN) -m pytest -q
 
 $(VENV)/.installed: requirements.txt constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'This is Python ' \
+	  + sys.version.split()[0] + ', but the packages need 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.11')"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -r requirements.txt -c constraints.txt
 	touch $@

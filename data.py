@@ -38,7 +38,7 @@ from transformers import AutoTokenizer
 
 from model import IGNORE_INDEX
 from support.errors import BadRecord, UserError, explain_errors
-from support.files import find_pretrained
+from support.hub import TOKENIZER, find_pretrained
 from support.records import check_turns
 from support.templates import check_template
 
@@ -60,7 +60,7 @@ class ChatTemplate:
     """
 
     def __init__(self, llm):
-        folder = find_pretrained(llm)
+        folder = find_pretrained(llm, TOKENIZER)
         with explain_errors(f"load the tokenizer in {folder}"):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not self.tokenizer.chat_template:

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from data import ChatDataset
 from support.checkpoints import ignore_signals_in_worker
 from support.errors import BadRecord, UserError, explain_errors
-from support.files import find_pretrained
+from support.hub import find_pretrained
 from support.records import RecordSet, image_of
 
 

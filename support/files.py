@@ -8,7 +8,6 @@ import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from support.errors import UserError, explain_errors, is_out_of_memory
@@ -29,40 +28,6 @@ def find_file(name):
     raise UserError(f"{name} does not exist (tools/download.sh fetches LLaVA's data)")
 
 
-def find_pretrained(name):
-    """Returns the folder of a pretrained model: `name` itself if it is a folder, else the hub's local cache.
-
-    Nothing is downloaded here, because a training script should not fetch gigabytes unasked.
-    """
-    for path in (Path(name), REPOSITORY / name):
-        if os.path.isdir(path):
-            break
-    else:
-        try:
-            path = Path(snapshot_download(str(name), local_files_only=True))
-        except (OSError, ValueError) as error:
-            raise UserError(f"the model {name} is not on this machine: name a folder, or fetch it as "
-                            "tools/download.sh does") from error
-    for required in ("config.json", "model.safetensors"):
-        # Large models are split into several files, listed in an index.
-        if not (path / required).exists() and not (path / f"{required}.index.json").exists():
-            raise UserError(f"{path} has no {required}, so it is not a pretrained model, or the download is "
-                            "not complete")
-    # transformers would add this adapter to the model.
-    if (path / "adapter_config.json").exists():
-        raise UserError(f"{path} contains an adapter (adapter_config.json), which would change the model: "
-                        "merge it into the weights, or remove the file")
-    # transformers would read a file that is not safetensors as a pickle.
-    index = read_json(path / "model.safetensors.index.json")
-    if index is not None:
-        files = index.get("weight_map") if isinstance(index, dict) else None
-        if (not isinstance(files, dict)
-                or not all(str(file).endswith(".safetensors") for file in files.values())):
-            raise UserError(f"{path}/model.safetensors.index.json lists other files than safetensors: fetch "
-                            "the model again, or convert its weights to safetensors")
-    return str(path)
-
-
 FORMATS = {  # how files begin that people take for another format
     b"version https://git-lfs": "a Git LFS pointer instead of the file: run git lfs pull",
     b"PAR1": "a Parquet file: save it as JSON", b"\x1f\x8b": "compressed by gzip: unpack it",
@@ -76,7 +41,7 @@ def name_format(content):
     """Returns what a file is, by its first bytes, and what to do; or None if it may be JSON or an image."""
     if re.match(rb"[^\n\0-\x08\[{<]*[,;\t][^\n\0-\x08]*\n", content):
         return "a table (CSV or TSV): save it as JSON"
-    return next((kind for start, kind in FORMATS.items() if content.lstrip().startswith(start)), None)
+    return next((kind for start, kind in FORMATS.items() if content[:1000].lstrip().startswith(start)), None)
 
 
 def make_writable_folder(path):

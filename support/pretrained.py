@@ -12,14 +12,14 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, 
 
 from support.devices import choose_attention
 from support.errors import UserError, explain_errors
-from support.files import find_pretrained
+from support.hub import PREPROCESSOR, find_pretrained
 
 VISION_MODELS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
 
 
 def load_vision_config(name):
     """Returns the configuration of the vision half of a CLIP or SigLIP."""
-    folder = find_pretrained(name)
+    folder = find_pretrained(name, PREPROCESSOR)
     with explain_errors(f"read {folder}/config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config = getattr(config, "vision_config", config)

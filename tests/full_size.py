@@ -2,18 +2,17 @@
 
     python tests/full_size.py --hub ../shared/hub --photos ../shared/photos
 
-pytest does not collect this file, because it takes minutes, 5 GB of disk and about 10 GB of memory. It makes
-models with the configurations and tokenizer files of the real ones and random weights, in a temporary hub
-cache that is removed at the end, so `--preset tinyllama` finds them by their names on the hub. Then it runs
-one optimizer step of each stage and one answer of the sanity check, and prints the time and the peak memory
-of each.
+pytest does not collect this file, because it takes minutes, 8 GB of disk and about 10 GB of memory. It makes
+models with the configurations and tokenizer files of the real ones and random weights, and serves them as the
+hub does (see hub_server.py). With `--preset tinyllama`, stage 1 fetches them by their names to an empty
+cache. The script runs one optimizer step of each stage and one answer of the sanity check, and prints the time and
+the peak memory of each.
 """
 
 import argparse
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,36 +20,10 @@ import time
 import zipfile
 from pathlib import Path
 
-import torch
-from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
+from hub_server import serve
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
-# On the hub, CLIP's weights are in fp32 and TinyLlama's in bf16.
-MODELS = {
-    "openai/clip-vit-large-patch14": (CLIPConfig, CLIPModel, torch.float32),
-    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": (LlamaConfig, LlamaForCausalLM, torch.bfloat16),
-}
-
-
-def make_model(cache, hub, name):
-    """Writes a random model of full size as the hub's cache holds it: the files are in
-    models--…/snapshots/<hash>/, and refs/main names the hash."""
-    config_class, model_class, dtype = MODELS[name]
-    source = hub / name.split("/")[1]
-    folder = cache / f"models--{name.replace('/', '--')}"
-    snapshot = folder / "snapshots" / ("0" * 40)
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text("0" * 40)
-    torch.set_default_dtype(dtype)
-    model = model_class(config_class.from_pretrained(source))
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(snapshot)
-    for path in source.iterdir():  # the real files, also the configuration
-        shutil.copyfile(path, snapshot / path.name)
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    size = sum(path.stat().st_size for path in snapshot.iterdir()) / 2**30
-    print(f"{name}: {parameters:,.0f} M parameters, {dtype}, {size:.1f} GiB")
 
 
 def make_data(folder, photos):
@@ -73,12 +46,13 @@ def make_data(folder, photos):
             archive.write(path, path.name)
 
 
-def run(folder, script, *words):
+def run(folder, hub, script, *words):
     """Runs a script as a process of its own. Returns a line with its time and its peak memory."""
     print(f"\n$ python {script} {' '.join(map(str, words))}", flush=True)
     started = time.time()
     process = subprocess.Popen([sys.executable, str(REPOSITORY / script), *map(str, words)], cwd=folder,
-                               env={**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"})
+                               env={**os.environ, "HF_HOME": str(folder / "hf"), "HF_ENDPOINT": hub.url,
+                                    "HF_HUB_OFFLINE": "0"})
     _, status, usage = os.wait4(process.pid, 0)  # of this child; RUSAGE_CHILDREN is the maximum of all
     if status:
         sys.exit(f"{script} failed")
@@ -94,21 +68,19 @@ def main():
     parser.add_argument("--batch-size", default=2, type=int)
     args = parser.parse_args()
     photos = args.photos.resolve()
-    with tempfile.TemporaryDirectory() as folder:
+    with (tempfile.TemporaryDirectory() as folder,
+          serve(Path(folder) / "hub", 1, args.hub, small=False) as hub):
         folder = Path(folder)
-        for name in MODELS:
-            make_model(folder / "hf" / "hub", args.hub, name)
         make_data(folder, photos)
         common = ["--precision", args.precision]
         small = ["--preset", "tinyllama", *common, "--batch-size", args.batch_size, "--grad-accum", 1,
                  "--held-out", 2, "--max-length", 400, "--max-steps", 1, "--workers", 0]
         lines = [
-            run(folder, "stage1_align.py", *small, "--data", "chat.json", "--images", "images.zip"),
-            run(folder, "stage2_instruct.py", *small, "--data", "instruct.json", "--images", photos),
-            run(folder, "sanity_check.py", "--run", "runs/tinyllama", *common, "--max-new-tokens", 8),
+            run(folder, hub, "stage1_align.py", *small, "--data", "chat.json", "--images", "images.zip"),
+            run(folder, hub, "stage2_instruct.py", *small, "--data", "instruct.json", "--images", photos),
+            run(folder, hub, "sanity_check.py", "--run", "runs/tinyllama", *common, "--max-new-tokens", 8),
         ]
-        here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print("\n" + "\n".join(lines) + f"\n(making the models: {here:.1f} GiB)")
+    print("\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":

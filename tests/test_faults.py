@@ -290,15 +290,6 @@ def test_a_vision_layer_that_does_not_exist_is_one_sentence(script, refusal, fla
     assert "run.json: ValueError: vision layer 99" in refusal("sanity_check")
 
 
-def test_an_adapter_or_a_pickle_beside_a_pretrained_model_is_not_loaded(refusal, flags, tmp_path):
-    llm = shutil.copytree(REPOSITORY / "toy" / "llama-chat", tmp_path / "llm")
-    (llm / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    assert "contains an adapter" in refusal("stage1_align", *flags(1, llm=llm))
-    (llm / "adapter_config.json").unlink()
-    (llm / "model.safetensors.index.json").write_text('{"weight_map": {"head.weight": "pytorch_model.bin"}}')
-    assert "other files than safetensors" in refusal("stage1_align", *flags(1, llm=llm))
-
-
 def test_more_tokens_than_the_llm_can_read_are_refused(script, refusal, flags, tmp_path):
     assert "--max-length" in refusal("stage1_align", *flags(1, max_length=100_000))
     script("stage1_align", *flags(1, max_steps=0))

@@ -1,7 +1,7 @@
 """colab.ipynb, cell by cell, in a kernel of its own.
 
-The toy and the lessons train for two steps only. The real models are replaced by tiny random ones, and the
-real data by eight photos. The tests of the second part run no cell.
+The toy and the lessons train for two steps only. The real models and data come from a stand-in for the hub (see
+hub_server.py). The tests of the second part run no cell.
 """
 
 import ast
@@ -11,15 +11,11 @@ import json
 import re
 import shutil
 import subprocess
-import threading
 from contextlib import redirect_stdout
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import REPOSITORY
-from test_hub_replicas import PHOTOS, world  # noqa: F401 (world is a fixture)
-from test_hub_replicas import pytestmark as needs_shared
+from conftest import REPOSITORY, draw
+from hub_server import serve
 
 import stage1_align
 import stage2_instruct
@@ -160,48 +156,33 @@ def test_outside_a_clone_it_asks_for_the_address_of_the_repository(tmp_path):
         run_notebook([CODE[0], *tagged("setup")], tmp_path)
 
 
-@needs_shared
-def test_the_cells_of_the_real_models_run_with_replicas_after_cloning(world, tmp_path):  # noqa: F811 fixture
+def test_the_cells_of_the_real_models_run_after_cloning(tmp_path, monkeypatch):
     origin = copy_repository(tmp_path / "origin")
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "a copy"]):
         author = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
         subprocess.run(["git", *author, *words], cwd=origin, check=True)
     start = tmp_path / "start"
     start.mkdir()
-    (tmp_path / "coco").mkdir()
-    (tmp_path / "coco" / "train2017").symlink_to(PHOTOS)
-    requested = []
-
-    class Server(SimpleHTTPRequestHandler):
-        def log_request(self, *_):
-            requested.append(self.path)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, directory=str(tmp_path / "coco")))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    draw("red", size=(60, 50)).save(tmp_path / "photo.jpg")
     cells = with_cell_after(tagged("parameters", "setup", "real", "ask"), "helpers", RUN_IN_KERNEL)
     stage1 = next(source(cell) for cell in cells if cell["id"] == "real-stage1")
     cells = with_cell_after(cells, "real-stage1", stage1)  # finds a finished run the second time
     cells = with_cell_after(cells, "photo-parameters", "sh = in_a_shell")  # which reads the quoted question
-    try:
+    with serve(tmp_path / "hub", records=24) as hub:
+        for name, value in (("HF_ENDPOINT", hub.url), ("HF_HOME", str(tmp_path / "home")),
+                            ("HF_HUB_OFFLINE", "0")):
+            monkeypatch.setenv(name, value)
         printed, shown = run_notebook(
-            cells, start, REPOSITORY=str(origin), REAL=True, LIMIT=4, HELD_OUT=2,
-            REAL_FLAGS="--workers 0 --precision fp32 --device cpu",
-            PAGE_FLAGS="--questions 1 --max-new-tokens 2",
-            CLIP=str(world / "clip"), LLM=str(world / "llm"),
-            CHAT=str(world / "chat.json"), CC3M=str(PHOTOS),
-            INSTRUCT=str(world / "instruct.json"), COCO=str(tmp_path / "fetched"),
-            COCO_URL=f"http://127.0.0.1:{server.server_port}/train2017",
-            PHOTO=str(PHOTOS / "cat.jpg"), QUESTION="Is it a drawing, or what's this?")
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert "tools/download.sh" not in printed  # everything exists, except the images of stage 2
-    fetched = sorted(path.name for path in (tmp_path / "fetched").iterdir())
-    assert len(fetched) == len(requested) == 6 and all(name.endswith(".jpg") for name in fetched)
-    assert printed.count("4 samples to train on, 2 held out; 1 steps") == 2
-    assert f"checked 4 records of {world / 'instruct.json'}: 4 usable" in printed
-    assert "runs/limit-4/stage1 holds a finished run, so there is nothing to resume" in printed
-    assert "<image>×256\nIs it a drawing, or what's this?" in printed
+            cells, start, REPOSITORY=str(origin), REAL=True, LIMIT=8, HELD_OUT=2, REAL_FLAGS="--workers 0",
+            PAGE_FLAGS="--questions 1 --max-new-tokens 2", COCO_URL=f"{hub.url}/coco/train2017",
+            PHOTO=str(tmp_path / "photo.jpg"), QUESTION="Is it a drawing, or what's this?")
+    fetched = sorted(path.name for path in (start / "llava" / "data" / "coco" / "train2017").iterdir())
+    requested = [name for name, _ in hub.requested if name.startswith("coco/")]
+    assert len(fetched) == len(requested) == 10 and all(name.endswith(".jpg") for name in fetched)
+    assert printed.count("fetching ") == 3  # the images of stage 1, and both models
+    assert printed.count("8 samples to train on, 2 held out; 1 steps") == 2
+    assert "runs/limit-8/stage1 holds a finished run, so there is nothing to resume" in printed
+    assert re.search(r"<image>×\d+\nIs it a drawing, or what's this\?", printed)
     assert shown == {"real-look": "page", "photo": "picture"}
 
 
@@ -297,7 +278,7 @@ def test_download_sh_is_valid_bash_and_knows_every_part_that_the_notebook_asks_f
     subprocess.run(["bash", "-n", DOWNLOAD], check=True)
     accepted = re.search(r"case \$what in ([\w|]+)\)", DOWNLOAD.read_text())[1].split("|")
     parts = {match[1] for text in STRINGS if (match := re.match(r"bash tools/download\.sh (\w+)$", text))}
-    assert parts == {"models", "stage1", "instruct"} and parts <= set(accepted)
+    assert parts == {"stage1", "instruct"} and parts <= set(accepted)
     done = subprocess.run(["bash", DOWNLOAD, "nothing"], capture_output=True, text=True)
     assert done.returncode == 2 and "usage" in done.stderr
 
@@ -305,12 +286,13 @@ def test_download_sh_is_valid_bash_and_knows_every_part_that_the_notebook_asks_f
 def test_download_sh_and_the_notebook_use_the_names_and_paths_of_the_presets():
     commands = DOWNLOAD.read_text()
     assigned = "\n".join(source(cell) for cell in tagged("parameters"))
-    presets = [module.PRESETS["tinyllama"] for module in (stage1_align, stage2_instruct)]
-    for name in {preset[key] for preset in presets for key in ("vision_tower", "llm")}:
-        assert f"hf download {name}" in commands, name
-        assert f'"{name}"' in assigned, name
-    for path in {preset[key] for preset in presets for key in ("data", "images")}:
-        folder, _, file = path.rpartition("/")
-        assert file in commands and folder in commands, path
-        # The notebook downloads single images to a folder, where the preset reads them from a .zip file.
-        assert f'"{path.replace("train2017.zip", "train2017")}"' in assigned, path
+    stage1, stage2 = (module.PRESETS["tinyllama"] for module in (stage1_align, stage2_instruct))
+    for preset in (stage1, stage2):
+        for name in (preset["vision_tower"], preset["llm"]):
+            assert f"hf download {name}" in commands, name
+        for path in (preset["data"], preset["images"]):
+            folder, _, file = path.rpartition("/")
+            assert file in commands and folder in commands, path
+    # The notebook downloads single images to a folder, where the preset reads them from a .zip file.
+    for path in (stage1["images"], stage2["data"], stage2["images"].replace("train2017.zip", "train2017")):
+        assert f'"{path}"' in assigned, path

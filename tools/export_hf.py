@@ -32,7 +32,8 @@ from data import IMAGE_TOKEN, collate
 from support.devices import DTYPES, choose_device
 from support.errors import UserError, run_script
 from support.evaluation import load_heldout_dataset
-from support.files import atomic_write, delete, find_pretrained, read_json
+from support.files import atomic_write, delete, read_json
+from support.hub import find_pretrained
 from support.results import latest_stage, load_trained, print_loaded_stage, read_run
 from support.settings import POSITIVE
 from tools.model_card import write_model_card

@@ -1,0 +1,193 @@
+"""A stand-in for the hub on the loopback: the real client downloads from it as it does from the hub.
+
+It serves two models and two data sets under their real names, with the file lists that they have on the hub,
+and COCO's images, as a zip and one by one. The weights are random. The tokenizer and the preprocessor are the
+real ones where the folder shared/hub exists, and small ones that the tests make elsewhere.
+"""
+
+import hashlib
+import io
+import json
+import mmap
+import re
+import threading
+import zipfile
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import torch
+from conftest import SHARED, draw, make_clip, make_llm
+from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
+
+CLIP, LLM = "openai/clip-vit-large-patch14", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+CHAT, INSTRUCT = "liuhaotian/LLaVA-CC3M-Pretrain-595K", "liuhaotian/LLaVA-Instruct-150K"
+# Files of the real repositories that nobody needs: other formats of the same weights, and documents.
+UNUSED = {CLIP: [".gitattributes", "README.md", "flax_model.msgpack", "pytorch_model.bin", "tf_model.h5"],
+          LLM: [".gitattributes", "README.md", "eval_results.json"],
+          CHAT: [".gitattributes", "README.md", "metadata.json"],
+          INSTRUCT: [".gitattributes", "README.md", "complex_reasoning_77k.json", "conversation_58k.json",
+                     "detail_23k.json", "llava_instruct_80k.json", "llava_v1_5_mix665k.json"]}
+
+
+def make_models(folder, shared=SHARED / "hub", small=True):
+    """Makes both models in `folder`, small or of the real sizes. Returns {name: {file: its content}}."""
+    clip_folder, llm_folder = folder / "clip", folder / "llm"
+    if shared.exists():
+        clip = CLIPConfig.from_pretrained(shared / CLIP.split("/")[1])
+        llm = LlamaConfig.from_pretrained(shared / LLM.split("/")[1])
+        if small:
+            sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
+            clip.vision_config.update({**sizes, "image_size": 28})
+            clip.text_config.update(sizes)
+            llm.update(dict(sizes, num_hidden_layers=2, num_key_value_heads=1, initializer_range=0.3))
+        # On the hub, CLIP's weights are in fp32 and TinyLlama's in bf16.
+        for config, model_class, dtype, name, target in (
+                (clip, CLIPModel, torch.float32, CLIP, clip_folder),
+                (llm, LlamaForCausalLM, torch.bfloat16, LLM, llm_folder)):
+            torch.set_default_dtype(dtype)
+            model_class(config).save_pretrained(target)
+            torch.set_default_dtype(torch.float32)
+            for path in (shared / name.split("/")[1]).iterdir():
+                if path.name != "config.json":
+                    (target / path.name).write_bytes(path.read_bytes())
+        if small:
+            preprocessor = clip_folder / "preprocessor_config.json"
+            settings = json.loads(preprocessor.read_text())
+            preprocessor.write_text(json.dumps({**settings, "size": 28, "crop_size": 28}))
+    else:
+        make_clip(clip_folder)
+        make_llm(llm_folder, max_position_embeddings=2048)
+    return {name: {path.name: read(path) for path in source.iterdir()}
+            for name, source in ((CLIP, clip_folder), (LLM, llm_folder))}
+
+
+def read(path):
+    """Returns the content of a file as something that can be sliced and sent, without reading it."""
+    with open(path, "rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def make_data(records):
+    """Returns {name: {file: bytes}} of both data sets, and COCO's zip, with `records` records each.
+
+    The names, the questions and the places of the images are those of the real data.
+    """
+    colors = ["red", "green", "blue", "yellow", "black", "white", "orange", "purple"]
+    chat, instruct, cc3m, coco = [], [], io.BytesIO(), io.BytesIO()
+    with zipfile.ZipFile(cc3m, "w") as images, zipfile.ZipFile(coco, "w") as train2017:
+        for i in range(records):
+            color, name = colors[i % len(colors)], f"GCC_train_{i:09d}"
+            question = ["Provide a brief description of the given image.\n<image>",
+                        "<image>\nSummarize the visual content of the image."][i % 2]
+            chat.append({"id": name, "image": f"{name}.jpg", "conversations": [
+                {"from": "human", "value": question}, {"from": "gpt", "value": f"a {color} picture ."}]})
+            instruct.append({"id": f"{i:012d}", "image": f"{i:012d}.jpg", "conversations": [
+                {"from": "human", "value": "What object is shown?\n<image>"},
+                {"from": "gpt", "value": f"It is a {color} picture."},
+                {"from": "human", "value": "Is it a photo?"}, {"from": "gpt", "value": "No."}]})
+            content = io.BytesIO()
+            draw(color, size=(40 + i % 9, 30)).save(content, "JPEG")
+            images.writestr(f"{name}.jpg", content.getvalue())
+            train2017.writestr(f"train2017/{i:012d}.jpg", content.getvalue())
+    return {CHAT: {"chat.json": json.dumps(chat).encode(), "images.zip": cc3m.getvalue()},
+            INSTRUCT: {"llava_instruct_150k.json": json.dumps(instruct).encode()}}, coco.getvalue()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers the requests of the client. The class attributes are set by serve()."""
+    protocol_version = "HTTP/1.1"
+    repositories, coco, requested, gated, break_off = {}, b"", [], set(), {}
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, body, status=200, **headers):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def send_file(self, name, body, **headers):
+        """Sends a file, or the part of it that a Range header asks for. `break_off` lets some downloads end in
+        the middle: {name: how many more times}."""
+        start = 0
+        if match := re.match(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            start = int(match[1])
+        if self.command == "GET":
+            self.requested.append((name, start))
+        rest = body[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(rest)))
+        self.send_header("Accept-Ranges", "bytes")
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        for header, value in headers.items():
+            self.send_header(header.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            if self.break_off.get(name, 0) > 0:
+                self.break_off[name] -= 1
+                self.wfile.write(rest[:len(rest) // 2])
+                self.close_connection = True
+                self.connection.close()
+            else:
+                self.wfile.write(rest)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = unquote(urlparse(self.path).path).strip("/")
+        if path == "coco/train2017.zip":
+            return self.send_file(path, self.coco)
+        if path.startswith("coco/"):  # one image
+            with zipfile.ZipFile(io.BytesIO(self.coco)) as images:
+                return self.send_file(path, images.read(path.removeprefix("coco/")))
+        kind, _, rest = path.partition("/") if path.startswith("datasets/") else ("", "", path)
+        if path.startswith("api/"):
+            kind, _, rest = path.removeprefix("api/").partition("/")
+        for name, files in self.repositories.items():
+            if not (rest + "/").startswith(name + "/"):
+                continue
+            commit, what = hashlib.sha1(name.encode()).hexdigest(), rest.removeprefix(name).strip("/")
+            if name in self.gated:
+                return self.answer(b"{}", 403, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
+            if what.startswith("resolve/"):
+                file = what.split("/", 2)[2]
+                if file in files:
+                    etag = f'"{hashlib.sha1(files[file]).hexdigest()}"'
+                    return self.send_file(file, files[file], ETag=etag, X_Repo_Commit=commit)
+            elif what.startswith("tree/"):
+                rows = [{"type": "file", "path": file, "size": len(body),
+                         "oid": hashlib.sha1(body).hexdigest()} for file, body in files.items()]
+                return self.answer(json.dumps(rows).encode(), Content_Type="application/json")
+            else:
+                info = {"_id": "1", "id": name, "sha": commit, "private": False, "tags": [], "downloads": 0,
+                        "likes": 0, "siblings": [{"rfilename": file} for file in files]}
+                return self.answer(json.dumps(info).encode(), Content_Type="application/json")
+            return self.answer(b"", 404, X_Error_Code="EntryNotFound")
+        return self.answer(b'{"error": "Repository not found"}', 401, X_Error_Code="RepoNotFound")
+
+
+@contextmanager
+def serve(folder, records, shared=SHARED / "hub", small=True):
+    """Yields the handler class of a running server. Its `url` is the address."""
+    data, coco = make_data(records)
+    repositories = {**make_models(folder, shared, small), **data}
+    for name, unused in UNUSED.items():
+        repositories[name] |= {file: b"x" for file in unused}
+    handler = type("RunningHub", (Hub,), {"repositories": repositories, "coco": coco, "requested": [],
+                                          "gated": set(), "break_off": {}})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    handler.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield handler
+    finally:
+        server.shutdown()
+        server.server_close()
