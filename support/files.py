@@ -25,7 +25,8 @@ def find_file(name):
     for path in (Path(name), REPOSITORY / name):
         if os.path.exists(path):  # Path.exists() raises an error if the name is too long
             return path
-    raise UserError(f"{name} does not exist (tools/download.sh fetches LLaVA's data)")
+    hint = " (tools/download.sh fetches LLaVA's data)" if str(name).startswith("data/") else ""
+    raise UserError(f"{name} does not exist{hint}")
 
 
 FORMATS = {  # how files begin that people take for another format

@@ -42,8 +42,8 @@ def decode_image(file, name):
             raise ValueError(f"{image.width} × {image.height} pixels are too long and narrow")
         # convert("RGB") would clip all values to 0 … 255.
         if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-            raise ValueError("its pixels are floating-point or 32-bit numbers, and the file does not say which "
-                             "of them is white: save it with 8 or 16 bits")
+            raise ValueError("its pixels are floating-point or 32-bit numbers, and the file does not say "
+                             "which of them is white: save it with 8 or 16 bits")
         if image.mode.startswith("I"):  # 16 bits per pixel
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         if image.has_transparency_data:  # shown on white; the original code shows the hidden colors

@@ -38,6 +38,7 @@ class RecordFile:
             except UnicodeDecodeError as error:
                 raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from error
             self.sha256 = hashlib.sha256(content).hexdigest()
+            del content  # 175 MB for 595,375 records
             self._find_records(text)
         self._file = WorkerFile(self.path)
 
@@ -183,12 +184,12 @@ def open_records(data, images, heldout_data, heldout_images, held_out, limit, se
 
 
 def describe_records(train, heldout):
-    """Returns what run.json says about the records of a run: which file, which of its records were held out,
-    and a hash and count of those that were trained on."""
-    spans, hashes = heldout.file.spans, heldout.file.record_hashes
+    """Returns what run.json says about the records of a run: a hash and the number of those that were trained
+    on, and for each held-out record its hash, its position in the file, its first byte and its end."""
+    rows = zip(heldout.record_hashes, heldout.indices, heldout.file.spans[heldout.indices])
     return {"trained_on": {"count": len(train), "hash": train.fingerprint()},
             "heldout_file": {"sha256": heldout.file.sha256, "records": len(heldout.file)},
-            "held_out": [f"{hashes[i]:016x} {i} {spans[i, 0]} {spans[i, 1]}" for i in heldout.indices]}
+            "held_out": [f"{value} {index} {start} {end}" for value, index, (start, end) in rows]}
 
 
 def reopen_heldout(data, images, described):
@@ -197,16 +198,14 @@ def reopen_heldout(data, images, described):
     Args: data, images: where they are. described: what describe_records() returned.
     Raises UserError if none is left. If the file has changed, prints one sentence about what is missing.
     """
-    path, store = find_file(data), ImageStore(find_file(images))
-    with explain_errors("read the list of held-out records in run.json"):
-        total, rows = described["heldout_file"]["records"], [row.split() for row in described["held_out"]]
-        hashes = [int(row[0], 16) for row in rows]
-        indices, starts, ends = np.array([row[1:] for row in rows], dtype=np.int64).T
+    path, store, total = find_file(data), ImageStore(find_file(images)), described["heldout_file"]["records"]
+    rows = np.array([[int(word) for word in row.split()] for row in described["held_out"]], dtype=np.uint64)
+    hashes, indices = rows[:, 0], rows[:, 1].astype(np.int64)
     with explain_errors(f"read {path}"):
         sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if sha256 == described["heldout_file"]["sha256"]:  # the other records need not be parsed
         spans = np.zeros((total, 2), dtype=np.int64)
-        spans[indices] = np.stack([starts, ends], axis=1)
+        spans[indices] = rows[:, 2:]
         return RecordSet(RecordFile(path, spans), store, indices)
     file = RecordFile(path)
     found = np.concatenate([np.flatnonzero(file.record_hashes == value)[:1] for value in hashes])
@@ -220,7 +219,7 @@ def reopen_heldout(data, images, described):
     return RecordSet(file, store, found)
 
 
-# A key with media or a system text: "videos", "image_path", "system_prompt". Not: "image_id", "kinds", "model".
+# A key with media or a system text: "videos", "image_path", "system_prompt". Not: "image_id", "kinds".
 MEDIA_KEY = re.compile(
     r"(.*[\W_\d])?(image|img|picture|photo|frame|pixel|clip|video|audio|sound|speech|voice|media|system)s?"
     r"[\W_\d]*((file|path|name|url|uri|list|data|bytes|base64|value|prompt|message|text|content)s?[\W_\d]*)*",
@@ -228,18 +227,21 @@ MEDIA_KEY = re.compile(
 MEDIA_FILE = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?|heic|mp4|avi|mov|mkv|webm|wav|mp3|flac)", re.I)
 
 
-def find_unread_key(fields, has_image):
-    """Returns the first key that holds media or a system text, or None.
+def check_keys(record, has_image):
+    """Raises BadRecord if the record or a turn has content for the model under a key that is not read.
 
-    Args: fields: a record without its "image", or a turn. has_image: if not, a value such as "a.jpg" counts.
+    Such keys are known by their name and, if the record has no image, by a value such as "a.jpg". Numbers and
+    empty values are no content, nor is the name of the record's image, written a second time.
     """
-    for key, value in fields.items():
-        words = re.sub("(?<=[a-z])(?=[A-Z])", "_", key)  # imagePath becomes image_Path
-        if value and isinstance(value, (str, list, dict)) and key not in ("id", "value") and (
-                MEDIA_KEY.fullmatch(words)
-                or not has_image and isinstance(value, str) and MEDIA_FILE.fullmatch(value)):
-            return key
-    return None
+    image = image_of(record)
+    for fields in ({**record, "id": None, "image": None}, *record["conversations"]):
+        for key, value in fields.items():
+            words = re.sub("(?<=[a-z])(?=[A-Z])", "_", key)  # imagePath becomes image_Path
+            is_file = isinstance(value, str) and key != "value" and MEDIA_FILE.fullmatch(value)
+            if (value and isinstance(value, (str, list, dict)) and value not in (image, [image])
+                    and (MEDIA_KEY.fullmatch(words) or is_file and not has_image)):
+                raise BadRecord(record, f"the key {repr(key)[:40]} is not read, so its content would be "
+                                        "missing: remove the key if that is right")
 
 
 def check_turns(record, has_image):
@@ -248,9 +250,7 @@ def check_turns(record, has_image):
     turns = record.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise BadRecord(record, "'conversations' is not a list of turns")
-    for fields in ({key: value for key, value in record.items() if key != "image"}, *turns):
-        if key := find_unread_key(fields, has_image):
-            raise BadRecord(record, f"the key {repr(key)[:40]} is not read: move its content, or remove it")
+    check_keys(record, has_image)
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
     # The original code also skips an answer that comes before the first question.
     skipped = int(bool(turns) and roles.get(str(turns[0].get("from"))) == "assistant")

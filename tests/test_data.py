@@ -6,8 +6,10 @@ import multiprocessing
 import os
 import pickle
 import random
+import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -397,7 +399,8 @@ def test_no_image_of_a_held_out_record_is_trained_on(tmp_path):
     assert held_out[0] == held_out[1]
 
 
-MANY = [record_of("<image>\nWhat is it?", f"It is {i}.", image=f"{i // 2}.png", id=str(i)) for i in range(200)]
+MANY = [record_of("<image>\nWhat is it?", f"It is {i}.", image=f"{i // 2}.png", id=str(i))
+        for i in range(200)]
 
 
 @pytest.fixture
@@ -491,21 +494,24 @@ def test_the_fingerprint_of_the_training_records_changes_with_their_text(split):
 
 def test_several_processes_share_the_check_and_all_get_the_same_result(dataset_of, template):
     dataset = dataset_of([record_of("Who?", f"A cat {'.' * i}" if i % 3 else "") for i in range(7)])
-    alone, parts = check_records(dataset.records, template, N, 500), {}
-    for gathering in (False, True):  # first each process's own part, then with those of all
-        for rank in range(2):
-            def gather(part, rank=rank):
-                parts.setdefault(rank, part)
-                return [parts[0], parts[1]] if gathering else [part, []][::1 - 2 * rank]
+    parts, both_have_checked = {}, threading.Barrier(2)
 
-            try:
-                checked = check_records(dataset.records, template, N, 500,
-                                        processes=SimpleNamespace(rank=rank, world_size=2, gather=gather))
-            except ValueError:  # without the other process's part
-                assert not gathering
+    def check(rank):
+        def gather(part):
+            parts[rank] = part
+            both_have_checked.wait(60)
+            return [parts[0], parts[1]]
+
+        processes = SimpleNamespace(rank=rank, world_size=2, gather=gather)
+        return check_records(dataset.records, template, N, 500, processes=processes)
+
+    with ThreadPoolExecutor(2) as pool:
+        results = [check_records(dataset.records, template, N, 500), *pool.map(check, range(2))]
     assert [len(parts[rank]) for rank in range(2)] == [4, 3]
-    assert checked.usable.indices.tolist() == alone.usable.indices.tolist() == [1, 2, 4, 5]
-    assert checked.lengths.tolist() == alone.lengths.tolist() and checked.failures == alone.failures
+    for result in results:
+        assert result.usable.indices.tolist() == [1, 2, 4, 5]
+        assert result.lengths.tolist() == results[0].lengths.tolist()
+        assert result.failures == results[0].failures and len(*result.failures.values()) == 3
 
 
 def test_the_check_counts_images_and_those_found_by_the_id_of_their_record(dataset_of, template, capsys):

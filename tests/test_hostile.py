@@ -453,9 +453,10 @@ def test_content_under_a_key_that_is_not_read_makes_a_record_unusable(template, 
 
 
 def test_harmless_keys_are_ignored(template):
-    keys = {"model": "gpt-4", "kinds": ["count"], "source": "coco", "width": 640, "image_id": "391895", "topic": "a",
-            "image_size": [640, 480], "num_images": 1, "has_image": True, "system_fingerprint": "fp_1", "file": "a.jpg",
-            "image": "a.jpg", "license": "CC-BY"}
+    keys = {"model": "gpt-4", "kinds": ["count"], "source": "coco", "width": 640, "image_id": "391895",
+            "image_size": [640, 480], "num_images": 1, "has_image": True, "system_fingerprint": "fp_1",
+            "topic": "a", "license": "CC-BY", "url": "http://a/b.jpg",
+            "image": "a.jpg", "image_name": "a.jpg", "images": ["a.jpg"]}
     turns = [{**HUMAN, "timestamp": "12:30", "weight": 0}, GPT]
     template.to_messages({"id": "a.jpg", "conversations": turns, **keys}, has_image=True)
 

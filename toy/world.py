@@ -272,8 +272,8 @@ def draw_if_missing():
         try:
             draw(DATA)
         except OSError as error:
-            sys.exit(f"cannot draw the toy's pictures into {DATA}: {error.strerror}; copy this repository to a "
-                     "folder that is writable, or draw them with python -m toy.world before it becomes read-only")
+            sys.exit(f"cannot draw the toy's pictures into {DATA}: {error.strerror}; copy this repository to "
+                     "a folder that you can write to")
     while not DATA.exists():
         time.sleep(.2)
 
