@@ -1,10 +1,10 @@
 """Runs lessons. A lesson is an experiment that changes one thing in the project and measures what happens.
 
-    python -m lessons.run no_end_token      one lesson, with three seeds: at most 6 minutes on 2 CPU cores
+    python -m lessons.run double_shift      one lesson, with three seeds: at most 6 minutes on 2 CPU cores
     python -m lessons.run all               all of them, about an hour
     python -m lessons.run all --seeds 0     with one seed; only prints
 
-With three seeds, it writes the measured numbers to lessons/results.json and the table to lessons/README.md.
+With three seeds, it writes the measured numbers to lessons/results.json and the results to lessons/README.md.
 """
 
 import argparse
@@ -22,10 +22,9 @@ from toy.world import draw_if_missing
 FOLDER = Path(__file__).parent
 SEEDS = [0, 1, 2]
 NAMES = ["skip_stage1", "wrong_images", "vision_layer", "class_token", "mlp_projector", "average_patches",
-         "change_patches", "less_data", "learning_rate", "frozen_in_train_mode", "lora_rank",
-         "label_questions", "no_end_token", "tokenize_pieces", "double_shift", "other_template",
-         "temperature"]
-START, END = "<!-- The table is written by python -m lessons.run -->\n", "<!-- end of the table -->\n"
+         "change_patches", "less_data", "learning_rate", "lora_rank", "label_questions", "tokenize_pieces",
+         "double_shift", "other_template", "temperature"]
+START = "<!-- All that follows is written by python -m lessons.run -->\n"
 
 
 def run_lesson(name, seeds):
@@ -40,21 +39,50 @@ def run_lesson(name, seeds):
 
 def format_result(measured):
     """Returns {measure: [numbers]} as text: the mean of each, and its smallest and largest number."""
-    return ", ".join(f"{key} {sum(values) / len(values):.2f} ({min(values):.2f}–{max(values):.2f})"
-                     for key, values in measured.items())
+    return ", ".join(f"{key} {format_numbers(values)}" for key, values in measured.items())
+
+
+def format_numbers(values):
+    return f"{sum(values) / len(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
 
 def make_table(results):
-    """Returns the table of lessons/README.md. results: {lesson: what run_lesson() returned}."""
-    rows = ["| lesson | what is changed | expected | measured | what it means |", "|--|--|--|--|--|"]
-    for name in NAMES:
-        if name in results:
-            lesson = importlib.import_module(f"lessons.{name}")
-            measured = "<br>".join(f"**{condition}**: {format_result(numbers)}"
-                                   for condition, numbers in results[name].items())
-            cells = [f"[{name}]({name}.py)", lesson.__doc__, lesson.EXPECTED, measured, lesson.MEANING]
-            rows.append("| " + " | ".join(" ".join(cell.split()) for cell in cells) + " |")
+    """Returns the overview of lessons/README.md: one score of each lesson, as a mean over the seeds.
+
+    Args: results: {lesson: what run_lesson() returned}.
+    """
+    rows = ["| what is changed | baseline | changed |", "|--|--|--|"]
+    for name, conditions in results.items():
+        cells = {False: [], True: []}
+        for condition, measured in conditions.items():
+            key = next((key for key in ("captions", "answers") if key in measured), next(iter(measured)))
+            values = measured[key]
+            is_baseline = "baseline" in condition
+            label = "" if is_baseline else f"{condition}: "
+            cells[is_baseline].append(f"{label}{key} {sum(values) / len(values):.2f}")
+        rows.append(f"| [{name}](#{name}) | {'<br>'.join(cells[True]) or '–'} | {'<br>'.join(cells[False])} |")
     return "\n".join(rows) + "\n"
+
+
+def make_section(name, conditions):
+    """Returns the section of one lesson: the change, what we expected, what was measured, what it means."""
+    lesson = importlib.import_module(f"lessons.{name}")
+    texts = (lesson.__doc__, lesson.EXPECTED, lesson.MEANING)
+    doc, expected, meaning = (" ".join(text.split()) for text in texts)
+    keys = list(dict.fromkeys(key for measured in conditions.values() for key in measured))
+    rows = [f"| | {' | '.join(keys)} |", "|--" * (len(keys) + 1) + "|"]
+    for condition, measured in conditions.items():
+        cells = [format_numbers(measured[key]) if key in measured else "–" for key in keys]
+        rows.append(f"| {condition} | {' | '.join(cells)} |")
+    table = "\n".join(rows)
+    return (f"### {name}\n\n{doc} ([{name}.py]({name}.py))\n\n**Expected.** {expected}\n\n{table}\n\n"
+            f"**What it means.** {meaning}\n")
+
+
+def make_report(results):
+    """Returns the generated part of lessons/README.md: the overview, then a section for each lesson."""
+    results = {name: results[name] for name in NAMES if name in results}
+    return "\n".join([make_table(results), *(make_section(*item) for item in results.items())])
 
 
 def main():
@@ -81,8 +109,7 @@ def main():
         if args.seeds == SEEDS and not args.steps:
             write_json(FOLDER / "results.json", results)
             readme = (FOLDER / "README.md").read_text(encoding="utf-8")
-            before, after = readme.split(START)[0], readme.split(END)[1]
-            (FOLDER / "README.md").write_text(before + START + make_table(results) + END + after,
+            (FOLDER / "README.md").write_text(readme.split(START)[0] + START + make_report(results),
                                               encoding="utf-8")
 
 

@@ -54,8 +54,7 @@ def drop_unusable_records(train_records, heldout_records, template, num_image_to
     print_checked(heldout_records, heldout)
     both = np.isin(heldout.usable.record_hashes, train.usable.record_hashes).sum()
     if both:
-        print(f"WARNING: {both} of the {len(heldout.usable)} held-out records are also trained on, so the "
-              "evaluation does not show what the model makes of new images.")
+        print(f"WARNING: {both} of {len(heldout.usable)} held-out records are also trained on. Hold out others.")
     total = len(train_records) + len(heldout_records)
     bad = total - len(train.usable) - len(heldout.usable)
     if bad > allow_bad * total or not len(train.usable):
@@ -64,7 +63,7 @@ def drop_unusable_records(train_records, heldout_records, template, num_image_to
         if not len(train.usable):
             which = "among them all to train on"
         raise UserError(f"{bad:,} of {total:,} records cannot be used, {which}{hint}")
-    if sum(heldout.usable.image_name(record) is not None for record in heldout.usable) < 2:
+    if heldout.with_image < 2:
         raise UserError(f"{heldout_records.file.path}: fewer than two usable held-out records have an image, "
                         "so none can be evaluated with a different image; raise --held-out")
     return train.usable, train.lengths, heldout.usable

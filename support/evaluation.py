@@ -22,9 +22,6 @@ def load_heldout_dataset(run, template, image_processor, num_image_tokens, count
     """Returns the ChatDataset of the records that a run has held out. `run` is its run.json. Only the first
     `count` records are taken if it is given. Records that have become unusable are left out and printed."""
     settings = run["settings"]
-    if "records" not in run:
-        raise UserError("run.json does not say which records were held out, because an older version of this "
-                        "code wrote it: train again with --restart")
     prefix = "heldout_" if settings["heldout_data"] else ""
     records = reopen_heldout(settings[f"{prefix}data"], settings[f"{prefix}images"], run["records"])
     records = records.subset(np.arange(len(records))[:count])

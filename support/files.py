@@ -6,16 +6,13 @@ import re
 import shutil
 import tempfile
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from support.errors import UserError, explain_errors, is_out_of_memory
-
-if os.name == "nt":
-    import msvcrt
-else:
-    import fcntl
+from support.errors import UserError, is_out_of_memory
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -25,14 +22,13 @@ def find_file(name):
     for path in (Path(name), REPOSITORY / name):
         if os.path.exists(path):  # Path.exists() raises an error if the name is too long
             return path
-    hint = " (tools/download.sh fetches LLaVA's data)" if str(name).startswith("data/") else ""
+    hint = ": tools/download.sh fetches it" if str(name).startswith("data/") else ""
     raise UserError(f"{name} does not exist{hint}")
 
 
 FORMATS = {  # how files begin that people take for another format
     b"version https://git-lfs": "a Git LFS pointer instead of the file: run git lfs pull",
     b"PAR1": "a Parquet file: save it as JSON", b"\x1f\x8b": "compressed by gzip: unpack it",
-    b"\xfd7zXZ": "compressed by xz: unpack it", b"BZh": "compressed by bzip2: unpack it",
     b"PK\3\4": "a .zip file: unpack it", b"\xff\xfe": "UTF-16 text: save it as UTF-8",
     b"\xfe\xff": "UTF-16 text: save it as UTF-8", b"<": "a web page or XML: fetch the file itself",
 }
@@ -60,18 +56,18 @@ def make_writable_folder(path):
 def lock_folder(folder):
     """Raises UserError if another process trains in this folder. Otherwise this process holds a lock on the
     folder until it ends. The operating system releases the lock, so a killed run leaves none."""
-    with explain_errors(f"write {folder}/.lock"):
-        file = os.open(Path(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # never closed
     try:
-        if os.name == "nt":
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
+        folder_lock(Path(folder).resolve() / ".lock").acquire(blocking=False)
+    except Timeout as error:
         raise UserError(f"another process is training in {folder}: wait until it ends, or choose another "
                         "folder with --run") from error
-    except OSError as error:  # some network drives have no locks
-        print(f"{folder} cannot be locked ({error.strerror}): start no second process in it")
+    except OSError as error:
+        raise UserError(f"cannot write {folder}/.lock: {error.strerror}") from error
+
+
+@cache  # a second stage in this process gets the same lock, which it already holds
+def folder_lock(path):
+    return FileLock(path)
 
 
 @contextmanager
@@ -86,13 +82,10 @@ def atomic_write(path):
     try:
         delete(temporary)  # left by a run that was killed here
         yield temporary
-        umask = os.umask(0)  # the only way to read the umask is to set it
-        os.umask(umask)
         for file in [temporary] if temporary.is_file() else temporary.rglob("*"):
             if file.is_file():
                 with open(file, "r+b") as handle:
                     os.fsync(handle.fileno())
-                file.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
         if path.is_dir() and not path.is_symlink():  # a rename cannot replace a folder with contents
             delete(path)
         os.replace(temporary, path)

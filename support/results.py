@@ -23,9 +23,8 @@ from support.pretrained import load_image_processor, load_language_model, load_v
 MODEL_SETTINGS = ("vision_tower", "vision_layer", "llm", "projector")
 RESULT_FILES = ("projector.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 RUN_JSON = {"stage": int, "vision_tower": str, "vision_layer": int, "llm": str, "projector": str,
-            "template": str, "steps": int, "settings": dict}  # what run.json must contain
-# What "settings" in run.json must contain. heldout_data and heldout_images are both files or both None.
-FILE_SETTINGS, COUNT_SETTINGS = ("data", "images"), ("held_out", "limit", "seed", "max_length")
+            "template": str, "steps": int, "settings": dict,
+            "records": dict}  # what run.json must contain
 
 
 def save_result(folder, stage, model, template, settings, steps, held_out, skipped,
@@ -71,25 +70,14 @@ def read_run(folder):
         script = "stage2_instruct.py" if Path(folder).name == "stage2" else "stage1_align.py"
         raise UserError(f"{folder} holds no finished run: run python {script} --run {Path(folder).parent} "
                         "first")
-    if not _is_complete(run):
-        raise UserError(f"{folder}/run.json is damaged: copy the folder again, or train again with --restart")
+    if not isinstance(run, dict) or not all(isinstance(run.get(key), kind) for key, kind in RUN_JSON.items()):
+        raise UserError(f"{folder}/run.json is damaged, or an older version of this code wrote it: copy the "
+                        "folder again, or train again with --restart")
     found = result_checksums(Path(folder))
     if run.get("checksums", found) != found:  # one flipped bit changes the answers and raises no error
         raise UserError(f"{folder} is damaged: a file is missing or has changed since it was written (one of "
                         f"{', '.join(RESULT_FILES)}): copy the folder again, or train again with --restart")
     return run
-
-
-def _is_complete(run):
-    """Returns True if run.json contains all values that are read later, each of the right type."""
-    if (not isinstance(run, dict) or run.get("stage") not in (1, 2)
-            or not all(isinstance(run.get(name), kind) for name, kind in RUN_JSON.items())):
-        return False
-    settings = run["settings"]
-    heldout_kinds = {type(settings.get(f"heldout_{name}", 0)) for name in FILE_SETTINGS}
-    return (all(isinstance(settings.get(name), str) for name in FILE_SETTINGS)
-            and heldout_kinds in ({str}, {type(None)})
-            and all(type(settings.get(name)) is int and settings[name] >= 0 for name in COUNT_SETTINGS))
 
 
 def check_same_models(run, settings, folder):

@@ -12,7 +12,6 @@ the peak memory of each.
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile

@@ -376,7 +376,7 @@ def test_training_on_held_out_records_is_warned_of(script, flags, drawn, tmp_pat
     records = json.loads((drawn / "chat.json").read_text())
     (tmp_path / "copy.json").write_text(json.dumps(records[2:], indent=1))
     script("stage1_align", *flags(1, heldout_data=tmp_path / "copy.json"), "--check-data")
-    assert "WARNING: 4 of the 4 held-out records are also trained on" in capsys.readouterr().out
+    assert "WARNING: 4 of 4 held-out records are also trained on" in capsys.readouterr().out
     script("stage1_align", *flags(1, heldout_data="", heldout_images=""), "--check-data")
     assert "WARNING" not in capsys.readouterr().out
 

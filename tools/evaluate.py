@@ -181,8 +181,8 @@ def print_table(result):
 def open_held_out(run_json, count, template, image_processor, num_image_tokens):
     """Returns the usable records among the run's first `count` held-out ones, as a ChatDataset. None takes
     all of them. Raises UserError if fewer than two have an image."""
-    held_out = len(run_json.get("records", {}).get("held_out", []))
-    if count and count > held_out > 0:
+    held_out = len(run_json["records"]["held_out"])
+    if count and count > held_out:
         raise UserError(f"--held-out {count}: the run has held out only {held_out} records, and others may "
                         "have been trained on")
     dataset = load_heldout_dataset(run_json, template, image_processor, num_image_tokens, count)
