@@ -54,7 +54,7 @@ def drop_unusable_records(train_records, heldout_records, template, num_image_to
     print_checked(heldout_records, heldout)
     both = np.isin(heldout.usable.record_hashes, train.usable.record_hashes).sum()
     if both:
-        print(f"WARNING: {both} of {len(heldout.usable)} held-out records are also trained on: hold out others")
+        print(f"WARNING: {both} of {len(heldout.usable)} held-out records are also trained on: choose others")
     total = len(train_records) + len(heldout_records)
     bad = total - len(train.usable) - len(heldout.usable)
     if bad > allow_bad * total or not len(train.usable):

@@ -75,8 +75,9 @@ class RecordFile:
         if not spans:
             raise UserError(f"{self.path} has no records")
         if not is_list and len(spans) == 1 and "conversations" not in record:
-            raise UserError(f"{self.path} is one JSON object ({', '.join(map(repr, record))[:80]}) instead of "
-                            "a list of records: save only the list")
+            keys = ", ".join(map(repr, record))[:80]
+            raise UserError(f"{self.path} is one JSON object ({keys}) instead of a list of records: save only "
+                            "the list")
         self.spans = np.array(spans, dtype=np.int64)
         self.image_hashes, self.record_hashes = np.frombuffer(hashes, "<u8").reshape(-1, 2).T.copy()
 

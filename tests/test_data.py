@@ -520,7 +520,8 @@ def test_the_check_counts_images_and_those_found_by_the_id_of_their_record(datas
                           {**record_of("Who?", "A ."), "id": "by id"}])
     draw("red").save(dataset.records.images.root / "by id.jpg")
     print_checked(dataset.records, check_records(dataset.records, template, N, 500))
-    assert "  3 with an image, of which 1 are found by their id; 2 without an image" in capsys.readouterr().out
+    expected = "  3 with an image, of which 1 are found by their id; 2 without an image"
+    assert expected in capsys.readouterr().out
 
 
 # -- images ------------------------------------------------------------------------------------------------

@@ -293,7 +293,7 @@ def test_a_damaged_avif_is_a_bad_record(tmp_path):
 def test_an_image_that_is_no_file_name_is_named_as_such(broken, name, tmp_path):
     (tmp_path / "chat.json").write_text(json.dumps([{"id": "a"}, {"image": name}]))
     records = RecordSet(RecordFile(tmp_path / "chat.json"), ImageStore(broken / "images"), np.arange(2))
-    with pytest.raises(BadRecord, match="record 'number 2 of chat.json': 'image' is not the name of one file"):
+    with pytest.raises(BadRecord, match="'number 2 of chat.json': 'image' is not the name of one file"):
         records.open_image(records[1])
 
 
@@ -374,7 +374,8 @@ NOT_RECORDS = {  # name: (content, what the sentence says)
     "without an end": (b'[{"id": 1}', "ends in the middle.*1 complete"),
     "only [": (b"[", "ends in the middle"),
     "object": (b'{"id": 1}', r"is one JSON object \('id'\) instead of a list"),
-    "a list in an object": (b'{"n": 1, "data": [{"id": 1}]}', r"one JSON object \('n', 'data'\) instead of a list"),
+    "a list in an object": (b'{"n": 1, "data": [{"id": 1}]}',
+                            r"one JSON object \('n', 'data'\) instead of a list"),
     "nothing": (b"", "no records"),
     "web page": (b"<html>404</html>", "is a web page"),
     "CSV": (b"id,image,question\n1,a.jpg,What?\n", r"is a table \(CSV"),
