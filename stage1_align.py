@@ -29,7 +29,7 @@ from support.metrics_log import MetricsLog, format_grounding, import_tracker
 from support.pretrained import (load_image_processor, load_language_model, load_vision_config,
                                 load_vision_tower)
 from support.processes import Processes
-from support.records import open_records
+from support.records import describe_records, open_records
 from support.results import save_result
 from support.settings import next_command, parse_settings, print_settings
 from support.step_batches import load_steps, plan_events, plan_steps, print_plan, try_longest_batch
@@ -80,7 +80,7 @@ def main(argv=None):
 
     # -- 2. data -------------------------------------------------------------------------------------------
 
-    if args.preset == "toy":
+    if args.data.startswith("toy/data/"):
         import toy.world
         toy.world.draw_if_missing()  # draws 12,240 pictures before the first run (about 10 s)
     train_records, heldout_records = open_records(
@@ -89,7 +89,7 @@ def main(argv=None):
     num_image_tokens = count_patches(load_vision_config(args.vision_tower))  # N
     # lengths[i] is the approximate number of tokens of training record i.
     train_records, lengths, heldout_records = drop_unusable_records(
-        train_records, heldout_records, template, num_image_tokens, args)
+        train_records, heldout_records, template, num_image_tokens, args, processes)
     if args.check_data:
         return None
     image_processor = load_image_processor(args.vision_tower)
@@ -224,7 +224,8 @@ def main(argv=None):
     if not math.isfinite(after["loss"]):
         raise UserError("the held-out loss is not finite, so the result was not saved; try a lower --lr")
     if processes.rank == 0:
-        save_result(folder, 1, model, template, settings, progress.step, after, len(progress.skipped))
+        save_result(folder, 1, model, template, settings, progress.step, after, len(progress.skipped),
+                    describe_records(train_records, heldout_records))
         checkpoints.discard_checkpoint(folder)
     processes.barrier()
     print(f"before: {format_grounding(progress.before)}\nafter:  {format_grounding(after)}\n"

@@ -1,10 +1,9 @@
 """Checks that data of the real size fits into memory, with a synthetic chat.json of 595,375 records.
 
-    python -m bench.data_scale    about 2 minutes on 2 CPU cores, 230 MB of temporary files, Linux only
+    python -m bench.data_scale    about 1 minute on 2 CPU cores, 230 MB of temporary files, Linux only
 
-Measures how long support.records.RecordFile takes to open the file, what memory it holds, and by how much
-8 processes grow while each reads all records, as DataLoader workers do. Fails if a figure is above its bound.
-Memory is the proportional set size: a page that k processes share counts as 1/k in each.
+Measures how long support.records.RecordFile takes to open the file and what memory it holds (proportional set
+size), and compares both with json.loads. Fails if a figure is above its bound.
 """
 
 import argparse
@@ -18,7 +17,6 @@ from pathlib import Path
 
 from support.records import RecordFile
 
-WORKERS = 8
 WORDS = "olive oil is a healthy ingredient used liberally in this part of the world , says person".split()
 
 
@@ -34,9 +32,9 @@ def write_chat_json(path, count):
         file.write("]")
 
 
-def proportional_set_size(pid="self"):
-    """Returns the memory of a process in bytes."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+def proportional_set_size():
+    """Returns the memory of this process in bytes."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
@@ -49,44 +47,19 @@ def measure_opening(path, reader):
     return seconds, held
 
 
-def read_all(records, barrier):
-    barrier.wait()  # all workers have started
-    barrier.wait()  # their memory has been measured
-    for i in range(len(records)):
-        records[i]
-    barrier.wait()  # all workers have read everything
-    barrier.wait()  # their memory has been measured again
-
-
-def measure_growth(records, context):
-    """Returns the fraction by which the memory of this process and WORKERS others grows as they read."""
-    barrier, totals = context.Barrier(WORKERS + 1), []
-    workers = [context.Process(target=read_all, args=(records, barrier)) for _ in range(WORKERS)]
-    for worker in workers:
-        worker.start()
-    for moment in ("before", "after"):
-        barrier.wait()
-        totals.append(sum(map(proportional_set_size, ["self", *(worker.pid for worker in workers)])))
-        barrier.wait()
-        print(f"  {WORKERS} workers {moment} they read: {totals[-1] / 1e6:.0f} MB", flush=True)
-    return totals[1] / totals[0] - 1
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--records", type=int, default=595_375)
-    context = multiprocessing.get_context("fork")  # as for DataLoader workers
     with tempfile.TemporaryDirectory() as folder:
         path, ratios = Path(folder) / "chat.json", []
         write_chat_json(path, parser.parse_args().records)
         for _ in range(3):
-            with context.Pool(1, maxtasksperchild=1) as pool:  # a new process for each call
+            with multiprocessing.Pool(1, maxtasksperchild=1) as pool:  # a new process for each call
                 json_seconds, _ = pool.apply(measure_opening, (path, "json.loads"))
                 seconds, held = pool.apply(measure_opening, (path, "RecordFile"))
             ratios.append(seconds / json_seconds)
-        figures = {"time / time of json.loads, median of 3": (sorted(ratios)[1], 1.5),
-                   "memory / size of the file": (held / path.stat().st_size, 2.0),
-                   "growth in the workers": (measure_growth(RecordFile(path), context), 0.1)}
+        figures = {"time / time of json.loads, median of 3": (sorted(ratios)[1], 3.0),
+                   "memory, GB": (held / 1e9, 0.1)}
     for name, (value, bound) in figures.items():
         print(f"{name}: {value:.3f} (bound {bound})")
     sys.exit(any(value > bound for value, bound in figures.values()))

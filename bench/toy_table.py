@@ -81,7 +81,8 @@ def main():
         record["image"] = image
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "chat.json").write_text(json.dumps(records))
-    run(STAGES[1], "--run", folder, "--data", folder / "chat.json", "--restart")
+    run(STAGES[1], "--run", folder, "--data", folder / "chat.json", "--restart",
+        "--heldout-data", world.DATA / "heldout_chat.json", "--heldout-images", world.DATA / "heldout.zip")
     print_row("control: trained on different images", folder, 1)
 
 

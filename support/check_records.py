@@ -13,7 +13,7 @@ from data import ChatDataset
 from support.checkpoints import ignore_signals_in_worker
 from support.errors import BadRecord, UserError, explain_errors
 from support.hub import find_pretrained
-from support.records import RecordSet
+from support.records import RecordSet, image_of
 
 
 class Checked(NamedTuple):
@@ -21,10 +21,12 @@ class Checked(NamedTuple):
     usable: RecordSet  # the records that can be trained on
     lengths: np.ndarray  # (usable,) approximate number of tokens of each
     failures: dict  # {reason: [one sentence per unusable record]}
-    shortened: int  # how many records lose turns to --max-length
+    shortened: int  # how many usable records lose turns to --max-length
+    with_image: int  # how many usable records have an image
+    found_by_id: int  # how many of these lack "image", and are found by their id
 
 
-def drop_unusable_records(train_records, heldout_records, template, num_image_tokens, settings):
+def drop_unusable_records(train_records, heldout_records, template, num_image_tokens, settings, processes):
     """Checks both RecordSets, prints what it finds, and returns the usable records: (train_records, lengths,
     heldout_records). lengths[i] is the approximate number of tokens of training record i.
 
@@ -42,32 +44,34 @@ def drop_unusable_records(train_records, heldout_records, template, num_image_to
         raise UserError(f"--max-length {max_length} is more than {settings.llm} can read: pass --max-length "
                         f"{context} or less")
     workers = settings.workers if settings.decode else 0
-    train = check_records(train_records, template, num_image_tokens, max_length, settings.decode, workers)
+    train = check_records(train_records, template, num_image_tokens, max_length, settings.decode, workers,
+                          processes)
     print_checked(train_records, train)
     if not settings.decode:
         print("  The images of these records were looked up but not opened; --decode opens them.")
-    heldout = check_records(heldout_records, template, num_image_tokens, max_length, decode=True)
+    heldout = check_records(heldout_records, template, num_image_tokens, max_length, decode=True,
+                            processes=processes)
     print_checked(heldout_records, heldout)
+    both = np.isin(heldout.usable.record_hashes, train.usable.record_hashes).sum()
+    if both:
+        print(f"WARNING: {both} of {len(heldout.usable)} held-out records are also trained on: choose others")
     total = len(train_records) + len(heldout_records)
     bad = total - len(train.usable) - len(heldout.usable)
     if bad > allow_bad * total or not len(train.usable):
-        hint = ""
-        for missing in train.failures.get("image missing", [])[:1]:
-            name = missing.split(": ")[-1].split(" is not in ")[0].strip("'")
-            root = train_records.images.likely_root(name)
-            hint = f" (is --images wrong? {name} is in {root})" if root else " (is --images wrong?)"
+        hint = " (is --images wrong?)" if "image missing" in train.failures else ""
         which = f"more than --allow-bad {allow_bad} allows"
         if not len(train.usable):
             which = "among them all to train on"
         raise UserError(f"{bad:,} of {total:,} records cannot be used, {which}{hint}")
-    if sum(heldout.usable.image_name(record) is not None for record in heldout.usable) < 2:
+    if heldout.with_image < 2:
         raise UserError(f"{heldout_records.file.path}: fewer than two usable held-out records have an image, "
                         "so none can be evaluated with a different image; raise --held-out")
     return train.usable, train.lengths, heldout.usable
 
 
 class RecordChecks(ChatDataset):
-    """Item i is (approximate number of tokens, whether turns are lost) of record i, or its BadRecord.
+    """Item i is (approximate number of tokens, whether turns are lost, whether it has an image, whether this
+    was found by its id) of record i, or its BadRecord.
 
     Most records are not even tokenized. A token is at least one byte long, so a text with at most
     max_length - num_image_tokens bytes fits.
@@ -92,33 +96,43 @@ class RecordChecks(ChatDataset):
                 length = len(self.encode(record)[0])
                 lost = length < len(self.template.encode(messages, self.num_image_tokens)[0])
             # English text has about four bytes per token.
-            return (name is not None) * self.num_image_tokens + num_bytes // 4, lost
+            has_image = name is not None
+            length = has_image * self.num_image_tokens + num_bytes // 4
+            return length, lost, has_image, has_image and image_of(record) is None
         except BadRecord as error:
             return error
 
 
-def check_records(records, template, num_image_tokens, max_length, decode=False, workers=0):
-    """Looks at every record of a RecordSet and returns a Checked. Opens the images if `decode` is true."""
-    checks = RecordChecks(records, template, None, num_image_tokens, max_length, decode=decode)
+def check_records(records, template, num_image_tokens, max_length, decode=False, workers=0, processes=None):
+    """Looks at every record of a RecordSet and returns a Checked. Opens the images if `decode` is true.
+    Each of several processes checks a part of the records, and all return the same."""
+    rank, world_size = (processes.rank, processes.world_size) if processes else (0, 1)
+    part = records.subset(np.arange(len(records))[rank::world_size])
+    checks = RecordChecks(part, template, None, num_image_tokens, max_length, decode=decode)
     loader = DataLoader(checks, batch_size=64, collate_fn=list, num_workers=workers,
                         worker_init_fn=ignore_signals_in_worker,
                         generator=torch.Generator())  # see stage1_align.py
-    usable, lengths, failures, shortened = [], [], {}, 0
-    for i, result in enumerate(tqdm(chain.from_iterable(loader), "checking the data", len(records),
-                                    unit="record", leave=False, disable=None)):
+    results = [None] * len(records)
+    results[rank::world_size] = tqdm(chain.from_iterable(loader), "checking the data", len(part),
+                                     unit="record", leave=False, disable=None)
+    if processes:
+        for other, part_results in enumerate(processes.gather(results[rank::world_size])):
+            results[other::world_size] = part_results
+    usable = [i for i, result in enumerate(results) if not isinstance(result, BadRecord)]
+    lengths, *flags = np.array([results[i] for i in usable], dtype=np.int64).reshape(-1, 4).T
+    failures = {}
+    for result in results:
         if isinstance(result, BadRecord):
             failures.setdefault(result.reason, []).append(str(result))
-        else:
-            usable.append(i)
-            lengths.append(result[0])
-            shortened += result[1]
-    return Checked(records.subset(usable), np.array(lengths), failures, shortened)
+    return Checked(records.subset(usable), lengths, failures, *(int(flag.sum()) for flag in flags))
 
 
 def print_checked(records, checked):
     """Prints how many of the records are usable, and why the others are not."""
     print(f"checked {len(records):,} records of {records.file.path}: {len(checked.usable):,} usable, of "
           f"which {checked.shortened:,} lose turns to --max-length")
+    print(f"  {checked.with_image:,} with an image, of which {checked.found_by_id:,} are found by their id; "
+          f"{len(checked.usable) - checked.with_image:,} without an image")
     for reason, sentences in checked.failures.items():
         print(f"  {len(sentences):,} unusable: {reason}")
         for sentence in sentences[:10]:

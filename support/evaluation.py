@@ -15,18 +15,22 @@ from data import IMAGE_TOKEN, ChatDataset, collate
 from model import IGNORE_INDEX
 from support.check_records import check_records, print_checked
 from support.errors import UserError, printable
-from support.records import open_records
+from support.records import reopen_heldout
 
 
-def load_heldout_dataset(run, template, image_processor, num_image_tokens):
-    """Returns the ChatDataset of a run's usable held-out records. `run` is its run.json."""
+def load_heldout_dataset(run, template, image_processor, num_image_tokens, count=None):
+    """Returns the ChatDataset of the records that a run has held out. `run` is its run.json. Only the first
+    `count` records are taken if it is given. Records that have become unusable are left out and printed."""
     settings = run["settings"]
-    names = ("data", "images", "heldout_data", "heldout_images", "held_out", "limit", "seed")
-    _, heldout_records = open_records(**{name: settings[name] for name in names})
+    prefix = "heldout_" if settings["heldout_data"] else ""
+    records = reopen_heldout(settings[f"{prefix}data"], settings[f"{prefix}images"], run["records"])
+    records = records.subset(np.arange(len(records))[:count])
     max_length = settings["max_length"]
-    checked = check_records(heldout_records, template, num_image_tokens, max_length, decode=True)
+    checked = check_records(records, template, num_image_tokens, max_length, decode=True)
     if checked.failures:
-        print_checked(heldout_records, checked)
+        print_checked(records, checked)
+    if not len(checked.usable):
+        raise UserError(f"none of the {len(records)} held-out records of {records.file.path} can be used")
     return ChatDataset(checked.usable, template, image_processor, num_image_tokens, max_length)
 
 

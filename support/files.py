@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager, suppress
@@ -23,6 +24,21 @@ def find_file(name):
             return path
     hint = ": tools/download.sh fetches it" if str(name).startswith("data/") else ""
     raise UserError(f"{name} does not exist{hint}")
+
+
+FORMATS = {  # how files begin that people take for another format
+    b"version https://git-lfs": "a Git LFS pointer instead of the file: run git lfs pull",
+    b"PAR1": "a Parquet file: save it as JSON", b"\x1f\x8b": "compressed by gzip: unpack it",
+    b"PK\3\4": "a .zip file: unpack it", b"\xff\xfe": "UTF-16 text: save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text: save it as UTF-8", b"<": "a web page or XML: fetch the file itself",
+}
+
+
+def name_format(content):
+    """Returns what a file is, by its first bytes, and what to do; or None if it may be JSON or an image."""
+    if re.match(rb"[^\n\0-\x08\[{<]*[,;\t][^\n\0-\x08]*\n", content):
+        return "a table (CSV or TSV): save it as JSON"
+    return next((kind for start, kind in FORMATS.items() if content[:1000].lstrip().startswith(start)), None)
 
 
 def make_writable_folder(path):

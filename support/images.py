@@ -10,10 +10,10 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from support.errors import BadRecord, UserError
-from support.files import WorkerFile
+from support.errors import BadRecord, UserError, explain_errors
+from support.files import WorkerFile, name_format
 
 # Formats that Pillow decodes by itself. (EPS, for example, would start Ghostscript.)
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO"]
@@ -22,10 +22,6 @@ MAX_FILE_BYTES = 256 * 2**20
 # phones take photos of 200 megapixels.
 Image.MAX_IMAGE_PIXELS = 110_000_000
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-ORIENTATION = 0x112  # the EXIF tag that says how a camera was held
-TRANSPOSE = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-             4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
-             7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
 
 def decode_image(file, name):
@@ -36,24 +32,32 @@ def decode_image(file, name):
     here.
     """
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            orientation = image.getexif().get(ORIENTATION)
+        content = file if hasattr(file, "read") else io.BytesIO(Path(file).read_bytes())
+        with Image.open(content, formats=FORMATS) as image:
+            image.getexif()  # Pillow keeps what it has parsed
             image.load()
-        if orientation in TRANSPOSE:
-            image = image.transpose(TRANSPOSE[orientation])
+        image.info.pop("exif", None)  # else exif_transpose() would write it again, which fails for odd tags
+        ImageOps.exif_transpose(image, in_place=True)
         if max(image.size) > 100 * min(image.size):  # resizing its short side to 224 would fill the memory
             raise ValueError(f"{image.width} × {image.height} pixels are too long and narrow")
-        if image.mode.startswith("I"):  # 16 bits per pixel; convert("RGB") would clip all values above 255
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-        if image.mode == "P" and "transparency" in image.info:
+        # convert("RGB") would clip all values to 0 … 255.
+        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+            raise ValueError("its pixels are floating-point or 32-bit numbers, and the file does not say "
+                             "which of them is white: save it with 8 or 16 bits")
+        if image.mode.startswith("I"):  # 16 bits per pixel
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.has_transparency_data:  # shown on white; the original code shows the hidden colors
             image = image.convert("RGBA")
-        return image.convert("RGB")  # drops an alpha channel, as the original code does
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
     except MemoryError:
         raise
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = "it is not an image in a supported format"
+            content.seek(0)
+            kind = name_format(content.read(1000))
+            reason = f"it is not an image in a supported format{f', but {kind}' if kind else ''}"
         raise ValueError(f"{name} cannot be decoded: {reason}") from error
 
 
@@ -76,18 +80,11 @@ class ImageStore:
         return self._find_member(name) is not None
 
     def is_inside(self, name):
-        """Returns True if the name stays inside the folder, also after symbolic links are followed."""
+        """Returns True if the name cannot leave the folder. Records may come from others. Symbolic links in
+        the folder are the user's own and are followed."""
         path = PurePosixPath(name.replace("\\", "/"))
         drive = re.match("[A-Za-z]:", name)  # of Windows
-        if not path.parts or "\0" in name or path.is_absolute() or ".." in path.parts or drive:
-            return False
-        if self.members is not None:
-            return True
-        root = os.path.realpath(self.root)
-        try:
-            return os.path.realpath(os.path.join(root, name)).startswith(root + os.sep)
-        except ValueError:  # a lone surrogate (half of a UTF-16 pair), which no file name contains
-            return False
+        return bool(path.parts) and not ("\0" in name or path.is_absolute() or ".." in path.parts or drive)
 
     def check(self, record, name):
         """Raises BadRecord if there is no such image."""
@@ -105,16 +102,6 @@ class ImageStore:
         except (ValueError, OSError, zlib.error, struct.error) as error:
             raise BadRecord(record, "image cannot be decoded", str(error)) from error
 
-    def likely_root(self, name):
-        """Returns a folder near this one that has the image, or None. A common mistake is to name the folder
-        one level too high or too low: images/train2017/ instead of images/."""
-        if self.members is None:
-            above = self.root.parent
-            for folder in [above, *self.root.glob("*/"), *above.glob("*/"), *self.root.glob("*/*/")]:
-                if os.path.isfile(folder / name):
-                    return folder
-        return None
-
     # -- .zip files ----------------------------------------------------------------------------------------
 
     def _read_zip_directory(self):
@@ -125,7 +112,9 @@ class ImageStore:
                 members = [info for info in archive.infolist()
                            if not info.is_dir() and not info.filename.startswith("__MACOSX/")]
         except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"{self.root} is not a readable .zip file: {error}; is the download complete?"
+            with explain_errors(f"read {self.root}"), open(self.root, "rb") as file:
+                kind = name_format(file.read(1000).removeprefix(b"PK"))
+            raise UserError(f"{self.root} is {kind or f'not a readable .zip file ({error}): fetch it again'}"
                             ) from error
         for info in members:
             if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

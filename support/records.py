@@ -1,8 +1,8 @@
 """Reads the records of a JSON file one at a time, with their images, and splits off held-out records.
 
-595,375 records as Python dicts need gigabytes. Each DataLoader worker would also copy them page by page,
-because reading an object changes its reference count. So RecordFile keeps only the position of each record in
-the file, in one NumPy array that all workers share, and parses a record when it is asked for.
+595,375 records as Python dicts take 0.7 GB. Each DataLoader worker would also copy them page by page, because
+reading an object changes its reference count. So RecordFile keeps only the position of each record in the
+file and two hashes, in NumPy arrays that all workers share, and parses a record when it is asked for.
 """
 
 import hashlib
@@ -12,47 +12,56 @@ from pathlib import Path
 
 import numpy as np
 
-from support.errors import BadRecord, UserError
-from support.files import WorkerFile, find_file
+from support.errors import BadRecord, UserError, explain_errors
+from support.files import WorkerFile, find_file, name_format
 from support.images import ImageStore
-
-# Limits of one record. More takes seconds to tokenize, and nearly all of it would be cut off.
-MAX_CHARACTERS, MAX_TURNS = 1_000_000, 10_000
 
 
 class RecordFile:
-    """The records of a JSON file, which must be a list of objects: `records[i]` is a dict."""
+    """The records of a JSON file, a list of objects or JSON lines: `records[i]` is a dict.
 
-    def __init__(self, path):
-        self.path = Path(path)
-        try:
-            text = self.path.read_bytes().decode("utf-8")
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from error
-        self.spans = self._find_spans(text)  # (records, 2): first byte and end of each record
+    Attributes: spans (records, 2), first byte and end of each record. image_hashes and record_hashes, both
+    (records,), see hash_record(). sha256, of the file.
+
+    Args: spans: given if they are known. Then the file is not parsed, and there are no hashes.
+    """
+
+    def __init__(self, path, spans=None):
+        self.path, self.spans = Path(path), spans
+        if spans is None:
+            with explain_errors(f"read {path}"):
+                content = self.path.read_bytes()
+            if kind := name_format(content):
+                raise UserError(f"{path} is {kind}")
+            try:
+                text = content.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from error
+            self.sha256 = hashlib.sha256(content).hexdigest()
+            del content  # 175 MB for 595,375 records
+            self._find_records(text)
         self._file = WorkerFile(self.path)
 
-    def _find_spans(self, text):
+    def _find_records(self, text):
+        """Fills spans and hashes."""
         decode = json.JSONDecoder().raw_decode
-        skip = re.compile(r"\s*,\s*(?!\])|\s*(?=\]|\Z)").match  # to the next record, the ] or the end
+        opening = re.match(r"\ufeff?\s*(\[?)\s*", text)
+        is_list = opening[1] == "["  # else the objects of JSON lines follow each other without commas
+        # To the next record, the ] or the end.
+        skip = re.compile(r"\s*,\s*(?!\])|\s*(?=\]|\Z)" if is_list else r"\s*").match
         # In an ASCII file, as json.dump writes it, characters are bytes. Elsewhere they must be counted.
         size = (lambda start, end: end - start) if text.isascii() else \
             (lambda start, end: len(text[start:end].encode()))
-        spans, at, position = [], 0, 0
+        spans, hashes, at, position, here = [], bytearray(), 0, 0, opening.end()
         try:
-            opening = re.match(r"\ufeff?\s*\[\s*", text)
-            if not opening:
-                raise ValueError("it does not begin with [")
-            here = opening.end()
-            while text[here] != "]":
+            while text[here] != "]" if is_list else here < len(text):
                 record, end = decode(text, here)
                 if not isinstance(record, dict):
                     raise ValueError(f"entry {len(spans) + 1} is not an object but {text[here:end][:40]}")
                 start_byte = position + size(at, here)
                 position = start_byte + size(here, end)
                 spans.append((start_byte, position))
+                hashes += hash_record(record)
                 following = skip(text, end)
                 if not following:
                     raise ValueError("a comma is missing, or is one too many")
@@ -62,10 +71,15 @@ class RecordFile:
         except (ValueError, IndexError, RecursionError) as error:
             message = "it ends in the middle" if isinstance(error, IndexError) else str(error)
             raise UserError(f"{self.path} is not a JSON list of records: {message} (after {len(spans):,} "
-                            "complete records); is the download complete?") from error
+                            "complete records): correct it, or fetch it again") from error
         if not spans:
             raise UserError(f"{self.path} has no records")
-        return np.array(spans, dtype=np.int64)
+        if not is_list and len(spans) == 1 and "conversations" not in record:
+            keys = ", ".join(map(repr, record))[:80]
+            raise UserError(f"{self.path} is one JSON object ({keys}) instead of a list of records: save only "
+                            "the list")
+        self.spans = np.array(spans, dtype=np.int64)
+        self.image_hashes, self.record_hashes = np.frombuffer(hashes, "<u8").reshape(-1, 2).T.copy()
 
     def __len__(self):
         return len(self.spans)
@@ -76,6 +90,24 @@ class RecordFile:
         if record.get("id") is None:  # so that a message about the record says where it is
             record["id"] = f"number {index + 1} of {self.path.name}"
         return record
+
+
+def image_of(record):
+    """Returns record["image"]. A list of one name stands for this name."""
+    image = record.get("image")
+    return image[0] if isinstance(image, list) and len(image) == 1 else image
+
+
+def hash_record(record):
+    """Returns two 64-bit hashes as bytes: of the record's image, and of image and conversation together.
+
+    A record without an image is identified by its id, or by its conversation if it has no id. The hashes do
+    not depend on where the record is in the file, nor on spaces and escapes.
+    """
+    conversation, identity = record.get("conversations"), record.get("id")
+    image = image_of(record) or (f"{identity}.jpg" if identity is not None else conversation)
+    return b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest()
+                    for text in (f"{image!a}", f"{image!a} {conversation!a}"))
 
 
 class RecordSet:
@@ -96,22 +128,27 @@ class RecordSet:
     def subset(self, positions):
         return RecordSet(self.file, self.images, self.indices[positions])
 
+    @property
+    def record_hashes(self):
+        return self.file.record_hashes[self.indices]
+
     def fingerprint(self):
-        """Returns a hash of where the records are in their file. It changes if records come, go or move.
-        An edit that keeps all lengths is not noticed."""
-        return hashlib.sha256(self.file.spans[self.indices].tobytes()).hexdigest()[:16]
+        """Returns a hash of the records in their order."""
+        return hashlib.sha256(self.record_hashes.tobytes()).hexdigest()[:16]
 
     def image_name(self, record):
         """Returns the file name of the record's image, or None if it has no image.
 
         Some copies of the data lack "image". The file is then named after the record's id.
         """
-        name = record.get("image")
+        name = image_of(record)
+        if name in ("", []):  # text only, as other programs write it
+            return None
         if name is None:
             name = f"{record.get('id')}.jpg"
             return name if name in self.images else None
         if not isinstance(name, str) or not name.strip():
-            raise BadRecord(record, "'image' is not the name of a file", repr(name)[:80])
+            raise BadRecord(record, "'image' is not the name of one file", repr(name)[:80])
         return name
 
     def open_image(self, record):
@@ -124,34 +161,87 @@ class RecordSet:
 def open_records(data, images, heldout_data, heldout_images, held_out, limit, seed):
     """Returns (training, held-out) RecordSets.
 
-    Without `heldout_data`, records of `data` are held out: the first `held_out` ones of a seeded shuffle that
-    have different images. Other records of these images are left out, so no held-out image is trained on.
+    Without `heldout_data`, records of `data` are held out. The order is that of a seeded hash of their image,
+    which does not change if records are added, deleted or sorted. The first `held_out` images are held out,
+    with one record each. No other record of these images is trained on.
     `limit` counts training records, so the held-out records are the same for every limit. 0 is no limit.
     """
-    records, images = RecordFile(find_file(data)), ImageStore(find_file(images))
-    order = np.random.default_rng(seed).permutation(len(records))
+    file, store = RecordFile(find_file(data)), ImageStore(find_file(images))
+    random = np.random.default_rng(seed)
     if heldout_data:
         other = RecordFile(find_file(heldout_data))
-        other_images = ImageStore(find_file(heldout_images))
-        heldout_records = RecordSet(other, other_images, np.arange(len(other))[:held_out])
-        return RecordSet(records, images, order[:limit or None]), heldout_records
-    heldout, heldout_names, train = [], set(), []
-    for i in order:
-        record = records[i]
-        name = str(record.get("image") or record.get("id") or i)
-        if name in heldout_names:
-            continue
-        if len(heldout) < held_out:
-            heldout.append(i)
-            heldout_names.add(name)
-        elif not limit or len(train) < limit:
-            train.append(i)
-        else:
-            break
-    if not train:
-        raise UserError(f"--held-out {held_out} leaves none of the {len(records)} records of {data} to train "
+        heldout = RecordSet(other, ImageStore(find_file(heldout_images)), np.arange(len(other))[:held_out])
+        return RecordSet(file, store, random.permutation(len(file))[:limit or None]), heldout
+    hashes = file.image_hashes ^ random.integers(2**64, dtype=np.uint64)  # another order for every seed
+    order = np.lexsort((file.record_hashes, hashes))  # by image, and the records of one image by their hash
+    first_of_image = np.unique(hashes[order], return_index=True)[1]  # positions in `order`
+    if len(first_of_image) <= held_out:
+        raise UserError(f"--held-out {held_out} leaves none of the {len(file)} records of {data} to train "
                         "on (records of a held-out image are left out too): lower --held-out")
-    return RecordSet(records, images, np.array(train)), RecordSet(records, images, np.array(heldout))
+    train = order[first_of_image[held_out]:]
+    return (RecordSet(file, store, train[:limit or None]),
+            RecordSet(file, store, order[first_of_image[:held_out]]))
+
+
+def describe_records(train, heldout):
+    """Returns what run.json says about the records of a run: a hash and the number of those that were trained
+    on, and for each held-out record its hash, its position in the file, its first byte and its end."""
+    rows = zip(heldout.record_hashes, heldout.indices, heldout.file.spans[heldout.indices])
+    return {"trained_on": {"count": len(train), "hash": train.fingerprint()},
+            "heldout_file": {"sha256": heldout.file.sha256, "records": len(heldout.file)},
+            "held_out": [f"{value} {index} {start} {end}" for value, index, (start, end) in rows]}
+
+
+def reopen_heldout(data, images, described):
+    """Returns the RecordSet of exactly the records that a run held out, in the same order.
+
+    Args: data, images: where they are. described: what describe_records() returned.
+    Raises UserError if none is left. If the file has changed, prints one sentence about what is missing.
+    """
+    path, store, total = find_file(data), ImageStore(find_file(images)), described["heldout_file"]["records"]
+    rows = np.array([[int(word) for word in row.split()] for row in described["held_out"]], dtype=np.uint64)
+    hashes, indices = rows[:, 0], rows[:, 1].astype(np.int64)
+    with explain_errors(f"read {path}"):
+        sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if sha256 == described["heldout_file"]["sha256"]:  # the other records need not be parsed
+        spans = np.zeros((total, 2), dtype=np.int64)
+        spans[indices] = rows[:, 2:]
+        return RecordSet(RecordFile(path, spans), store, indices)
+    file = RecordFile(path)
+    found = np.concatenate([np.flatnonzero(file.record_hashes == value)[:1] for value in hashes])
+    if not len(found):
+        raise UserError(f"{path} contains none of the {len(hashes)} records that this run held out: restore "
+                        "the file that it was trained with, or train again with --restart")
+    more, gone = len(file) - total, len(hashes) - len(found)
+    counted = f"{abs(more):,} {'more' if more > 0 else 'fewer'} records" if more else "as many records"
+    print(f"NOTE: {path} has changed since this run was trained: it has {counted}, and "
+          f"{gone or 'none'} of the {len(hashes)} held-out records are gone or changed")
+    return RecordSet(file, store, found)
+
+
+# A key with media or a system text: "videos", "image_path", "system_prompt". Not: "image_id", "kinds".
+MEDIA_KEY = re.compile(
+    r"(.*[\W_\d])?(image|img|picture|photo|frame|pixel|clip|video|audio|sound|speech|voice|media|system)s?"
+    r"[\W_\d]*((file|path|name|url|uri|list|data|bytes|base64|value|prompt|message|text|content)s?[\W_\d]*)*",
+    re.IGNORECASE)
+MEDIA_FILE = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?|heic|mp4|avi|mov|mkv|webm|wav|mp3|flac)", re.I)
+
+
+def check_keys(record, has_image):
+    """Raises BadRecord if the record or a turn has content for the model under a key that is not read.
+
+    Such keys are known by their name and, if the record has no image, by a value such as "a.jpg". Numbers and
+    empty values are no content, nor is the name of the record's image, written a second time.
+    """
+    image = image_of(record)
+    for fields in ({**record, "id": None, "image": None}, *record["conversations"]):
+        for key, value in fields.items():
+            words = re.sub("(?<=[a-z])(?=[A-Z])", "_", key)  # imagePath becomes image_Path
+            is_file = isinstance(value, str) and key != "value" and MEDIA_FILE.fullmatch(value)
+            if (value and isinstance(value, (str, list, dict)) and value not in (image, [image])
+                    and (MEDIA_KEY.fullmatch(words) or is_file and not has_image)):
+                raise BadRecord(record, f"the key {repr(key)[:40]} is not read, so its content would be "
+                                        "missing: remove the key if that is right")
 
 
 def check_turns(record, has_image):
@@ -160,6 +250,7 @@ def check_turns(record, has_image):
     turns = record.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise BadRecord(record, "'conversations' is not a list of turns")
+    check_keys(record, has_image)
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
     # The original code also skips an answer that comes before the first question.
     skipped = int(bool(turns) and roles.get(str(turns[0].get("from"))) == "assistant")
@@ -169,18 +260,15 @@ def check_turns(record, has_image):
     texts = [turn.get("value") for turn in turns]
     for i, (turn, text) in enumerate(zip(turns, texts)):
         number, role = i + 1 + skipped, "assistant" if i % 2 else "user"
-        if roles.get(str(turn.get("from"))) != role or not isinstance(text, str):
-            speaker = "gpt" if i % 2 else "human"
+        if roles.get(str(turn.get("from"))) != role:
             raise BadRecord(record, "turns that do not alternate between human and gpt",
-                            f"turn {number} should be from {speaker}, and its value a text")
+                            f"turn {number} should be from {'gpt' if i % 2 else 'human'}")
+        if not isinstance(text, str):
+            raise BadRecord(record, "a value that is not a text", f"turn {number}: {repr(text)[:80]}")
         if bad := re.search("[\ud800-\udfff]", text):  # half of a UTF-16 pair cannot be encoded
             raise BadRecord(record, "a character that no text should have", f"{ascii(bad[0])}, turn {number}")
         if i % 2 and not text.strip():  # it would teach the model to say nothing
             raise BadRecord(record, "an empty answer", f"turn {number}")
-    if len(texts) > MAX_TURNS:
-        raise BadRecord(record, f"more than {MAX_TURNS:,} turns", f"{len(texts):,}")
-    if (length := sum(map(len, texts))) > MAX_CHARACTERS:
-        raise BadRecord(record, f"more than {MAX_CHARACTERS:,} characters of text", f"{length:,}")
     count = sum(text.count("<image>") for text in texts[::2])
     if count > int(has_image):
         raise BadRecord(record, "more <image> in its human turns than images",

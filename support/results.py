@@ -26,7 +26,8 @@ MODEL_SETTINGS = ("vision_tower", "vision_layer", "llm", "projector")
 RESULT_FILES = ("projector.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 
 
-def save_result(folder, stage, model, template, settings, steps, held_out, skipped):
+def save_result(folder, stage, model, template, settings, steps, held_out, skipped,
+                records):
     """Writes projector.safetensors, adapter/ (if there is one, as plain peft writes it), and last run.json.
 
     A folder without run.json does not count as finished.
@@ -34,6 +35,7 @@ def save_result(folder, stage, model, template, settings, steps, held_out, skipp
     Args:
         settings: dict of all settings of the run. steps: number of optimizer steps. held_out: what
             measure_grounding() returned at the end. skipped: number of images that could not be decoded.
+        records: what describe_records() returned.
     """
     with atomic_write(folder / "projector.safetensors") as temporary:
         save_file(model.projector.state_dict(), temporary)
@@ -44,7 +46,8 @@ def save_result(folder, stage, model, template, settings, steps, held_out, skipp
         "stage": stage, **{name: settings[name] for name in MODEL_SETTINGS}, "template": template.fingerprint,
         "checksums": result_checksums(folder), "steps": steps, "held_out": held_out,
         "skipped_images": skipped, "settings": settings,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "records": records})
 
 
 def result_checksums(folder):
@@ -66,8 +69,10 @@ def read_run(folder):
         script = "stage2_instruct.py" if Path(folder).name == "stage2" else "stage1_align.py"
         raise UserError(f"{folder} holds no finished run: run python {script} --run {Path(folder).parent} "
                         "first")
-    if not isinstance(run, dict) or not {"stage", "template", "settings", *MODEL_SETTINGS} <= run.keys():
-        raise UserError(f"{folder}/run.json is damaged: copy the folder again, or train again with --restart")
+    if (not isinstance(run, dict)
+            or not {"stage", "template", "settings", "records", *MODEL_SETTINGS} <= run.keys()):
+        raise UserError(f"{folder}/run.json is damaged, or an older version of this code wrote it: copy the "
+                        "folder again, or train again with --restart")
     found = result_checksums(Path(folder))
     if run.get("checksums", found) != found:  # one flipped bit changes the answers and raises no error
         raise UserError(f"{folder} is damaged: a file is missing or has changed since it was written (one of "

@@ -5,6 +5,8 @@ import math
 import shlex
 import textwrap
 
+from support.errors import UserError
+
 
 def number(kind, minimum, maximum=math.inf):
     """Returns an argparse type: a finite `kind` between `minimum` and `maximum`."""
@@ -85,7 +87,14 @@ def parse_settings(description, presets, argv=None):
         group = resume_or_restart if name in ("resume", "restart") else parser
         group.add_argument("--" + name.replace("_", "-"), action="store_true", help=text)
     given = vars(parser.parse_args(argv))
-    return argparse.Namespace(**{"preset": given["preset"], **presets[given["preset"]], **given})
+    preset = presets[given["preset"]]
+    if given.keys() & {"data", "heldout_data", "heldout_images"}:  # the preset's would not belong to them
+        preset = {**preset, "heldout_data": None, "heldout_images": None}
+    settings = argparse.Namespace(**{"preset": given["preset"], **preset, **given})
+    if bool(settings.heldout_data) != bool(settings.heldout_images):
+        raise UserError("--heldout-data and --heldout-images belong together: pass both, or neither to hold "
+                        "records out of --data")
+    return settings
 
 
 def print_settings(settings, device, dtype):

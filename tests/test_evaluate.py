@@ -212,19 +212,39 @@ def test_stage_2_without_the_data_of_stage_1_leaves_the_captions_out_and_says_so
     assert "The captions are left out" in out and "chat.json does not exist" in out
 
 
-@pytest.mark.parametrize("count", [2, 6])
-def test_another_number_of_held_out_records_can_be_evaluated(script, flags, drawn, tmp_path, count):
-    chat = drawn / "chat.json"
-    run = train(script, flags, tmp_path / "run", stages=[1], data={1: chat}, held_out=4)
-    assert evaluate_run(script, run, "--held-out", count, "--count", 9)["counts"]["captions"] == count
+def test_fewer_held_out_records_can_be_evaluated(script, flags, drawn, tmp_path):
+    run = train(script, flags, tmp_path / "run", stages=[1], data={1: drawn / "chat.json"}, held_out=4)
+    assert evaluate_run(script, run, "--held-out", 2, "--count", 9)["counts"]["captions"] == 2
 
 
 # -- what is refused ---------------------------------------------------------------------------------------
 
 
-def test_records_that_were_trained_on_are_not_evaluated(refusal, script, flags, tmp_path):
-    train(script, flags, tmp_path / "run", stages=[1], heldout_data="", heldout_images="", held_out=4)
+@pytest.mark.parametrize("separate", [{}, {"heldout_data": "", "heldout_images": ""}], ids=["file", "split"])
+def test_records_that_were_trained_on_are_not_evaluated(refusal, script, flags, tmp_path, separate):
+    train(script, flags, tmp_path / "run", stages=[1], held_out=4, **separate)
     assert "--held-out 5" in refusal("tools.evaluate", "--run", "run", "--held-out", 5)
+
+
+def test_a_run_is_evaluated_on_its_held_out_records_after_the_data_file_has_changed(
+        script, flags, refusal, drawn, tmp_path, capsys):
+    records, path = json.loads((drawn / "chat.json").read_text()), tmp_path / "chat.json"
+    path.write_text(json.dumps(records))
+    run = tmp_path / "run"
+    script("stage1_align", *flags(1, max_steps=0, run=run, data=path, heldout_data="", heldout_images=""))
+    before = evaluate_run(script, run, "--count", 9)
+    assert "has changed" not in capsys.readouterr().out
+    more = [{**records[0], "id": f"new {i}", "image": f"new {i}.png"} for i in range(50)]
+    path.write_text(json.dumps(more + records[::-1]))
+    assert evaluate_run(script, run, "--count", 9) == before
+    assert "it has 50 more records, and none of the 4 held-out records are gone" in capsys.readouterr().out
+    path.write_text(json.dumps(more))
+    assert "contains none of the 4 records that this run held out" in refusal("tools.evaluate", "--run", run)
+    run_json = json.loads((run / "stage1" / "run.json").read_text())
+    del run_json["records"]
+    (run / "stage1" / "run.json").write_text(json.dumps(run_json))
+    for name in ("sanity_check", "tools.evaluate"):
+        assert "an older version of this code wrote it: copy the folder" in refusal(name, "--run", run)
 
 
 def test_a_run_that_does_not_exist_is_refused(refusal, tmp_path):

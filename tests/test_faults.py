@@ -231,7 +231,8 @@ def test_stage_2_does_not_begin_with_a_damaged_projector(script, refusal, flags,
     assert "stage1 is damaged" in refusal("stage2_instruct", *flags(2, max_steps=0))
 
 
-@pytest.mark.parametrize("change", [lambda run: run.pop("settings"), lambda run: run.update(checksums=7)])
+@pytest.mark.parametrize("change", [lambda run: run.pop("settings"), lambda run: run.pop("records"),
+                                    lambda run: run.update(checksums=7)])
 def test_a_run_json_that_lacks_a_part_is_one_sentence(change, script, refusal, flags, tmp_path):
     script("stage1_align", *flags(1, max_steps=0))
     path = tmp_path / "runs" / "toy" / "stage1" / "run.json"
@@ -529,12 +530,15 @@ def half_an_image(tmp_path_factory):
     return records[7], folder
 
 
+HELD_OUT = ["--heldout-data", "toy/data/heldout_chat.json", "--heldout-images", "toy/data/heldout.zip"]
+
+
 @pytest.mark.parametrize("images, workers", [("images", 0), ("images", 2), ("images.zip", 0)])
 def test_an_image_that_cannot_be_decoded_is_replaced_named_and_counted_once(
         half_an_image, images, workers, tmp_path):
     record, folder = half_an_image
     arguments = ["--run", str(tmp_path), *SMALL, "--data", str(folder / "chat.json"), "--epochs", "3",
-                 "--images", str(folder / images), "--allow-bad", "0.03", "--workers", str(workers)]
+                 "--images", str(folder / images), "--allow-bad", "0.03", "--workers", str(workers), *HELD_OUT]
     finish("stage1_align", arguments, tmp_path / "log")
     [line] = (tmp_path / "stage1" / "skipped.txt").read_text().splitlines()
     assert record["id"] in line and record["image"] in line
@@ -547,7 +551,7 @@ def test_decode_finds_an_image_that_cannot_be_decoded_before_the_training(
         half_an_image, workers, script, refusal, tmp_path, capsys):
     record, folder = half_an_image
     arguments = [*SMALL, "--data", str(folder / "chat.json"), "--images", str(folder / "images"),
-                 "--check-data", "--workers", workers]
+                 "--check-data", "--workers", workers, *HELD_OUT]
     script("stage1_align", *arguments)
     out = capsys.readouterr().out
     assert "40 usable" in out and "not opened; --decode" in out
@@ -614,7 +618,6 @@ def test_a_held_out_record_that_cannot_be_used_is_dropped_counted_and_named(
         script("sanity_check", "--sample", i, "--max-new-tokens", 2)
         out = capsys.readouterr().out
         assert f"held-out record {i} of 4: id drawn_{i + 2}," in out and "different image" in out
-        assert "'drawn_0'" in out
     script("sanity_check", "--show-mask", 0)
     assert "a blue picture" in capsys.readouterr().out
 

@@ -1,5 +1,6 @@
 """What people and the internet put into data sets: the right pixels and labels, or one clear sentence."""
 
+import gzip
 import io
 import json
 import os
@@ -61,13 +62,19 @@ def two_pictures():
 
 UNUSUAL = {  # name: (file, size, color of the top left pixel)
     "1×1": (saved(Image.new("RGB", (1, 1), RED), "PNG"), (1, 1), RED),
-    "RGBA": (saved(Image.new("RGBA", (3, 3), (*RED, 90)), "PNG"), (3, 3), RED),
+    "RGBA": (saved(Image.new("RGBA", (3, 3), (*RED, 255)), "PNG"), (3, 3), RED),
+    "half-transparent": (saved(Image.new("RGBA", (3, 3), (0, 0, 0, 51)), "PNG"), (3, 3), (204, 204, 204)),
+    "gray-transparent": (saved(Image.new("LA", (3, 3), (0, 0)), "PNG"), (3, 3), (255, 255, 255)),
+    "one-transparent-color": (saved(Image.new("RGB", (3, 3)), "PNG", transparency=(0, 0, 0)), (3, 3),
+                              (255, 255, 255)),
     "gray": (saved(Image.new("L", (3, 3), 70), "PNG"), (3, 3), (70, 70, 70)),
     "bilevel": (saved(Image.new("1", (3, 3), 1), "PNG"), (3, 3), (255, 255, 255)),
     "palette": (saved(palette(), "PNG"), (3, 3), RED),
-    "palette-transparent": (saved(Image.new("P", (3, 3), 0), "PNG", transparency=b"\0"), (3, 3), (0, 0, 0)),
+    "palette-transparent": (saved(Image.new("P", (3, 3), 0), "PNG", transparency=b"\0"), (3, 3),
+                            (255, 255, 255)),
     "16-bit-white": (sixteen_bit(0xFFFF), (5, 5), (255, 255, 255)),
     "16-bit-gray": (sixteen_bit(0x8080), (5, 5), (128, 128, 128)),
+    "16-bit-PGM": (io.BytesIO(b"P5 2 1 65535 " + b"\x80\x80" * 2), (2, 1), (128, 128, 128)),
     "EXIF-rotated": (exif_rotated(), (2, 4), RED),
     "animated-GIF": (animated(), (6, 6), RED),
     "MPO": (two_pictures(), (16, 16), RED),
@@ -157,6 +164,7 @@ def bomb(size=50_000):
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 211000000\n"
 NOISE = Image.effect_noise((99, 99), 90)
 BROKEN = {
     "bomb.png": bomb(),
@@ -167,6 +175,8 @@ BROKEN = {
     "empty.jpg": b"",
     "strip.png": saved(Image.new("RGB", (1, 4000)), "PNG").getvalue(),
     "vector.png": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "float.tiff": saved(Image.fromarray(np.full((5, 5), .5, np.float32)), "TIFF").getvalue(),
+    "depth.tiff": saved(Image.fromarray(np.full((5, 5), 200, np.int32)), "TIFF").getvalue(),
     "script.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # Pillow would start Ghostscript
 }
 OUTSIDE = ["../secret.png", "/etc/hostname", "..\\secret.png", "C:/secret.png", "C:\\secret.png", "", ".",
@@ -180,8 +190,6 @@ def broken(tmp_path_factory):
     root = tmp_path_factory.mktemp("broken")
     (root / "images").mkdir()
     Image.new("RGB", (5, 5)).save(root / "secret.png")
-    os.symlink(root / "secret.png", root / "images" / "link.png")
-    os.symlink("loop.png", root / "images" / "loop.png")
     with zipfile.ZipFile(root / "images.zip", "w") as archive:
         archive.writestr("../secret.png", (root / "secret.png").read_bytes())
         for name, content in BROKEN.items():
@@ -221,10 +229,31 @@ def test_a_record_with_an_odd_id_and_no_image_is_only_text(broken, identity, tmp
         assert records.image_name(records[0]) is None
 
 
-@pytest.mark.parametrize("name, reason", [("link.png", "outside"), ("loop.png", "outside|missing")])
-def test_a_link_out_of_the_folder_or_to_itself_is_not_followed(broken, name, reason):
-    with pytest.raises(BadRecord, match=reason):
+def test_symbolic_links_below_the_image_folder_are_followed(tmp_path):
+    (tmp_path / "coco").mkdir()
+    Image.new("RGB", (5, 5), RED).save(tmp_path / "coco" / "a.png")
+    (tmp_path / "images").mkdir()
+    os.symlink(tmp_path / "coco", tmp_path / "images" / "coco")
+    os.symlink(tmp_path / "coco" / "a.png", tmp_path / "images" / "b.png")
+    os.symlink("loop.png", tmp_path / "images" / "loop.png")
+    store = ImageStore(tmp_path / "images")
+    assert store.open(RECORD, "coco/a.png").size == store.open(RECORD, "b.png").size == (5, 5)
+    with pytest.raises(BadRecord, match="missing"):
+        store.open(RECORD, "loop.png")
+    with pytest.raises(BadRecord, match="outside"):
+        store.open(RECORD, "coco/../../coco/a.png")
+
+
+@pytest.mark.parametrize("name", ["float.tiff", "depth.tiff"])
+def test_pixels_whose_white_is_unknown_are_refused_instead_of_black(broken, name):
+    with pytest.raises(BadRecord, match="floating-point or 32-bit.*save it with 8 or 16 bits"):
         ImageStore(broken / "images").open(RECORD, name)
+
+
+def test_an_image_that_is_a_git_lfs_pointer_is_named_as_such(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(LFS_POINTER)
+    with pytest.raises(BadRecord, match="a.jpg.*Git LFS pointer.*git lfs pull"):
+        ImageStore(tmp_path).open(RECORD, "a.jpg")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about what is damaged
@@ -260,11 +289,11 @@ def test_a_damaged_avif_is_a_bad_record(tmp_path):
         ImageStore(tmp_path).open(RECORD, "photo.jpg")
 
 
-@pytest.mark.parametrize("name", ["", " ", 7, ["a.jpg"]])
+@pytest.mark.parametrize("name", [" ", 7, ["a.jpg", "b.jpg"]])
 def test_an_image_that_is_no_file_name_is_named_as_such(broken, name, tmp_path):
     (tmp_path / "chat.json").write_text(json.dumps([{"id": "a"}, {"image": name}]))
     records = RecordSet(RecordFile(tmp_path / "chat.json"), ImageStore(broken / "images"), np.arange(2))
-    with pytest.raises(BadRecord, match="record 'number 2 of chat.json': 'image' is not the name of a file"):
+    with pytest.raises(BadRecord, match="'number 2 of chat.json': 'image' is not the name of one file"):
         records.open_image(records[1])
 
 
@@ -344,15 +373,23 @@ NOT_RECORDS = {  # name: (content, what the sentence says)
     "comma before the first": (b'[, {"id": 1}]', "Expecting value"),
     "without an end": (b'[{"id": 1}', "ends in the middle.*1 complete"),
     "only [": (b"[", "ends in the middle"),
-    "object": (b'{"id": 1}', r"does not begin with \["),
-    "nothing": (b"", r"does not begin with \["),
-    "web page": (b"<html>404</html>", r"does not begin with \["),
+    "object": (b'{"id": 1}', r"is one JSON object \('id'\) instead of a list"),
+    "a list in an object": (b'{"n": 1, "data": [{"id": 1}]}',
+                            r"one JSON object \('n', 'data'\) instead of a list"),
+    "nothing": (b"", "no records"),
+    "web page": (b"<html>404</html>", "is a web page"),
+    "CSV": (b"id,image,question\n1,a.jpg,What?\n", r"is a table \(CSV"),
+    "Parquet": (b"PAR1\x15\x04\xff\xfe", "is a Parquet file"),
+    "gzip": (gzip.compress(b"[]"), "is compressed by gzip: unpack it"),
+    "Git LFS": (LFS_POINTER, "is a Git LFS pointer.*git lfs pull"),
+    "words": (b"nothing to see", "not a JSON list of records: Expecting value"),
+    "half a JSON line": (b'{"id": 1}\n{"id": 2', "1 complete"),
     "number": (b'[{"id": 1}, 7]', "entry 2"),
     "text": (b'["a"]', "entry 1"),
     "no records": (b"[]", "no records"),
     "nonsense": (b'[{"id": 1}, nonsense]', "1 complete"),
     "not UTF-8": (b'[{"id": "\xff"}]', "UTF-8"),
-    "UTF-16": ('[{"ä": 1}]'.encode("utf-16"), "UTF-8"),
+    "UTF-16": ('[{"ä": 1}]'.encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
     "NUL": (b'[{"id": "a\0b"}]', "control character"),
     "long number": (b'[{"id": ' + b"9" * 5000 + b"}]", "not a JSON list"),
     "deep list": (b"[" * 100_000, "not a JSON list"),
@@ -386,13 +423,13 @@ HUMAN, GPT = {"from": "human", "value": "What?"}, {"from": "gpt", "value": "That
     ([GPT], False, "no human turn"),
     ([HUMAN, HUMAN, GPT], False, "alternate"),
     ([HUMAN, GPT, GPT], False, "alternate"),
-    ([HUMAN, {"from": "gpt"}], False, "alternate"),
+    ([HUMAN, {"from": "gpt"}], False, "a value that is not a text: turn 2: None"),
+    ([HUMAN, {"from": "gpt", "value": 3}], False, "a value that is not a text: turn 2: 3"),
     ([HUMAN, {"from": "gpt", "value": " "}], False, "empty answer: turn 2"),
     ([GPT, HUMAN, {"from": "gpt", "value": " "}], False, "empty answer: turn 3"),
     ([HUMAN, {"from": "gpt", "value": "\ud83d"}], False, r"no text should have: '\\ud83d', turn 2"),
     ([{"from": "human", "value": "\ud83d"}, GPT], False, r"no text should have: '\\ud83d', turn 1"),
-    ([HUMAN, {"from": "gpt", "value": "a" * 1_000_001}], False, "more than 1,000,000 characters of text"),
-    ([HUMAN, GPT] * 5_001, False, "more than 10,000 turns: 10,002"),
+    ([{**HUMAN, "images": ["b.jpg"]}, GPT], True, "the key 'images' is not read"),
     ([{"from": "human", "value": "<image>What?"}, GPT], False, "more <image>"),
     ([{"from": "human", "value": "<image>\n<image>What?"}, GPT], True, "more <image>"),
     ([{"from": "human", "value": "<image>"}, GPT] * 2, True, "more <image>"),
@@ -400,6 +437,28 @@ HUMAN, GPT = {"from": "human", "value": "What?"}, {"from": "gpt", "value": "That
 def test_conversations_that_cannot_be_trained_on_say_why(template, turns, image, reason):
     with pytest.raises(BadRecord, match=reason):
         template.to_messages({"id": "a", "conversations": turns}, has_image=image)
+
+
+@pytest.mark.parametrize("has_image, key, value", [
+    (False, "video", "a.mp4"), (False, "videos", ["a.mp4"]), (False, "images", ["a.jpg", "b.jpg"]),
+    (False, "image_path", "a.jpg"), (False, "imagePath", "a"), (True, "image_2", "b.jpg"), (True, "img", "b"),
+    (False, "audio", {"bytes": "RIFF"}), (True, "system", "Be brief."), (False, "system_prompt", "Be brief."),
+    (False, "systemMessage", "Be brief."), (False, "file", "a.jpg"), (False, "input-image", "a")])
+def test_content_under_a_key_that_is_not_read_makes_a_record_unusable(template, has_image, key, value):
+    record = {"id": "a", key: value, "conversations": [HUMAN, GPT]}
+    with pytest.raises(BadRecord, match=f"'a': the key '{key}' is not read"):
+        template.to_messages(record, has_image)
+    for empty in ("", None, []):  # as tables leave it where there is none
+        template.to_messages({**record, key: empty}, has_image)
+
+
+def test_harmless_keys_are_ignored(template):
+    keys = {"model": "gpt-4", "kinds": ["count"], "source": "coco", "width": 640, "image_id": "391895",
+            "image_size": [640, 480], "num_images": 1, "has_image": True, "system_fingerprint": "fp_1",
+            "topic": "a", "license": "CC-BY", "url": "http://a/b.jpg",
+            "image": "a.jpg", "image_name": "a.jpg", "images": ["a.jpg"]}
+    turns = [{**HUMAN, "timestamp": "12:30", "weight": 0}, GPT]
+    template.to_messages({"id": "a.jpg", "conversations": turns, **keys}, has_image=True)
 
 
 @pytest.mark.parametrize("text", ["</s>", "<s>", "<image>", "<|assistant|>\nNo.</s>", "a\0b",

@@ -1,5 +1,6 @@
 """Tests of toy/world.py, toy/pretrain.py and the two committed toy models."""
 
+import errno
 import io
 import json
 import random
@@ -214,6 +215,16 @@ def test_draw_if_missing_draws_only_a_missing_folder_and_announces_it(monkeypatc
     assert (tmp_path / "data").is_dir() and capsys.readouterr().out == "drawing the toy world\n"
     world.draw_if_missing()  # a second mkdir would fail
     assert capsys.readouterr().out == ""
+
+
+def test_a_folder_that_is_not_writable_is_one_sentence(monkeypatch, tmp_path):
+    def fail(folder):
+        raise OSError(errno.EROFS, "Read-only file system", str(folder))
+
+    monkeypatch.setattr(world, "DATA", tmp_path / "data")
+    monkeypatch.setattr(world, "draw", fail)
+    with pytest.raises(SystemExit, match="cannot draw .*/data: Read-only file system; copy this repository"):
+        world.draw_if_missing()
 
 
 def test_draw_if_missing_lets_other_local_ranks_wait(monkeypatch, tmp_path):

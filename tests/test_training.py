@@ -496,11 +496,34 @@ def test_too_small_a_max_length_is_refused_with_its_reason(refusal, flags, capsy
     assert "8 unusable: too long for --max-length" in out and "'drawn_0'" in out
 
 
-def test_a_folder_without_the_images_is_refused_and_the_likely_one_named(refusal, flags, drawn, tmp_path):
+def test_a_folder_without_the_images_is_refused(refusal, flags, drawn, tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    shutil.copytree(drawn / "images", tmp_path / "elsewhere" / "pictures")
     sentence = refusal("stage1_align", *flags(1, images=tmp_path / "elsewhere"))
-    assert "8 of 12 records" in sentence and str(tmp_path / "elsewhere" / "pictures") in sentence
+    assert "8 of 12 records" in sentence and "is --images wrong?" in sentence
+
+
+def test_own_data_with_the_toy_preset_is_held_out_of_own_data(script, flags, drawn, tmp_path, capsys):
+    words = flags(1, held_out=3)
+    at = words.index("--heldout-data")
+    script("stage1_align", *words[:at], *words[at + 4:], "--check-data")  # without the two held-out flags
+    out = capsys.readouterr().out
+    assert out.count(f"checked 3 records of {drawn / 'chat.json'}") == 1 and "toy/data" not in out
+
+
+@pytest.mark.parametrize("change", [{"heldout_data": ""}, {"heldout_images": ""}], ids=str)
+@pytest.mark.parametrize("preset", ["toy", "tinyllama"])
+def test_half_a_pair_of_held_out_flags_is_one_sentence(refusal, flags, change, preset):
+    sentence = refusal("stage1_align", "--preset", preset, *flags(1, **change))
+    assert "--heldout-data and --heldout-images belong together" in sentence
+
+
+def test_training_on_held_out_records_is_warned_of(script, flags, drawn, tmp_path, capsys):
+    records = json.loads((drawn / "chat.json").read_text())
+    (tmp_path / "copy.json").write_text(json.dumps(records[2:], indent=1))
+    script("stage1_align", *flags(1, heldout_data=tmp_path / "copy.json"), "--check-data")
+    assert "WARNING: 4 of 4 held-out records are also trained on" in capsys.readouterr().out
+    script("stage1_align", *flags(1, heldout_data="", heldout_images=""), "--check-data")
+    assert "WARNING" not in capsys.readouterr().out
 
 
 def test_a_run_that_cannot_be_written_is_refused_before_any_work(refusal, flags, tmp_path):

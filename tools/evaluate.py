@@ -174,14 +174,12 @@ def print_table(result):
 
 def open_held_out(run_json, count, template, image_processor, num_image_tokens):
     """Returns the usable records among the run's first `count` held-out ones, as a ChatDataset. None takes
-    the run's own number. Raises UserError if fewer than two have an image."""
-    settings = dict(run_json["settings"])
-    if count and count > settings["held_out"] and not settings["heldout_data"]:
-        raise UserError(f"--held-out {count}: the run has held out {settings['held_out']} records of its "
-                        "training data and trained on the others")
-    settings["held_out"] = count or settings["held_out"]
-    dataset = load_heldout_dataset({**run_json, "settings": settings}, template, image_processor,
-                                   num_image_tokens)
+    all of them. Raises UserError if fewer than two have an image."""
+    held_out = len(run_json["records"]["held_out"])
+    if count and count > held_out:
+        raise UserError(f"--held-out {count}: the run has held out only {held_out} records, and others may "
+                        "have been trained on")
+    dataset = load_heldout_dataset(run_json, template, image_processor, num_image_tokens, count)
     if sum(dataset.records.image_name(record) is not None for record in dataset.records) < 2:
         raise UserError(f"{dataset.records.file.path}: fewer than two usable held-out records have an "
                         "image, so none can be evaluated with a different image")
@@ -192,8 +190,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser)
-    parser.add_argument("--held-out", type=POSITIVE, help="evaluate on the first HELD_OUT records of the "
-                        "held-out data (default: on as many as during training)")
+    parser.add_argument("--held-out", type=POSITIVE, help="evaluate only on the first HELD_OUT of the "
+                        "run's held-out records (default: all)")
     parser.add_argument("--batch-size", type=POSITIVE, default=32, help="records per batch (default: 32)")
     parser.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="longest answer in tokens")
     parser.add_argument("--count", type=COUNT, default=5, help="how many mistakes to print; if the answers "

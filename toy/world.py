@@ -23,6 +23,7 @@ import os
 import random
 import re
 import shutil
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -268,7 +269,11 @@ def draw_if_missing():
     """Draws toy/data if it does not exist. With torchrun, local rank 0 draws and the other processes wait."""
     if not DATA.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
         print("drawing the toy world", flush=True)
-        draw(DATA)
+        try:
+            draw(DATA)
+        except OSError as error:
+            sys.exit(f"cannot draw the toy's pictures into {DATA}: {error.strerror}; copy this repository to "
+                     "a folder that you can write to")
     while not DATA.exists():
         time.sleep(.2)
 
