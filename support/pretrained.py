@@ -25,7 +25,7 @@ VISION_MODELS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": Si
 
 def load_vision_config(name):
     """Returns the configuration of the vision half of a CLIP or SigLIP."""
-    folder = find_pretrained(name, "preprocessor_config.json")
+    folder = find_pretrained(name)
     with explain_errors(f"read {folder}/config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config = getattr(config, "vision_config", config)
@@ -40,7 +40,8 @@ def load_image_processor(name):
     The Pillow implementation is asked for by name. Otherwise transformers would use torchvision where that is
     installed, and pixels would differ between machines.
     """
-    folder, size = find_pretrained(name), load_vision_config(name).image_size
+    size = load_vision_config(name).image_size
+    folder = find_pretrained(name, "preprocessor_config.json")
     with explain_errors(f"read {folder}/preprocessor_config.json"):
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
         pixel_values = image_processor(Image.new("RGB", (size, size)), return_tensors="pt")["pixel_values"]
