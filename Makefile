@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	$(RUN) -m tools.page --run runs/toy
 
 test: $(VENV)/.installed-dev
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 --dist loadfile
 
 $(VENV)/.installed: requirements.txt constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'This is Python ' \

@@ -65,7 +65,7 @@ class ChatTemplate:
         if self.tokenizer.pad_token_id is None:  # any token will do, because padding is known by its position
             self.tokenizer.pad_token = self.tokenizer.eos_token
         # run.json stores this hash, because a model must be prompted with the template it was trained with.
-        self.fingerprint = hashlib.sha256(self.tokenizer.chat_template.encode()).hexdigest()[:16]
+        self.template_hash = hashlib.sha256(self.tokenizer.chat_template.encode()).hexdigest()[:16]
         self.end_token_id = self._check()  # the one that is trained; generation stops at all end tokens
         self.end_token_ids = list(dict.fromkeys([self.end_token_id, *end_token_ids]))
 

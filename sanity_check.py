@@ -3,7 +3,7 @@
     python sanity_check.py --sample 0       the first question of a held-out record and the model's answer
     python sanity_check.py --image photo.jpg --question "What is this?"
     python sanity_check.py --show-mask 0    a held-out record with its labeled tokens marked
-    python sanity_check.py --words 0        the vocabulary tokens that are nearest to each image patch
+    python sanity_check.py --nearest-tokens 0        the vocabulary tokens that are nearest to each image patch
 
 It takes a few seconds for the toy. It loads stage 2 of the run if that is finished, else stage 1. (--stage 1
 loads stage 1 in any case.) --sample also prints the loss of the reference answers with the correct image, a
@@ -59,7 +59,7 @@ def print_losses(model, heldout_dataset, i):
         print("The reference answers of this record are less likely with the correct image.")
 
 
-def print_words(model, template, pixel_values, stage):
+def print_nearest_tokens(model, template, pixel_values, stage):
     """Prints the two nearest tokens of each patch, with an untrained projector and with the trained one.
 
     The patches are printed as they lie in the image. If there are more than 4 × 4, only those with the
@@ -96,7 +96,7 @@ def main():
     what.add_argument("--sample", type=COUNT, metavar="N", help="answer held-out record N (default: 0)")
     what.add_argument("--image", metavar="FILE", help="answer a question about this image")
     what.add_argument("--show-mask", type=COUNT, metavar="N", help="mark the labeled tokens of record N")
-    what.add_argument("--words", type=COUNT, metavar="N", help="nearest tokens of the patches of record N")
+    what.add_argument("--nearest-tokens", type=COUNT, metavar="N", help="nearest tokens of the patches of record N")
     parser.add_argument("--question", help="question about --image; default: ask for a brief description")
     parser.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="longest answer in tokens")
     parser.add_argument("--temperature", type=REAL, default=0.0,
@@ -116,7 +116,7 @@ def main():
         return
 
     heldout_dataset = load_heldout_dataset(run, template, image_processor, model.num_image_tokens)
-    i = next((n for n in (args.show_mask, args.words, args.sample) if n is not None), 0)
+    i = next((n for n in (args.show_mask, args.nearest_tokens, args.sample) if n is not None), 0)
     if i >= len(heldout_dataset):
         raise UserError(f"there is no held-out record {i}: they are numbered 0 to {len(heldout_dataset) - 1}")
     if args.show_mask is not None:
@@ -128,11 +128,11 @@ def main():
     print(printable(f"held-out record {i} of {len(heldout_dataset)}: id {record.get('id')}, "
                     f"image {heldout_dataset.records.image_name(record)}"))
     prompt, reference = heldout_dataset.make_prompt(i)
-    if args.words is not None:
+    if args.nearest_tokens is not None:
         if prompt["pixel_values"] is None:
             raise UserError(f"held-out record {i} has no image: choose another one")
         print(printable(f"reference answer: {reference}\n", keep="\n"))
-        print_words(model, template, prompt["pixel_values"], run["stage"])
+        print_nearest_tokens(model, template, prompt["pixel_values"], run["stage"])
         return
     print_prompt_and_answer(model, template, prompt, args)
     print(printable(f"REFERENCE\n{reference}\n", keep="\n"))

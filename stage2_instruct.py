@@ -44,7 +44,7 @@ PRESETS = {
         vision_tower="toy/clip-vit", vision_layer=-2, llm="toy/llama-chat", projector="linear",
         # the data
         data="toy/data/instruct.json", images="toy/data/images",
-        heldout_data="toy/data/heldout_instruct.json", heldout_images="toy/data/heldout.zip", held_out=240,
+        heldout_data="toy/data/heldout_instruct.json", heldout_images="toy/data/heldout.zip", heldout=240,
         limit=0,  # no limit
         max_length=256, allow_bad=0.01, workers=0,
         # the optimization
@@ -58,7 +58,7 @@ PRESETS = {
         vision_tower="openai/clip-vit-large-patch14", vision_layer=-2,
         llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0", projector="linear",
         data="data/LLaVA-Instruct-150K/llava_instruct_150k.json", images="data/coco/train2017.zip",
-        heldout_data=None, heldout_images=None, held_out=256,
+        heldout_data=None, heldout_images=None, heldout=256,
         limit=0, max_length=2048, allow_bad=0.01, workers=2,
         # The original code's LoRA script has the same learning rates and effective batch of 128, here 2 × 64.
         # It has r = 128 and alpha = 256. With r = 16 and alpha = 32, alpha / r is the same, and the adapter
@@ -90,7 +90,7 @@ def main(argv=None):
         import toy.world
         toy.world.draw_if_missing()  # draws 12,240 pictures before the first run (about 10 s)
     train_records, heldout_records = open_records(
-        args.data, args.images, args.heldout_data, args.heldout_images, args.held_out, args.limit, args.seed)
+        args.data, args.images, args.heldout_data, args.heldout_images, args.heldout, args.limit, args.seed)
     template = ChatTemplate(args.llm)
     check_same_template(stage1_run, template, stage1_folder)
     num_image_tokens = count_patches(load_vision_config(args.vision_tower))  # N
@@ -139,9 +139,9 @@ def main(argv=None):
 
     # -- 5. the loop ---------------------------------------------------------------------------------------
 
-    fingerprint = train_records.fingerprint()  # a resumed run must see the same records
+    records_hash = train_records.records_hash()  # a resumed run must see the same records
     progress = checkpoints.restore_or_begin(
-        checkpoint, folder, model, optimizer, scaler, fingerprint, processes)
+        checkpoint, folder, model, optimizer, scaler, records_hash, processes)
     steps, step_sizes = plan_steps(
         lengths, args.batch_size, args.grad_accum, args.epochs, args.max_steps, args.seed, processes.rank,
         processes.world_size, samples_done=progress.samples, steps_done=progress.step)
@@ -205,7 +205,7 @@ def main(argv=None):
                 evaluate()
             stop = processes.max(stop_signal.number)
             if stop or progress.step in save_at:
-                checkpoints.save(folder, progress, model, optimizer, scaler, settings, fingerprint, processes)
+                checkpoints.save(folder, progress, model, optimizer, scaler, settings, records_hash, processes)
             if stop:
                 log.close()
                 checkpoints.exit_after_stop(stop, folder, progress.step, total_steps)

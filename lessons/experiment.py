@@ -23,7 +23,7 @@ from tools.page import read_metrics
 
 STAGES = {1: stage1_align, 2: stage2_instruct}
 STEPS = {1: 250, 2: 50}
-HELD_OUT = 120  # pictures
+HELDOUT = 120  # pictures
 LIMIT = 0  # training records; 0: all
 RUNS = Path("runs/lessons")
 
@@ -56,7 +56,7 @@ def train(stage, seed, name, after=None, **settings):
         copytree(after.folder / "stage1", folder / "stage1")
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"run": folder, "seed": seed, "max_steps": STEPS[stage], "limit": LIMIT,
-                "held_out": HELD_OUT, "eval_every": 10**6, "precision": "fp32", **settings}
+                "heldout": HELDOUT, "eval_every": 10**6, "precision": "fp32", **settings}
     flags = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
 
     with open(folder / f"stage{stage}.txt", "w", encoding="utf-8") as file, redirect_stdout(file):

@@ -65,7 +65,7 @@ def drop_unusable_records(train_records, heldout_records, template, num_image_to
         raise UserError(f"{bad:,} of {total:,} records cannot be used, {which}{hint}")
     if heldout.with_image < 2:
         raise UserError(f"{heldout_records.file.path}: fewer than two usable held-out records have an image, "
-                        "so none can be evaluated with a different image; raise --held-out")
+                        "so none can be evaluated with a different image; raise --heldout")
     return train.usable, train.lengths, heldout.usable
 
 

@@ -110,11 +110,11 @@ def discard_checkpoint(folder):
     delete(folder / "checkpoint.pt")
 
 
-def save(folder, progress, model, optimizer, scaler, settings, fingerprint, processes):
+def save(folder, progress, model, optimizer, scaler, settings, records_hash, processes):
     """Writes checkpoint.pt. Every process calls this, because each has random numbers of its own; rank 0
     writes.
 
-    fingerprint: of the training records, see RecordSet.fingerprint().
+    records_hash: of the training records, see RecordSet.records_hash().
     """
     rng = [torch.get_rng_state()]
     if processes.device.type == "cuda":
@@ -127,19 +127,19 @@ def save(folder, progress, model, optimizer, scaler, settings, fingerprint, proc
             torch.save({
                 "progress": asdict(progress), "settings": settings,
                 "weights": model.trainable(), "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(), "rng": rngs, "records": fingerprint,
+                "scaler": scaler.state_dict(), "rng": rngs, "records": records_hash,
                 "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0}, file)
     processes.barrier()
 
 
-def restore_or_begin(checkpoint, folder, model, optimizer, scaler, fingerprint, processes):
+def restore_or_begin(checkpoint, folder, model, optimizer, scaler, records_hash, processes):
     """Returns the Progress of `checkpoint` and restores its weights, optimizer, scaler and random numbers. If
     it is None, discards what an earlier run left in the folder, and returns the Progress of step 0."""
     if checkpoint is None:
         if processes.rank == 0:
             discard_results(folder)
         return Progress()
-    if checkpoint["records"] != fingerprint:
+    if checkpoint["records"] != records_hash:
         raise UserError("--resume: the training records have changed since the run was interrupted, so its "
                         "order of samples is lost; restore the data, or start again with --restart")
     trainable = model.trainable()

@@ -51,7 +51,7 @@ def make_heldout_batches(dataset, pad_token_id, batch_size):
             earlier[name] += 1
     if len(earlier) < 2:
         raise UserError("all held-out records with an image have the same image, so none can be evaluated "
-                        "with a different image; raise --held-out")
+                        "with a different image; raise --heldout")
     order.sort()
     chunks = np.array_split(np.arange(len(order)), max(1, len(order) // max(2, batch_size)))
     return [collate([dataset[order[k][1]] for k in chunk], pad_token_id)
@@ -122,12 +122,12 @@ def records_with_other_images(records, i, count=1):
     same = (None, records.image_name(records[i]))
     found = list(islice((record for record in following if records.image_name(record) not in same), count))
     if not found:
-        raise UserError(f"{records.file.path}: all held-out records have the same image; raise --held-out")
+        raise UserError(f"{records.file.path}: all held-out records have the same image; raise --heldout")
     return found
 
 
 def evaluate_heldout(model, template, dataset, batches, device, map):
-    """Returns (measured, generated, reference, words): what measure_grounding() returns for all held-out
+    """Returns (measured, generated, reference, nearest tokens): what measure_grounding() returns for all held-out
     batches, and for the first record the generated answer, the reference answer and the nearest tokens."""
     prompt, reference = dataset.make_prompt(0)
     measured = measure_grounding(model, batches, device, map=map)

@@ -86,11 +86,11 @@ class MetricsLog:
         enough = time.time() - self.evaluated >= 10 * self.evaluation_seconds
         return self.processes.max(int(enough)) > 0
 
-    def log_heldout(self, step, measured, generated, reference, words):
+    def log_heldout(self, step, measured, generated, reference, nearest):
         """Logs an evaluation: what measure_grounding() returned, one answer beside its reference answer, and
         what nearest_tokens() returned. tools/page.py shows the latter. Returns `measured`."""
         measured_values = {f"heldout_{name}": value for name, value in measured.items()}
-        self._write(step, **measured_values, generated=generated, words=words)
+        self._write(step, **measured_values, generated=generated, nearest_tokens=nearest)
         if self.file:
             text = f"step {step}: {format_grounding(measured)}"
             if generated != self.last_generated:  # show an answer only when it has changed
@@ -116,7 +116,7 @@ class MetricsLog:
                 self.file.flush()
                 os.fsync(self.file.fileno())  # a checkpoint stores the length of this file
         if self.tracker:
-            values = {name: value for name, value in values.items() if name not in ("generated", "words")}
+            values = {name: value for name, value in values.items() if name not in ("generated", "nearest_tokens")}
             self.tracker.log(values, step=step)
 
     def close(self):

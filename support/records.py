@@ -132,7 +132,7 @@ class RecordSet:
     def record_hashes(self):
         return self.file.record_hashes[self.indices]
 
-    def fingerprint(self):
+    def records_hash(self):
         """Returns a hash of the records in their order."""
         return hashlib.sha256(self.record_hashes.tobytes()).hexdigest()[:16]
 
@@ -158,11 +158,11 @@ class RecordSet:
         return None if name is None else self.images.open(record, name)
 
 
-def open_records(data, images, heldout_data, heldout_images, held_out, limit, seed):
+def open_records(data, images, heldout_data, heldout_images, heldout, limit, seed):
     """Returns (training, held-out) RecordSets.
 
     Without `heldout_data`, records of `data` are held out. The order is that of a seeded hash of their image,
-    which does not change if records are added, deleted or sorted. The first `held_out` images are held out,
+    which does not change if records are added, deleted or sorted. The first `heldout` images are held out,
     with one record each. No other record of these images is trained on.
     `limit` counts training records, so the held-out records are the same for every limit. 0 is no limit.
     """
@@ -170,26 +170,26 @@ def open_records(data, images, heldout_data, heldout_images, held_out, limit, se
     random = np.random.default_rng(seed)
     if heldout_data:
         other = RecordFile(find_file(heldout_data))
-        heldout = RecordSet(other, ImageStore(find_file(heldout_images)), np.arange(len(other))[:held_out])
-        return RecordSet(file, store, random.permutation(len(file))[:limit or None]), heldout
+        return (RecordSet(file, store, random.permutation(len(file))[:limit or None]),
+                RecordSet(other, ImageStore(find_file(heldout_images)), np.arange(len(other))[:heldout]))
     hashes = file.image_hashes ^ random.integers(2**64, dtype=np.uint64)  # another order for every seed
     order = np.lexsort((file.record_hashes, hashes))  # by image, and the records of one image by their hash
     first_of_image = np.unique(hashes[order], return_index=True)[1]  # positions in `order`
-    if len(first_of_image) <= held_out:
-        raise UserError(f"--held-out {held_out} leaves none of the {len(file)} records of {data} to train "
-                        "on (records of a held-out image are left out too): lower --held-out")
-    train = order[first_of_image[held_out]:]
+    if len(first_of_image) <= heldout:
+        raise UserError(f"--heldout {heldout} leaves none of the {len(file)} records of {data} to train "
+                        "on (records of a held-out image are left out too): lower --heldout")
+    train = order[first_of_image[heldout]:]
     return (RecordSet(file, store, train[:limit or None]),
-            RecordSet(file, store, order[first_of_image[:held_out]]))
+            RecordSet(file, store, order[first_of_image[:heldout]]))
 
 
 def describe_records(train, heldout):
     """Returns what run.json says about the records of a run: a hash and the number of those that were trained
     on, and for each held-out record its hash, its position in the file, its first byte and its end."""
     rows = zip(heldout.record_hashes, heldout.indices, heldout.file.spans[heldout.indices])
-    return {"trained_on": {"count": len(train), "hash": train.fingerprint()},
+    return {"trained_on": {"count": len(train), "hash": train.records_hash()},
             "heldout_file": {"sha256": heldout.file.sha256, "records": len(heldout.file)},
-            "held_out": [f"{value} {index} {start} {end}" for value, index, (start, end) in rows]}
+            "heldout": [f"{value} {index} {start} {end}" for value, index, (start, end) in rows]}
 
 
 def reopen_heldout(data, images, described):
@@ -199,7 +199,7 @@ def reopen_heldout(data, images, described):
     Raises UserError if none is left. If the file has changed, prints one sentence about what is missing.
     """
     path, store, total = find_file(data), ImageStore(find_file(images)), described["heldout_file"]["records"]
-    rows = np.array([[int(word) for word in row.split()] for row in described["held_out"]], dtype=np.uint64)
+    rows = np.array([[int(word) for word in row.split()] for row in described["heldout"]], dtype=np.uint64)
     hashes, indices = rows[:, 0], rows[:, 1].astype(np.int64)
     with explain_errors(f"read {path}"):
         sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()

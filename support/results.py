@@ -26,14 +26,14 @@ MODEL_SETTINGS = ("vision_tower", "vision_layer", "llm", "projector")
 RESULT_FILES = ("projector.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 
 
-def save_result(folder, stage, model, template, settings, steps, held_out, skipped,
+def save_result(folder, stage, model, template, settings, steps, heldout, skipped,
                 records):
     """Writes projector.safetensors, adapter/ (if there is one, as plain peft writes it), and last run.json.
 
     A folder without run.json does not count as finished.
 
     Args:
-        settings: dict of all settings of the run. steps: number of optimizer steps. held_out: what
+        settings: dict of all settings of the run. steps: number of optimizer steps. heldout: what
             measure_grounding() returned at the end. skipped: number of images that could not be decoded.
         records: what describe_records() returned.
     """
@@ -43,8 +43,8 @@ def save_result(folder, stage, model, template, settings, steps, held_out, skipp
         with atomic_write(folder / "adapter") as temporary:
             model.llm.save_pretrained(temporary)
     write_json(folder / "run.json", {
-        "stage": stage, **{name: settings[name] for name in MODEL_SETTINGS}, "template": template.fingerprint,
-        "checksums": result_checksums(folder), "steps": steps, "held_out": held_out,
+        "stage": stage, **{name: settings[name] for name in MODEL_SETTINGS}, "template": template.template_hash,
+        "checksums": result_checksums(folder), "steps": steps, "heldout": heldout,
         "skipped_images": skipped, "settings": settings,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "records": records})
@@ -91,7 +91,7 @@ def check_same_models(run, settings, folder):
 
 def check_same_template(run, template, folder):
     """Raises UserError if the run was trained with a different chat template."""
-    if run["template"] != template.fingerprint:
+    if run["template"] != template.template_hash:
         raise UserError(f"{folder} was trained with a different chat template from the one now in "
                         f"{template.tokenizer.name_or_path}: restore the original template, or train again")
 

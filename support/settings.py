@@ -32,7 +32,7 @@ FLAGS = {  # name: (type or choices, help)
     "images": (str, "folder or .zip file with the images of the records"),
     "heldout_data": (str, "JSON file of held-out records; if not given, some records of --data are held out"),
     "heldout_images": (str, "folder or .zip file with the images of --heldout-data"),
-    "held_out": (POSITIVE, "number of held-out records"),
+    "heldout": (POSITIVE, "number of held-out records"),
     "limit": (COUNT, "train on the first LIMIT records of a seeded shuffle; 0: on all"),
     "max_length": (POSITIVE, "longest sample in tokens, image included; longer ones lose their last turns"),
     "allow_bad": (FRACTION, "stop if more than this fraction of the records is unusable"),

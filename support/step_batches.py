@@ -64,11 +64,11 @@ def plan_events(settings, total_steps):
     return log_at | {total_steps}, eval_at, save_at | {total_steps}
 
 
-def print_plan(settings, world_size, step_sizes, training, held_out, total_steps):
+def print_plan(settings, world_size, step_sizes, training, heldout, total_steps):
     """Prints the sizes of the batch and of the data."""
     print(f"batch: {settings.batch_size} (micro-batch) × {settings.grad_accum} (accumulation) × {world_size} "
           f"(processes) = {max(step_sizes, default=0)} samples per step\n"
-          f"data: {training:,} samples to train on, {held_out:,} held out; {total_steps:,} steps")
+          f"data: {training:,} samples to train on, {heldout:,} held out; {total_steps:,} steps")
 
 
 def load_steps(dataset, steps, pad_token_id, workers, device):

@@ -255,7 +255,7 @@ def flags(parts, drawn):
     def of(stage, **changes):
         data = drawn / ("chat.json" if stage == 1 else "instruct.json")
         values = {"vision_tower": parts.clip, "llm": parts.llm, "data": data, "images": drawn / "images.zip",
-                  "heldout_data": data, "heldout_images": drawn / "images", "held_out": 4, "batch_size": 8,
+                  "heldout_data": data, "heldout_images": drawn / "images", "heldout": 4, "batch_size": 8,
                   **changes}
         return SMALL + [str(word) for name, value in values.items()
                         for word in ("--" + name.replace("_", "-"), value)]

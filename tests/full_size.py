@@ -73,7 +73,7 @@ def main():
         make_data(folder, photos)
         common = ["--precision", args.precision]
         small = ["--preset", "tinyllama", *common, "--batch-size", args.batch_size, "--grad-accum", 1,
-                 "--held-out", 2, "--max-length", 400, "--max-steps", 1, "--workers", 0]
+                 "--heldout", 2, "--max-length", 400, "--max-steps", 1, "--workers", 0]
         lines = [
             run(folder, hub, "stage1_align.py", *small, "--data", "chat.json", "--images", "images.zip"),
             run(folder, hub, "stage2_instruct.py", *small, "--data", "instruct.json", "--images", photos),

@@ -20,7 +20,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["stage1_align", "stage2_instruct"])
 
 # Runs of the toy models that take a second or two.
-SMALL = ["--batch-size", "4", "--grad-accum", "2", "--held-out", "4", "--save-every", "3",
+SMALL = ["--batch-size", "4", "--grad-accum", "2", "--heldout", "4", "--save-every", "3",
          "--eval-every", "8", "--log-every", "1", "--device", "cpu"]
 
 

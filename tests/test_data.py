@@ -381,14 +381,14 @@ def test_no_image_of_a_held_out_record_is_trained_on(tmp_path):
     path = tmp_path / "chat.json"
     path.write_text(json.dumps([record_of("<image>\nWhat?", "This.", image=f"{i % 10}.png")
                                 for i in range(30)]))
-    held_out = []
+    chosen = []
     for limit in (0, 5):
-        train, heldout = open_records(path, tmp_path / "images", None, None, held_out=4, limit=limit, seed=0)
+        train, heldout = open_records(path, tmp_path / "images", None, None, heldout=4, limit=limit, seed=0)
         names = [{records[i]["image"] for i in range(len(records))} for records in (train, heldout)]
         assert len(names[1]) == len(heldout) == 4 and not names[0] & names[1]
         assert len(train) == (limit or 3 * 6)  # all three records of each of the other six images
-        held_out.append(heldout.indices.tolist())
-    assert held_out[0] == held_out[1]
+        chosen.append(heldout.indices.tolist())
+    assert chosen[0] == chosen[1]
 
 
 MANY = [record_of("<image>\nWhat is it?", f"It is {i}.", image=f"{i // 2}.png", id=str(i))
@@ -401,7 +401,7 @@ def split(tmp_path):
     def make(records, **changes):
         (tmp_path / "chat.json").write_text(json.dumps(records))
         names = dict(data=tmp_path / "chat.json", images=tmp_path, heldout_data=None, heldout_images=None)
-        return open_records(**names, **{**dict(held_out=10, limit=0, seed=0), **changes})
+        return open_records(**names, **{**dict(heldout=10, limit=0, seed=0), **changes})
 
     return make
 
@@ -450,7 +450,7 @@ def test_a_run_is_evaluated_on_exactly_its_held_out_records(split, tmp_path, cap
     train, heldout = split(MANY)
     expected = [record["conversations"] for record in contents(heldout)]
     described = json.loads(json.dumps(describe_records(train, heldout)))
-    assert described["trained_on"] == {"count": 180, "hash": train.fingerprint()}
+    assert described["trained_on"] == {"count": 180, "hash": train.records_hash()}
     (tmp_path / "chat.json").write_text(change if isinstance(change, str) else json.dumps(change))
     again = contents(reopen_heldout(tmp_path / "chat.json", tmp_path, described))
     assert [record["conversations"] for record in again] == expected
@@ -478,10 +478,10 @@ def test_the_other_records_of_an_unchanged_file_are_not_parsed(split, tmp_path, 
     assert len(reopen_heldout(tmp_path / "chat.json", tmp_path, described)) == 10
 
 
-def test_the_fingerprint_of_the_training_records_changes_with_their_text(split):
-    fingerprints = [split(records)[0].fingerprint() for records in (
+def test_the_hash_of_the_training_records_changes_with_their_text(split):
+    hashes = [split(records)[0].records_hash() for records in (
         MANY, MANY[::-1], json.loads(json.dumps(MANY).replace("It is 1", "It was 1")))]
-    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_several_processes_share_the_check_and_all_get_the_same_result(dataset_of, template):

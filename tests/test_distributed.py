@@ -55,7 +55,7 @@ def test_two_processes_measure_the_same_held_out_numbers_as_one(tmp_path):
     for world_size in (1, 2):
         folder = tmp_path / str(world_size)
         folder.mkdir()
-        arguments = ["--run", str(folder), *SMALL, "--max-steps", "0", "--held-out", "13"]  # three batches
+        arguments = ["--run", str(folder), *SMALL, "--max-steps", "0", "--heldout", "13"]  # three batches
         finish("stage1_align", arguments, folder / "log", world_size)
         [lines[world_size], _] = metrics(folder / "stage1")
     assert lines[1] == lines[2] and "heldout_loss_different" in lines[1]

@@ -15,7 +15,7 @@ from support.metrics_log import format_grounding
 from tools import evaluate
 from tools.evaluate import evenly_spaced, f1, is_toy_caption, score_captions
 
-TOY = ["--device", "cpu", "--held-out", 6, "--limit", 8, "--max-steps", 0]  # no good model is needed
+TOY = ["--device", "cpu", "--heldout", 6, "--limit", 8, "--max-steps", 0]  # no good model is needed
 LOSSES = ("loss", "loss_different", "loss_blank", "correct_more_likely")
 F1 = {"objects_f1", "caption_f1", "objects_f1_different", "caption_f1_different"}
 EXACT = {"qa_exact", "qa_exact_different", "qa_exact_by_kind", "qa_exact_different_by_kind"}
@@ -146,7 +146,7 @@ def test_a_record_whose_different_image_would_be_the_same_is_left_out_and_counte
 
 
 def test_held_out_records_that_all_share_one_image_are_refused():
-    with pytest.raises(UserError, match="the same image.*--held-out"):
+    with pytest.raises(UserError, match="the same image.*--heldout"):
         make_heldout_batches(dataset_of("aaaa"), 0, 4)
 
 
@@ -194,7 +194,7 @@ def test_malformed_kinds_do_not_stop_the_evaluation(script, flags, drawn, tmp_pa
     for record, kinds in zip(records, malformed):  # the other four records keep theirs
         record["kinds"] = kinds
     (tmp_path / "malformed.json").write_text(json.dumps(records))
-    run = train(script, flags, tmp_path / "run", data={2: tmp_path / "malformed.json"}, held_out=8)
+    run = train(script, flags, tmp_path / "run", data={2: tmp_path / "malformed.json"}, heldout=8)
     result = evaluate_run(script, run)
     assert result["counts"]["answers_by_kind"] == {"description": 4, "object": 4}
 
@@ -213,8 +213,8 @@ def test_stage_2_without_the_data_of_stage_1_leaves_the_captions_out_and_says_so
 
 
 def test_fewer_held_out_records_can_be_evaluated(script, flags, drawn, tmp_path):
-    run = train(script, flags, tmp_path / "run", stages=[1], data={1: drawn / "chat.json"}, held_out=4)
-    assert evaluate_run(script, run, "--held-out", 2, "--count", 9)["counts"]["captions"] == 2
+    run = train(script, flags, tmp_path / "run", stages=[1], data={1: drawn / "chat.json"}, heldout=4)
+    assert evaluate_run(script, run, "--heldout", 2, "--count", 9)["counts"]["captions"] == 2
 
 
 # -- what is refused ---------------------------------------------------------------------------------------
@@ -222,8 +222,8 @@ def test_fewer_held_out_records_can_be_evaluated(script, flags, drawn, tmp_path)
 
 @pytest.mark.parametrize("separate", [{}, {"heldout_data": "", "heldout_images": ""}], ids=["file", "split"])
 def test_records_that_were_trained_on_are_not_evaluated(refusal, script, flags, tmp_path, separate):
-    train(script, flags, tmp_path / "run", stages=[1], held_out=4, **separate)
-    assert "--held-out 5" in refusal("tools.evaluate", "--run", "run", "--held-out", 5)
+    train(script, flags, tmp_path / "run", stages=[1], heldout=4, **separate)
+    assert "--heldout 5" in refusal("tools.evaluate", "--run", "run", "--heldout", 5)
 
 
 def test_a_run_is_evaluated_on_its_held_out_records_after_the_data_file_has_changed(

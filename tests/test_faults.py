@@ -79,7 +79,7 @@ def test_a_stage_leaves_the_signal_handlers_as_they_were(script, flags):
 
 def test_a_second_interrupt_stops_at_once(tmp_path):
     # Every step is followed by a long evaluation, in which the signals come.
-    arguments = ["--run", str(tmp_path), *SMALL, "--eval-every", "1", "--held-out", "240"]
+    arguments = ["--run", str(tmp_path), *SMALL, "--eval-every", "1", "--heldout", "240"]
     process = start("stage1_align", arguments, tmp_path / "log")
     wait_for(process, lambda: first_step_is_logged(tmp_path / "stage1"))
     os.kill(process.pid, signal.SIGINT)
@@ -339,7 +339,7 @@ def learned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("precision")
 
     def run(precision):
-        arguments = ["--run", str(folder / precision), *SMALL, "--max-steps", "40", "--held-out", "32",
+        arguments = ["--run", str(folder / precision), *SMALL, "--max-steps", "40", "--heldout", "32",
                      "--eval-every", "9999"]
         if not (folder / precision).exists():
             finish("stage1_align", [*arguments, "--precision", precision], folder / "log")
@@ -598,7 +598,7 @@ def broken_held_out(drawn, tmp_path):
     (tmp_path / "held out" / records[0]["image"]).write_text("<html>404</html>")
     records[1]["conversations"] = []
     (tmp_path / "heldout.json").write_text(json.dumps(records))
-    return dict(heldout_data=tmp_path / "heldout.json", heldout_images=tmp_path / "held out", held_out=6)
+    return dict(heldout_data=tmp_path / "heldout.json", heldout_images=tmp_path / "held out", heldout=6)
 
 
 def test_a_held_out_record_that_cannot_be_used_is_dropped_counted_and_named(

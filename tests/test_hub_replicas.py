@@ -77,7 +77,7 @@ def test_both_stages_and_the_sanity_check_run_on_photos_and_the_loss_falls(
         script, world, tmp_path, capsys):
     def flags(data, **changes):
         values = {"preset": "tinyllama", "vision_tower": world / "clip", "llm": world / "llm",
-                  "data": world / data, "images": PHOTOS, "held_out": 2, "batch_size": 3, "grad_accum": 2,
+                  "data": world / data, "images": PHOTOS, "heldout": 2, "batch_size": 3, "grad_accum": 2,
                   "epochs": 12, "precision": "fp32", "device": "cpu", "workers": 0, "log_every": 1,
                   "run": "photos", **changes}
         return [word for name, value in values.items() for word in ("--" + name.replace("_", "-"), value)]

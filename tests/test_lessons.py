@@ -22,7 +22,7 @@ def small(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "RUNS", tmp_path_factory.mktemp("lessons"))
         patch.setattr(experiment, "STEPS", {1: 1, 2: 1})
-        patch.setattr(experiment, "HELD_OUT", 6)
+        patch.setattr(experiment, "HELDOUT", 6)
         patch.setattr(experiment, "LIMIT", 64)
         yield
     experiment.train_baseline.cache_clear()

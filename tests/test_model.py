@@ -336,7 +336,7 @@ def saved(tiny, parts, tmp_path):
             randomize_adapter(model)
         settings = {"vision_tower": str(parts.clip), "vision_layer": -2, "llm": str(parts.llm),
                     "projector": projector, "data": "chat.json", "images": "images", "heldout_data": None,
-                    "heldout_images": None, "held_out": 4, "limit": 0, "seed": 0, "max_length": 99}
+                    "heldout_images": None, "heldout": 4, "limit": 0, "seed": 0, "max_length": 99}
         save_result(tmp_path, stage, model.eval(), template, settings, 0, {"loss": 1.0}, 0,
                     {})
         return model, tmp_path

@@ -134,7 +134,7 @@ def test_without_a_gpu_all_cells_run_in_a_clone_and_those_of_the_real_models_do_
     lessons = {path: path.read_bytes() for path in (clone / "lessons").iterdir() if path.is_file()}
     start = clone / "docs" / "notebooks"  # the setup cells find the clone above it
     start.mkdir(parents=True)
-    flags = "--max-steps 2 --batch-size 4 --limit 16 --held-out 6 --workers 0"
+    flags = "--max-steps 2 --batch-size 4 --limit 16 --heldout 6 --workers 0"
     cells = with_cell_after(CODE, "helpers", RUN_IN_KERNEL)
     printed, shown = run_notebook(cells, start, TOY_FLAGS=flags, LESSON_FLAGS="--steps 2", REAL=False)
     assert "git clone" not in printed and "the cells of the real models do nothing" in printed
@@ -173,7 +173,7 @@ def test_the_cells_of_the_real_models_run_after_cloning(tmp_path, monkeypatch):
                             ("HF_HUB_OFFLINE", "0")):
             monkeypatch.setenv(name, value)
         printed, shown = run_notebook(
-            cells, start, REPOSITORY=str(origin), REAL=True, LIMIT=8, HELD_OUT=2, REAL_FLAGS="--workers 0",
+            cells, start, REPOSITORY=str(origin), REAL=True, LIMIT=8, HELDOUT=2, REAL_FLAGS="--workers 0",
             PAGE_FLAGS="--questions 1 --max-new-tokens 2", COCO_URL=f"{hub.url}/coco/train2017",
             PHOTO=str(tmp_path / "photo.jpg"), QUESTION="Is it a drawing, or what's this?")
     fetched = sorted(path.name for path in (start / "llava" / "data" / "coco" / "train2017").iterdir())

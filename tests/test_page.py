@@ -176,7 +176,7 @@ def test_the_page_is_one_small_file_that_loads_nothing(make_page, capsys):
     assert [stage["name"] for stage in described["stages"]] == ["stage 1", "stage 2"]
     for i, stage in enumerate(described["stages"], start=1):
         _, evaluations = metrics(path.parent / f"stage{i}")
-        assert [line["words"] for line in stage["evaluations"]] == [line["words"] for line in evaluations]
+        assert [line["nearest"] for line in stage["evaluations"]] == [line["nearest_tokens"] for line in evaluations]
         assert [line["loss"] for line in stage["evaluations"]] == [
             line["heldout_loss"] for line in evaluations]
         answer = [text for text, labeled in stage["tokens"] if labeled]
@@ -223,7 +223,7 @@ def test_256_patches_are_changed_in_64_regions_and_the_page_stays_small(make_pag
     assert (described["patches"], described["regions"]) == (256, 64)
     [question] = described["questions"]
     assert len(question["erased"]) == len(question["copied"]) == 64
-    assert len(described["stages"][0]["evaluations"][0]["words"]) == 256
+    assert len(described["stages"][0]["evaluations"][0]["nearest"]) == 256
     assert path.stat().st_size < 5_000_000
 
 
@@ -272,14 +272,14 @@ def test_a_reader_moves_the_slider_and_breaks_the_picture(make_page):
             return browser.find_elements("css selector", selector)
 
         first = described["stages"][0]["evaluations"][0]
-        browser.execute_script("arguments[0].focus()", elements("#words .slider input")[0])
-        elements("#words .slider input")[0].send_keys("\ue011")  # the Home key: to the first evaluation
-        assert text("#training .slider output") == text("#words .slider output") == "stage 1, step 0"
+        browser.execute_script("arguments[0].focus()", elements("#nearest .slider input")[0])
+        elements("#nearest .slider input")[0].send_keys("\ue011")  # the Home key: to the first evaluation
+        assert text("#training .slider output") == text("#nearest .slider output") == "stage 1, step 0"
         assert f"{first['loss']:.3f}" in text("#training table")
-        elements("#words .cell")[3].click()
-        for word, cosine in first["words"][3]:
-            assert word in text("#words table") and f"{cosine:.2f}" in text("#words table")
-        elements("#words .slider input")[0].send_keys("\ue010")  # End
+        elements("#nearest .cell")[3].click()
+        for word, cosine in first["nearest"][3]:
+            assert word in text("#nearest table") and f"{cosine:.2f}" in text("#nearest table")
+        elements("#nearest .slider input")[0].send_keys("\ue010")  # End
         assert text("#training .slider output") == "stage 2, step 1"
 
         elements("#break option")[1].click()
@@ -327,7 +327,7 @@ def take_screenshot(path, picture):
     browser = open_browser(path, width=940, height=2000)
     browser.find_elements("css selector", "#break .cell")[erased].click()
     browser.execute_script("window.scrollTo(0, 0)")
-    top, bottom = (browser.find_element("css selector", selector).rect for selector in ("#words", "#break"))
+    top, bottom = (browser.find_element("css selector", selector).rect for selector in ("#nearest", "#break"))
     image = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
     browser.quit()
     image = image.crop((0, top["y"] - 10, 940, bottom["y"] + bottom["height"] + 10))

@@ -172,12 +172,12 @@ def print_table(result):
 # -- the command -------------------------------------------------------------------------------------------
 
 
-def open_held_out(run_json, count, template, image_processor, num_image_tokens):
+def open_heldout(run_json, count, template, image_processor, num_image_tokens):
     """Returns the usable records among the run's first `count` held-out ones, as a ChatDataset. None takes
     all of them. Raises UserError if fewer than two have an image."""
-    held_out = len(run_json["records"]["held_out"])
-    if count and count > held_out:
-        raise UserError(f"--held-out {count}: the run has held out only {held_out} records, and others may "
+    heldout = len(run_json["records"]["heldout"])
+    if count and count > heldout:
+        raise UserError(f"--heldout {count}: the run has held out only {heldout} records, and others may "
                         "have been trained on")
     dataset = load_heldout_dataset(run_json, template, image_processor, num_image_tokens, count)
     if sum(dataset.records.image_name(record) is not None for record in dataset.records) < 2:
@@ -190,7 +190,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser)
-    parser.add_argument("--held-out", type=POSITIVE, help="evaluate only on the first HELD_OUT of the "
+    parser.add_argument("--heldout", type=POSITIVE, help="evaluate only on the first HELDOUT of the "
                         "run's held-out records (default: all)")
     parser.add_argument("--batch-size", type=POSITIVE, default=32, help="records per batch (default: 32)")
     parser.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="longest answer in tokens")
@@ -200,11 +200,11 @@ def main():
     model, template, image_processor, run_json = load_run(args)
     make_writable_folder(args.run)
     stage, device = run_json["stage"], model.llm.device
-    dataset_args = args.held_out, template, image_processor, model.num_image_tokens
-    datasets = {"captions" if stage == 1 else "answers": open_held_out(run_json, *dataset_args)}
+    dataset_args = args.heldout, template, image_processor, model.num_image_tokens
+    datasets = {"captions" if stage == 1 else "answers": open_heldout(run_json, *dataset_args)}
     if stage == 2:
         try:
-            datasets["captions"] = open_held_out(read_run(args.run / "stage1"), *dataset_args)
+            datasets["captions"] = open_heldout(read_run(args.run / "stage1"), *dataset_args)
         except UserError as error:
             print(f"The captions are left out, because stage 1's held-out records cannot be used: {error}")
 

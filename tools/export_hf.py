@@ -189,16 +189,16 @@ def build_hf_processor(model, template, image_processor):
 
 
 @torch.no_grad()
-def run_ours(model, template, held_out, i, device):
+def run_ours(model, template, heldout, i, device):
     """Returns what the run computes for the first question of held-out record i, as a dict."""
-    prompt, _ = held_out.make_prompt(i)
+    prompt, _ = heldout.make_prompt(i)
     batch = prompt_batch(template, [prompt], device)
     answer = model.generate(**batch, end_token_ids=template.end_token_ids, max_new_tokens=NEW_TOKENS)
     ids = torch.cat([batch["input_ids"], answer], dim=1)
     logits = model.llm(inputs_embeds=model.embed(ids, batch["pixel_values"])).logits  # of prompt and answer
-    record = held_out.records[i]
-    question = held_out.to_messages(record)[0]["content"].removeprefix(f"{IMAGE_TOKEN}\n")
-    return {"image": held_out.records.open_image(record), "question": question, "prompt": prompt["input_ids"],
+    record = heldout.records[i]
+    question = heldout.to_messages(record)[0]["content"].removeprefix(f"{IMAGE_TOKEN}\n")
+    return {"image": heldout.records.open_image(record), "question": question, "prompt": prompt["input_ids"],
             "pixel_values": prompt["pixel_values"], "answer": answer[0].tolist(), "logits": logits[0].cpu()}
 
 
@@ -253,9 +253,9 @@ def export(args, folder):
     paths = [args.run / f"stage{i}" for i in (1, 2)[:run_json["stage"]]]
     stages = [read_run(path) for path in paths if (path / "run.json").exists()]  # for the model card
     evaluation = read_json(args.run / "eval.json")
-    held_out = load_heldout_dataset(run_json, template, image_processor, model.num_image_tokens)
-    expected = [run_ours(model, template, held_out, i, device)
-                for i in range(min(args.samples, len(held_out)))]
+    heldout = load_heldout_dataset(run_json, template, image_processor, model.num_image_tokens)
+    expected = [run_ours(model, template, heldout, i, device)
+                for i in range(min(args.samples, len(heldout)))]
 
     processor = build_hf_processor(model, template, image_processor)
     llava = build_hf_model(model, template, run_json)

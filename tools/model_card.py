@@ -114,10 +114,10 @@ def license_of(name):
 def score_rows(run_json, evaluation):
     """Returns the rows of the table of scores: those of run.json, and those of eval.json if it belongs to the
     exported stage."""
-    held_out = run_json["held_out"]
+    heldout = run_json["heldout"]
     rows = [("on held-out records, with the", "correct image", "different image", "blank image"),
-            ("loss of the reference answers at the end of training", f"{held_out['loss']:.3f}",
-             f"{held_out['loss_different']:.3f}")]
+            ("loss of the reference answers at the end of training", f"{heldout['loss']:.3f}",
+             f"{heldout['loss_different']:.3f}")]
     checksums = run_json.get("checksums")  # eval.json may be older than the training
     if checksums and isinstance(evaluation, dict) and evaluation.get("checksums") == checksums:
         rows += [row for row in make_table(evaluation)[1:] if not row[0].startswith(" ")]  # no single kinds

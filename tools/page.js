@@ -146,20 +146,20 @@ function showTraining() {
 // -- 2. what a patch says --------------------------------------------------------------------------------
 
 function showWords() {
-  const output = find("#words .output");
+  const output = find("#nearest .output");
   let cells = [], shownPicture = null;
-  let patch = Math.max(0, indexOfLargest(moments[now].words.map(([nearest]) => nearest[1])));
+  let patch = Math.max(0, indexOfLargest(moments[now].nearest.map(([nearest]) => nearest[1])));
   onMove.push(function show() {
-    const { stage, step, words } = moments[now];
+    const { stage, step, nearest } = moments[now];
     if (stage.picture !== shownPicture) {
       shownPicture = stage.picture;
-      cells = fillGrid(find("#words .grid"), stage.picture, words.length, (i) => { patch = i; show(); });
+      cells = fillGrid(find("#nearest .grid"), stage.picture, nearest.length, (i) => { patch = i; show(); });
     }
-    if (!words.length) return output.replaceChildren("The first held-out record of this stage has no image.");
-    labelPatches(cells, patch, words.map(([first, second]) => `${first[0]}\n${second[0]}`));
+    if (!nearest.length) return output.replaceChildren("The first held-out record of this stage has no image.");
+    labelPatches(cells, patch, nearest.map(([first, second]) => `${first[0]}\n${second[0]}`));
     output.replaceChildren(
-      titled(`Patch (${stage.name}, step ${step})`, patchName(patch, Math.sqrt(words.length))),
-      make("table", {}, tableRow("nearest token", "cosine"), ...words[patch].map(([word, cosine]) =>
+      titled(`Patch (${stage.name}, step ${step})`, patchName(patch, Math.sqrt(nearest.length))),
+      make("table", {}, tableRow("nearest token", "cosine"), ...nearest[patch].map(([word, cosine]) =>
         tableRow(make("span", { class: "answer" }, word), cosine.toFixed(2)))));
   });
 }

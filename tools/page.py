@@ -58,7 +58,7 @@ def read_metrics(folder):
         lines = [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     training = [{"step": line["step"], "loss": line["loss"]} for line in lines if "loss" in line]
     names = {"heldout_loss": "loss", "heldout_loss_different": "different",
-             "heldout_correct_more_likely": "match", "generated": "generated", "words": "words"}
+             "heldout_correct_more_likely": "match", "generated": "generated", "nearest_tokens": "nearest"}
     evaluations = [{"step": line["step"], **{short: line.get(name) for name, short in names.items()}}
                    for line in lines if "heldout_loss" in line]
     if not evaluations:

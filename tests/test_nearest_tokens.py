@@ -1,4 +1,4 @@
-"""The nearest vocabulary tokens of projected patches: sanity_check.py --words, and the log of both stages."""
+"""The nearest vocabulary tokens of projected patches: sanity_check.py --nearest-tokens, and the log of both stages."""
 
 import json
 import re
@@ -6,7 +6,7 @@ import re
 import torch
 from conftest import N, draw, metrics, preprocess
 
-from sanity_check import print_words
+from sanity_check import print_nearest_tokens
 from support.evaluation import nearest_tokens
 
 
@@ -25,7 +25,7 @@ def test_both_projectors_are_printed_side_by_side_in_the_order_of_the_patches(ti
     model, template, image_processor = tiny(seed=5)
     pixel_values = preprocess(image_processor, draw("red"))
     trained = nearest_tokens(model, template, pixel_values, count=2)
-    print_words(model, template, pixel_values, stage=1)
+    print_nearest_tokens(model, template, pixel_values, stage=1)
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"untrained projector +after stage 1", lines[0])
     for row in range(2):
@@ -42,7 +42,7 @@ def test_of_256_patches_the_most_confident_are_printed_with_their_places(tiny, m
     vectors = torch.randn(256, 48, generator=torch.Generator().manual_seed(0))
     vectors[37] = model.llm.get_input_embeddings().weight[300]
     monkeypatch.setattr(model, "encode_images", lambda pixel_values: vectors[None])
-    print_words(model, template, torch.zeros(3, 28, 28), stage=2)
+    print_nearest_tokens(model, template, torch.zeros(3, 28, 28), stage=2)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("row 3, col 6 ") and " 1.00 " in lines[2]
     assert sum(line.count("row ") for line in lines) == 2 * 24 and max(map(len, lines)) <= 112
@@ -53,11 +53,11 @@ def test_every_evaluation_logs_the_words_of_the_first_held_out_picture(script, f
     script("stage2_instruct", *flags(2, max_steps=1))
     for stage, count in ((1, 3), (2, 2)):
         _, evaluations = metrics(tmp_path / "runs" / "toy" / f"stage{stage}")
-        words = [line["words"] for line in evaluations]
+        words = [line["nearest_tokens"] for line in evaluations]
         assert len(words) == count and words[0] != words[-1]
         assert all(len(patches) == N and all(len(patch) == 3 for patch in patches) for patches in words)
-    script("sanity_check", "--words", 1)
-    assert "there is no held-out record 99" in refusal("sanity_check", "--words", 99)
+    script("sanity_check", "--nearest-tokens", 1)
+    assert "there is no held-out record 99" in refusal("sanity_check", "--nearest-tokens", 99)
 
 
 def test_a_record_without_an_image_has_no_words(script, flags, tmp_path, refusal):
@@ -66,4 +66,4 @@ def test_a_record_without_an_image_has_no_words(script, flags, tmp_path, refusal
     records = [{"id": "text", "conversations": turns}, *records]
     (tmp_path / "mixed.json").write_text(json.dumps(records))
     script("stage1_align", *flags(1, max_steps=0, heldout_data=tmp_path / "mixed.json"))
-    assert "held-out record 0 has no image" in refusal("sanity_check", "--words", 0)
+    assert "held-out record 0 has no image" in refusal("sanity_check", "--nearest-tokens", 0)
