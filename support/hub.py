@@ -76,7 +76,8 @@ def fetch(name, also):
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):  # of several processes, one fetches; the others wait, and then find the model
             folder = find_in_cache(name)
-            if folder and not missing_file(folder, also):
+            missing = missing_file(folder, also) if folder else "config.json"
+            if not missing:
                 return folder
             disable_progress_bars()  # of the next request, which only asks for the sizes
             files = snapshot_download(str(name), allow_patterns=FILES, dry_run=True)
@@ -96,7 +97,7 @@ def fetch(name, also):
         elif isinstance(cause, (RepositoryNotFoundError, HFValidationError)):
             reason = "it is neither a folder here nor a public model on the hub: correct the name"
         elif isinstance(cause, OfflineModeIsEnabled):
-            reason = "it is not complete in the hub's cache, and HF_HUB_OFFLINE=1 forbids to fetch it"
+            reason = f"HF_HUB_OFFLINE=1 forbids it, and the hub's cache has no {missing} of this model"
         else:
             detail = getattr(cause, "strerror", None) or " ".join(f"{type(cause).__name__}: {cause}".split())
             reason = f"{detail[:200]}; run the same command again, and complete files are not fetched twice"

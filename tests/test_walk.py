@@ -169,9 +169,11 @@ def test_an_incomplete_model_is_completed_or_what_is_missing_is_named(on, hub, w
         hub.break_off.clear()
     else:
         revision = "--revision 0123" if what == "another revision" else ""
-        on("bash", "-c", f"hf download {CLIP} config.json preprocessor_config.json {revision}")
+        done = on("bash", "-c", f"hf download {CLIP} config.json preprocessor_config.json {revision}")
+        assert done.returncode == 0, done.stderr
     sentence = find(on, CLIP, HF_HUB_OFFLINE="1")
-    assert "HF_HUB_OFFLINE=1 forbids" in sentence
+    missing = "config.json" if what == "another revision" else "model.safetensors"
+    assert f"HF_HUB_OFFLINE=1 forbids it, and the hub's cache has no {missing} of this model" in sentence
     hub.requested.clear()
     assert f"fetching {CLIP}" in find(on, CLIP)
     assert ("model.safetensors", 0) in hub.requested
