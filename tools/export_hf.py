@@ -252,7 +252,7 @@ def export(args, folder):
     device = model.llm.device
     paths = [args.run / f"stage{i}" for i in (1, 2)[:run_json["stage"]]]
     stages = [read_run(path) for path in paths if (path / "run.json").exists()]  # for the model card
-    evaluation = read_json(args.run / "eval.json")
+    evaluation = read_json(paths[-1] / "eval.json")
     heldout = load_heldout_dataset(run_json, template, image_processor, model.num_image_tokens)
     expected = [run_ours(model, template, heldout, i, device)
                 for i in range(min(args.samples, len(heldout)))]
