@@ -10,32 +10,33 @@ the image.
 "Captions" are the held-out records of stage 1, and "answers" are those of stage 2. Each stage is evaluated on
 both, if the run has both. Stage 2 may have forgotten how to write captions. The keys of eval.json:
 
-    stage                    the stage that was evaluated
-    checksums                of its files, as in run.json
-    captions_loss            loss of the reference answers with the correct image, in nats per token
-    captions_loss_different  the same with a different image
-    captions_loss_blank      the same with a blank image
+    stage, checksums      the stage that was evaluated, and the checksums of its files, as in run.json
+    captions_loss, captions_loss_different, captions_loss_blank
+                          loss of the reference answers with the correct, a different and a blank image, in
+                          nats per token
     captions_correct_more_likely
-                             fraction of the records whose reference answers are more likely with the correct
-                             image than with a different one; chance is 0.5
-    captions_same_image      number of records that the two controls with a different image leave out, because
-                             their different image would be the same one; only if there are any
-    answers_loss, …          the same numbers for the records of stage 2
-    correct_more_likely      the same fraction of the records of both stages
-    objects_f1               F1 of the objects (color, shape) in the generated captions; only for the toy
-    caption_f1               the same for (color, shape, place)
+                          fraction of the records whose reference answers are more likely with the correct
+                          image than with a different one; chance is 0.5
+    captions_same_image   number of records that the two controls with a different image leave out, because
+                          their different image would be the same one; only if there are any
+    answers_loss, …       the same numbers for the records of stage 2
+    correct_more_likely   the same fraction of the records of both stages
+    objects_f1, caption_f1
+                          F1 of the objects (color, shape) in the generated captions, and of (color, shape,
+                          place); only for the toy
     objects_f1_different, caption_f1_different
-                             the same captions, compared with the reference answer to a different image
-    qa_exact                 fraction of the generated answers that equal the reference answer. It is measured
-                             only on questions whose kind is in the record ("kinds"), because other
-                             questions can have several correct answers.
-    qa_exact_different       the same if each question is asked about a different image
+                          the same captions, compared with the reference answer to a different image
+    qa_exact, qa_exact_different
+                          fraction of the generated answers that equal the reference answer, if the question
+                          is asked about the correct and about a different image. Only questions whose kind is
+                          in the record ("kinds") are scored, because others can have several correct answers.
     qa_exact_by_kind, qa_exact_different_by_kind
-                             the same for each kind of question
-    most_frequent_by_kind    for each kind, the share of the most frequent answer among the generated answers
-                             and among the reference answers. Always giving that reference answer would score
-                             the second number. A much larger first number means that the model has a habit.
-    counts                   number of generated captions and answers, and of answers by kind
+                          the same for each kind of question
+    most_frequent_by_kind
+                          for each kind, the share of the most frequent answer among the generated and among
+                          the reference answers. The second is what always giving that answer would score. If
+                          the first is much larger, the model has a habit.
+    counts                number of generated captions and answers, and of answers by kind
 """
 
 import argparse
@@ -113,7 +114,7 @@ def answer_questions(model, template, dataset, questions, device, batch_size, ma
 
 def f1(generated, reference):
     """Returns the F1 score, 2 · P · R / (P + R) = 2 · hits / (generated objects + reference objects), of two
-    lists of sets. Each set holds the objects in one caption. P and R are computed over all captions together."""
+    lists with the set of objects in each caption. P and R are computed over all captions together."""
     hits = sum(len(objects & correct) for objects, correct in zip(generated, reference))
     return 2 * hits / max(1, sum(map(len, generated)) + sum(map(len, reference)))
 
@@ -167,15 +168,6 @@ def make_table(result):
         rows.append(("share of the most frequent answer among", "generated", "reference"))
         rows += [(f"    {kind}", *(f"{share:.3f}" for share in pair)) for kind, pair in shares.items()]
     return rows
-
-
-def print_table(result):
-    """Prints the content of eval.json."""
-    for name, *cells in make_table(result):
-        print(f"{name:<42}" + "".join(f"{cell:>17}" for cell in cells))
-    print(f"correct image more likely: {result['correct_more_likely']:.1%} (chance 50%)")
-    if left_out := sum(result.get(f"{name}_same_image", 0) for name in ("captions", "answers")):
-        print(f"without {left_out} records whose different image would be the same one")
 
 
 def main():
@@ -236,7 +228,11 @@ def main():
         examples.append((title, pairs[:args.count]))
 
     result["correct_more_likely"] = matches / records
-    print_table(result)
+    for name, *cells in make_table(result):
+        print(f"{name:<42}" + "".join(f"{cell:>17}" for cell in cells))
+    print(f"correct image more likely: {matches / records:.1%} (chance 50%)")
+    if left_out := result.get("captions_same_image", 0) + result.get("answers_same_image", 0):
+        print(f"without {left_out} records whose different image would be the same one")
     for title, pairs in examples:
         print(f"\n{title}{', for example' if pairs else ''}")
         for question, answer in pairs:
