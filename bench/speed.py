@@ -10,10 +10,9 @@ same weights, batches, precision, optimizer and training loop. First the script 
 same loss and the same gradients, and stops if they do not.
 
 In a pair, each side runs once. Every other pair has the reverse order, because the speed of a machine drifts.
-The output is a table of ratios: the median over the pairs (least–most). On a CPU, run nothing else meanwhile.
-    same batches    time of the peer divided by ours, for training steps. Above 1 ours is faster.
-    own batching    the same, but our micro-batches are sorted by length, as in the stages. (The stages only
-                    estimate the lengths, so they have slightly more padding.)
+The output is the median over the pairs (least–most) of the peer's time divided by ours, so above 1 ours is
+faster. With "own batching", our micro-batches are sorted by length, as in the stages. (The stages estimate
+the lengths, so they have slightly more padding.) On a CPU, run nothing else meanwhile.
 """
 
 import argparse
@@ -66,10 +65,9 @@ def random_sample(config, question_length, answer_length, rng):
 
 
 def draw_sample(config, stage, rng):
-    """Returns a random sample of a length that we assume for the stage's real data. Nobody has measured them.
-
-    Stage 1: a prompt of 12 tokens, and a caption of 5 to 30 words with 1.3 tokens each. Stage 2: 60 to 700
-    tokens with a median of 220, a third of them questions."""
+    """Returns a random sample of a length that we assume for the stage's real data. Stage 1: a prompt of 12
+    tokens, and a caption of 5 to 30 words with 1.3 tokens each. Stage 2: 60 to 700 tokens with a median of
+    220, a third of them questions."""
     if stage == 1:
         return random_sample(config, 11, int(1.3 * rng.integers(5, 31)) + 1, rng)
     length = int(np.clip(rng.lognormal(np.log(220), 0.55), 60, 700))
@@ -175,33 +173,9 @@ def build_sides(args, config, stage):
     return ours, peer
 
 
-def time_pair(runs, pair, seconds, device):
-    """Calls all functions of {name: function}, in reverse order if `pair` is odd. Appends the times to
-    seconds[name], except those of the warm-up, which is pair -1."""
-    for name in list(runs)[::-1 if pair % 2 else 1]:
-        started = time.perf_counter()
-        runs[name]()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # the call returns before the GPU has finished
-        if pair >= 0:
-            seconds.setdefault(name, []).append(time.perf_counter() - started)
-    if pair >= 0:
-        print(f"  pair {pair + 1}:", *(f"{name} {seconds[name][-1]:.2f} s" for name in runs), flush=True)
-
-
-def table_rows(rows, seconds, tokens):
-    """Returns the table's row of each (label, our run, peer's run).
-    seconds: {run: time of each pair}. tokens: number in each pair."""
-    lines, speeds = [], {run: np.array(tokens) / times for run, times in seconds.items()}
-    for label, ours, peer in rows:
-        ratios = speeds[ours] / speeds[peer]
-        lines.append(f"| {label} | {np.median(ratios):.2f} ({ratios.min():.2f}–{ratios.max():.2f}) | "
-                     f"{np.median(speeds[ours]):.3g} / {np.median(speeds[peer]):.3g} tokens/s |")
-    return lines
-
-
 def compare_training(stage, args, config):
-    rng, seconds, tokens = np.random.default_rng(stage), {}, []
+    """Runs the pairs of a stage and returns its rows of the table."""
+    rng, speeds = np.random.default_rng(stage), {}  # speeds: {name: tokens per second in each pair}
     ours, peer = build_sides(args, config, stage)
     size, samples_per_step, pairs = args.plan[stage]
     for pair in range(-1, pairs):  # pair -1 is the warm-up
@@ -210,28 +184,37 @@ def compare_training(stage, args, config):
         runs = {"ours": lambda: ours.step(batches), "peer": lambda: peer.step(batches)}
         if stage == 2:
             runs["ours sorted by length"] = lambda: ours.step(sorted_batches)
-        time_pair(runs, pair, seconds, args.device)
+        tokens = sum(len(sample["input_ids"]) for sample in samples)
+        for name in list(runs)[::-1 if pair % 2 else 1]:
+            started = time.perf_counter()
+            runs[name]()
+            if args.device.type == "cuda":
+                torch.cuda.synchronize(args.device)  # the call returns before the GPU has finished
+            if pair >= 0:
+                speeds.setdefault(name, []).append(tokens / (time.perf_counter() - started))
         if pair >= 0:
-            tokens.append(sum(len(sample["input_ids"]) for sample in samples))
-    rows = [("same batches", "ours", "peer"), ("own batching", "ours sorted by length", "peer")][:stage]
-    return table_rows([(f"stage {stage}, {label}", *runs) for label, *runs in rows], seconds, tokens)
+            print("  tokens/s:", *(f"{name} {speeds[name][-1]:.3g}" for name in runs), flush=True)
+    rows, peer_speed = [], np.array(speeds["peer"])
+    for label, name in (("same batches", "ours"), ("own batching", "ours sorted by length"))[:stage]:
+        speed, ratios = np.array(speeds[name]), speeds[name] / peer_speed
+        ratio = f"{np.median(ratios):.2f} ({ratios.min():.2f}–{ratios.max():.2f})"
+        rows.append(f"| stage {stage}, {label} | {ratio} | {np.median(speed):.3g} / "
+                    f"{np.median(peer_speed):.3g} tokens/s |")
+    return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="mid", help="sizes of the models")
     parser.add_argument("--stage", type=int, choices=(1, 2), help="default: both")
-    parser.add_argument("--pairs", type=int, metavar="N", help="number of pairs of each stage")
     parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu, cuda, …")
     parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller steps")
     args = parser.parse_args()
     args.dtype = choose_dtype(args.precision, args.device)
     # {stage: (samples of a micro-batch, samples of a step, pairs)}. In the stages, a step has 128 samples.
-    args.plan = {1: (4, 4, 3), 2: (2, 4, 2)} if args.quick else {1: (4, 4, 12), 2: (4, 32, 3)}
-    if args.device.type == "cuda" and not args.quick:
-        args.plan = {1: (4, 128, 12), 2: (2, 128, 3)}
-    args.plan = {stage: (*samples, args.pairs or pairs) for stage, (*samples, pairs) in args.plan.items()}
+    args.plan = ({1: (4, 4, 3), 2: (2, 4, 2)} if args.quick else {1: (4, 128, 12), 2: (2, 128, 3)}
+                 if args.device.type == "cuda" else {1: (4, 4, 12), 2: (4, 32, 3)})
     config, rows = geometry(args.geometry), []
     torch.manual_seed(0)
     print(f"geometry {args.geometry}, {args.dtype} on {args.device}, {torch.get_num_threads()} threads")

@@ -3,15 +3,9 @@
     python -m bench.toy_table                  about 20 minutes on 2 cores; add --seeds 0 for one seed
     python -m bench.toy_table --precision fp16 --seeds 0 --no-controls      about 30 minutes on 2 cores
 
-Columns of the table, all measured on held-out data:
-    objects F1         colors and shapes named in the captions, compared with the correct scene
-    captions F1        the same for color, shape and place
-    answers correct    fraction of the generated answers that equal the reference answer
-    correct image more likely
-                       fraction of the records whose reference answer is more likely with the correct image
-    worst kind         the kind of question with the smallest fraction of correct answers
-A second number after "/" is the control with a different image: the captions are compared with a different
-scene, or the question is asked about a different image.
+The columns are keys of eval.json, which tools/evaluate.py explains. A second number after "/" is the control
+with a different image: the captions are compared with a different scene, or the question is asked about a
+different image. "Worst kind" is the kind of question with the smallest fraction of correct answers.
 
 The last two rows are controls. Their numbers should be close to chance. One evaluates an untrained projector,
 the other a projector that was trained on captions of different images. The runs are written to runs/table/.
@@ -33,7 +27,7 @@ COLUMNS = {"objects F1": "objects_f1", "captions F1": "caption_f1", "answers cor
 
 
 def run(*arguments):
-    """Runs Python with these arguments. Ends the process with the error output if that fails."""
+    """Runs Python with these arguments. Ends the process with its error output if that fails."""
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     if done.returncode:
@@ -41,10 +35,9 @@ def run(*arguments):
 
 
 def print_row(name, folder, stage, precision="fp32"):
-    """Evaluates a run and prints its row of the table. Keeps the result as eval1.json or eval2.json."""
+    """Evaluates a run and prints its row of the table."""
     run("-m", "tools.evaluate", "--run", folder, "--stage", stage, "--precision", precision)
-    result = json.loads((folder / "eval.json").read_text())
-    (folder / "eval.json").replace(folder / f"eval{stage}.json")
+    result = json.loads((folder / f"stage{stage}" / "eval.json").read_text())
     cells = []
     for key in COLUMNS.values():
         numbers = [f"{result[k]:.3f}" for k in (key, f"{key}_different") if k in result]
@@ -65,8 +58,9 @@ def main():
     print("| " + " | ".join(header) + " |\n|" + "--|" * len(header), flush=True)
     for seed in args.seeds:
         folder = TABLE / f"seed{seed}-{args.precision}"
-        for stage, script in STAGES.items():
+        for script in STAGES.values():
             run(script, "--run", folder, "--seed", seed, "--precision", args.precision, "--restart")
+        for stage in STAGES:
             print_row(f"stage {stage}, seed {seed}, {args.precision}", folder, stage, args.precision)
     if args.no_controls:
         return

@@ -200,7 +200,8 @@ def test_the_card_has_the_hubs_fields_and_the_scores(script, trained, tmp_path):
     fields, card = metadata_load(tmp_path / "exported" / "README.md"), read_card(tmp_path / "exported")
     assert fields == {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["llava"]}
     assert "| 1 | chat.json | 2 |" in card and "| 2 | instruct.json | 2 |" in card  # data and steps
-    heldout, evaluation = read_run(run / "stage2")["heldout"], json.loads((run / "eval.json").read_text())
+    heldout = read_run(run / "stage2")["heldout"]
+    evaluation = json.loads((run / "stage2" / "eval.json").read_text())
     assert f"| {heldout['loss']:.3f} | {heldout['loss_different']:.3f} |" in card
     assert f"{evaluation['answers_loss_blank']:.3f} |" in card
     assert "equal to the reference answer" in card

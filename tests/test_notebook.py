@@ -145,7 +145,7 @@ def test_without_a_gpu_all_cells_run_in_a_clone_and_those_of_the_real_models_do_
     assert re.search(r"<image>×\d+\s+What do you see at the middle left\?", printed)
     assert shown == {"toy-page": "page", "photo": "picture"}
     assert (clone / "runs" / "toy" / "stage2" / "adapter").exists()
-    assert (clone / "runs" / "toy" / "eval.json").exists()
+    assert (clone / "runs" / "toy" / "stage2" / "eval.json").exists()
     assert all(path.read_bytes() == content for path, content in lessons.items())  # the table is unchanged
     assert list(start.iterdir()) == []
 

@@ -235,14 +235,6 @@ def test_draw_if_missing_lets_other_local_ranks_wait(monkeypatch, tmp_path):
     world.draw_if_missing()
 
 
-def test_command_line_never_replaces_a_folder_that_holds_something_else(monkeypatch, tmp_path, capsys):
-    (tmp_path / "photo.jpg").touch()
-    monkeypatch.setattr(sys, "argv", ["toy.world", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        world.main()
-    assert "holds no toy world" in capsys.readouterr().err and (tmp_path / "photo.jpg").exists()
-
-
 # -- toy/pretrain.py and the committed models --------------------------------------------------------------
 
 

@@ -8,11 +8,9 @@
     Ctrl-C         stops an answer; what was generated stays in the conversation
     Ctrl-D, /quit  ends the program, as does Ctrl-C while no answer is generated
 
-It loads stage 2 of the run if that is finished, else stage 1. With the toy, it starts in about 5 seconds on
-2 CPU cores. No file is written. Questions can also come from a pipe, one per line.
-
-A language model remembers nothing from one call to the next. For every answer, the chat template renders the
-whole conversation again, exactly like a training record of several turns (see data.py).
+It loads stage 2 of the run if that is finished, else stage 1. Questions can also come from a pipe, one per
+line. A language model remembers nothing from one call to the next. For every answer, the chat template
+renders the whole conversation again, exactly like a training record of several turns (see data.py).
 """
 
 import argparse
@@ -32,8 +30,7 @@ COMMANDS = "/image FILE shows another image, /quit or Ctrl-D ends the conversati
 
 
 def read_path(text):
-    """Returns the name of a file that a user has typed, or has dropped on the terminal, which then quotes or
-    escapes it."""
+    """Returns a file name that was typed, or dropped on the terminal, which then quotes or escapes it."""
     path = text.strip()
     if path[:1] in ("'", '"'):
         path = path.strip("'\"")
@@ -44,9 +41,8 @@ def read_path(text):
 
 def drop_oldest_turns(messages, template, has_image, num_image_tokens, max_tokens):
     """Returns (messages, ids of the prompt) without the oldest questions and answers, so that the prompt has
-    at most `max_tokens` tokens. The last question is never dropped.
-
-    The image is never dropped either. It stands before the first question that is left, as in training. """
+    at most `max_tokens` tokens. The last question and the image, which stands before the first question that
+    is left, are never dropped."""
     while True:
         first = f"{IMAGE_TOKEN}\n{messages[0]['content']}" if has_image else messages[0]["content"]
         ids = template.encode_prompt([{**messages[0], "content": first}, *messages[1:]], num_image_tokens)
@@ -79,9 +75,7 @@ def answer_question(model, template, messages, question, pixel_values, max_new_t
 
 
 def converse(model, template, image_processor, pixel_values, max_new_tokens, temperature):
-    """Answers the questions on stdin until end of input or Ctrl-C.
-
-    Args: pixel_values: the first image, (3, H, W), or None. """
+    """Answers the questions on stdin until end of input or Ctrl-C. pixel_values: (3, S, S), or None."""
     messages = []  # the conversation without <image>: [{"role", "content"}, …]
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:

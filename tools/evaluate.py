@@ -1,40 +1,46 @@
-"""Evaluates a finished stage on its held-out records, with the correct image and with a different image.
+"""Evaluates a finished stage on held-out records, with the correct image and with a different image.
 
     python -m tools.evaluate --run runs/toy             stage 2 if it is finished, else stage 1
-    python -m tools.evaluate --run runs/toy --stage 1
+    python -m tools.evaluate --run runs/toy --stage 1   how much is already known before stage 2
 
 The toy takes about 30 seconds on 2 CPU cores. The script prints a table and the first mistakes, and writes
-the numbers to <run>/eval.json. If they are as good with a different image, the model ignores the image.
+the numbers to eval.json in the stage's folder. If they are as good with a different image, the model ignores
+the image.
 
-"Captions" are the held-out records of stage 1, and "answers" are those of stage 2. Stage 2 is evaluated on
-both, because it may have forgotten how to write captions. The keys of eval.json:
+"Captions" are the held-out records of stage 1, and "answers" are those of stage 2. Each stage is evaluated on
+both, if the run has both. Stage 2 may have forgotten how to write captions. The keys of eval.json:
 
-    stage                    the stage that was evaluated
-    checksums                of its files, as in run.json
-    captions_loss            loss of the reference answers with the correct image, in nats per token
-    captions_loss_different  the same with a different image
-    captions_loss_blank      the same with a blank image
+    stage, checksums      the stage that was evaluated, and the checksums of its files, as in run.json
+    captions_loss, captions_loss_different, captions_loss_blank
+                          loss of the reference answers with the correct, a different and a blank image, in
+                          nats per token
     captions_correct_more_likely
-                             fraction of the records whose reference answers are more likely with the correct
-                             image than with a different one; chance is 0.5
-    captions_same_image      number of records that the two controls with a different image leave out, because
-                             their different image would be the same one; only if there are any
-    answers_loss, …          the same numbers for the records of stage 2
-    correct_more_likely      the same fraction of the records of both stages
-    objects_f1               F1 of the objects (color, shape) in the generated captions; only for the toy
-    caption_f1               the same for (color, shape, place)
+                          fraction of the records whose reference answers are more likely with the correct
+                          image than with a different one; chance is 0.5
+    captions_same_image   number of records that the two controls with a different image leave out, because
+                          their different image would be the same one; only if there are any
+    answers_loss, …       the same numbers for the records of stage 2
+    correct_more_likely   the same fraction of the records of both stages
+    objects_f1, caption_f1
+                          F1 of the objects (color, shape) in the generated captions, and of (color, shape,
+                          place); only for the toy
     objects_f1_different, caption_f1_different
-                             the same captions, compared with the reference answer to a different image
-    qa_exact                 fraction of the generated answers that equal the reference answer. It is measured
-                             only on questions whose kind is in the record ("kinds"), because other
-                             questions can have several correct answers.
-    qa_exact_different       the same if each question is asked about a different image
+                          the same captions, compared with the reference answer to a different image
+    qa_exact, qa_exact_different
+                          fraction of the generated answers that equal the reference answer, if the question
+                          is asked about the correct and about a different image. Only questions whose kind is
+                          in the record ("kinds") are scored, because others can have several correct answers.
     qa_exact_by_kind, qa_exact_different_by_kind
-                             the same for each kind of question
-    counts                   number of generated captions and answers, and of answers by kind
+                          the same for each kind of question
+    most_frequent_by_kind
+                          for each kind, the share of the most frequent answer among the generated and among
+                          the reference answers. The second is what always giving that answer would score. If
+                          the first is much larger, the model has a habit.
+    counts                number of generated captions and answers, and of answers by kind
 """
 
 import argparse
+from collections import Counter
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -47,8 +53,6 @@ from support.files import make_writable_folder, write_json
 from support.results import add_run_flags, load_run, read_run
 from support.settings import COUNT, POSITIVE
 from toy.world import PLACES, caption_of, objects_in
-
-# -- questions and generated answers -----------------------------------------------------------------------
 
 
 class Question(NamedTuple):
@@ -108,15 +112,9 @@ def answer_questions(model, template, dataset, questions, device, batch_size, ma
     return answers
 
 
-# -- scores ------------------------------------------------------------------------------------------------
-
-
 def f1(generated, reference):
-    """Returns the F1 score, 2 · P · R / (P + R) = 2 · hits / (generated objects + reference objects).
-
-    Precision P and recall R are computed over all captions together.
-
-    Args: two lists of sets. Each set holds the objects in one caption. """
+    """Returns the F1 score, 2 · P · R / (P + R) = 2 · hits / (generated objects + reference objects), of two
+    lists with the set of objects in each caption. P and R are computed over all captions together."""
     hits = sum(len(objects & correct) for objects, correct in zip(generated, reference))
     return 2 * hits / max(1, sum(map(len, generated)) + sum(map(len, reference)))
 
@@ -142,6 +140,15 @@ def score_answers(questions, answers, suffix=""):
                                           for kind in sorted(correct)}}
 
 
+def most_frequent_shares(questions, answers):
+    """Returns {kind: [share of the most frequent generated answer, share of the most frequent reference]}."""
+    pairs = {}  # {kind: [(generated answer, reference answer)]}
+    for question, answer in zip(questions, answers):
+        pairs.setdefault(question.kind, []).append((answer, question.reference))
+    return {kind: [Counter(texts).most_common(1)[0][1] / len(texts) for texts in zip(*pairs[kind])]
+            for kind in sorted(pairs)}
+
+
 def make_table(result):
     """Returns the content of eval.json as rows of texts. The first row is the header."""
     rows = [("held-out records, with the", "correct image", "different image", "blank image")]
@@ -157,33 +164,10 @@ def make_table(result):
     for kind, fraction in result.get("qa_exact_by_kind", {}).items():
         rows.append((f"    {kind} ({result['counts']['answers_by_kind'][kind]})", f"{fraction:.3f}",
                      f"{result['qa_exact_different_by_kind'][kind]:.3f}"))
+    if shares := result.get("most_frequent_by_kind"):
+        rows.append(("share of the most frequent answer among", "generated", "reference"))
+        rows += [(f"    {kind}", *(f"{share:.3f}" for share in pair)) for kind, pair in shares.items()]
     return rows
-
-
-def print_table(result):
-    """Prints the content of eval.json."""
-    for name, *cells in make_table(result):
-        print(f"{name:<42}" + "".join(f"{cell:>17}" for cell in cells))
-    print(f"correct image more likely: {result['correct_more_likely']:.1%} (chance 50%)")
-    if left_out := sum(result.get(f"{name}_same_image", 0) for name in ("captions", "answers")):
-        print(f"without {left_out} records whose different image would be the same one")
-
-
-# -- the command -------------------------------------------------------------------------------------------
-
-
-def open_heldout(run_json, count, template, image_processor, num_image_tokens):
-    """Returns the usable records among the run's first `count` held-out ones, as a ChatDataset. None takes
-    all of them. Raises UserError if fewer than two have an image."""
-    heldout = len(run_json["records"]["heldout"])
-    if count and count > heldout:
-        raise UserError(f"--heldout {count}: the run has held out only {heldout} records, and others may "
-                        "have been trained on")
-    dataset = load_heldout_dataset(run_json, template, image_processor, num_image_tokens, count)
-    if sum(dataset.records.image_name(record) is not None for record in dataset.records) < 2:
-        raise UserError(f"{dataset.records.file.path}: fewer than two usable held-out records have an "
-                        "image, so none can be evaluated with a different image")
-    return dataset
 
 
 def main():
@@ -191,28 +175,33 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser)
     parser.add_argument("--heldout", type=POSITIVE, help="evaluate only on the first HELDOUT of the "
-                        "run's held-out records (default: all)")
+                        "held-out records of each stage (default: all)")
     parser.add_argument("--batch-size", type=POSITIVE, default=32, help="records per batch (default: 32)")
     parser.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="longest answer in tokens")
     parser.add_argument("--count", type=COUNT, default=5, help="how many mistakes to print; if the answers "
                         "cannot be scored, how many of them to generate and print (default: 5)")
     args = parser.parse_args()
     model, template, image_processor, run_json = load_run(args)
-    make_writable_folder(args.run)
-    stage, device = run_json["stage"], model.llm.device
-    dataset_args = args.heldout, template, image_processor, model.num_image_tokens
-    datasets = {"captions" if stage == 1 else "answers": open_heldout(run_json, *dataset_args)}
-    if stage == 2:
-        try:
-            datasets["captions"] = open_heldout(read_run(args.run / "stage1"), *dataset_args)
-        except UserError as error:
-            print(f"The captions are left out, because stage 1's held-out records cannot be used: {error}")
-
-    result = {"stage": stage, "checksums": run_json.get("checksums"), "counts": {}}
+    device, path = model.llm.device, args.run / f"stage{run_json['stage']}" / "eval.json"
+    make_writable_folder(path.parent)
+    result = {"stage": run_json["stage"], "checksums": run_json.get("checksums"), "counts": {}}
     examples, matches, records = [], 0, 0
-    for name, dataset in datasets.items():
+    for stage, name in ((1, "captions"), (2, "answers")):
+        folder = args.run / f"stage{stage}"
+        if not (folder / "run.json").exists():
+            continue
+        try:
+            dataset = load_heldout_dataset(read_run(folder), template, image_processor,
+                                           model.num_image_tokens, args.heldout)
+            batches = make_heldout_batches(dataset, template.tokenizer.pad_token_id, args.batch_size)
+        except UserError as error:
+            if stage == run_json["stage"]:
+                raise
+            print(f"The {name} are left out, because the held-out records of stage {stage} cannot be used: "
+                  f"{error}")
+            continue
+
         # 1. With the reference answers. This can be measured on any data.
-        batches = make_heldout_batches(dataset, template.tokenizer.pad_token_id, args.batch_size)
         measured = measure_grounding(model, batches, device, blank=True)
         result |= {f"{name}_{key}": value for key, value in measured.items()}
         count = sum(len(batch["input_ids"]) for batch in batches) - measured.get("same_image", 0)
@@ -220,18 +209,18 @@ def main():
 
         # 2. With generated answers. They can be scored only if no other answer is correct.
         questions = list_questions(dataset)
-        scored = [q for q in questions if (is_toy_caption(q.reference) if name == "captions" else q.kind)]
+        scored = [q for q in questions if (is_toy_caption(q.reference) if stage == 1 else q.kind)]
         questions = scored or evenly_spaced(questions, args.count)
         settings = dataset, questions, device, args.batch_size, args.max_new_tokens
         answers = answer_questions(model, template, *settings)
         result["counts"][name] = len(questions)
-        if scored and name == "captions":
+        if scored and stage == 1:
             result |= score_captions(answers, [question.reference for question in questions])
         elif scored:
-            kinds = [question.kind for question in questions]
-            result["counts"]["answers_by_kind"] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+            result["counts"]["answers_by_kind"] = Counter(sorted(question.kind for question in questions))
             different = answer_questions(model, template, *settings, different_image=True)
             result |= score_answers(questions, answers) | score_answers(questions, different, "_different")
+            result["most_frequent_by_kind"] = most_frequent_shares(questions, answers)
         pairs, title = list(zip(questions, answers)), f"{len(questions)} of the generated {name}"
         if scored:
             pairs = [(question, answer) for question, answer in pairs if answer != question.reference]
@@ -239,14 +228,18 @@ def main():
         examples.append((title, pairs[:args.count]))
 
     result["correct_more_likely"] = matches / records
-    print_table(result)
+    for name, *cells in make_table(result):
+        print(f"{name:<42}" + "".join(f"{cell:>17}" for cell in cells))
+    print(f"correct image more likely: {matches / records:.1%} (chance 50%)")
+    if left_out := result.get("captions_same_image", 0) + result.get("answers_same_image", 0):
+        print(f"without {left_out} records whose different image would be the same one")
     for title, pairs in examples:
         print(f"\n{title}{', for example' if pairs else ''}")
         for question, answer in pairs:
             lines = question.text, f"  generated: {answer}", f"  reference: {question.reference}"
             print("\n".join(f"  {printable(line)}" for line in lines))
-    write_json(args.run / "eval.json", result)
-    print(f"\nwrote {args.run / 'eval.json'}")
+    write_json(path, result)
+    print(f"\nwrote {path}")
 
 
 if __name__ == "__main__":

@@ -76,27 +76,28 @@ def write_model_card(folder, stages, evaluation):
 
     Args:
         stages: run.json of each stage that was trained, in order. The last one is exported.
-        evaluation: eval.json of the run, or None.
+        evaluation: eval.json of the exported stage, or None.
     """
-    exported, trained_llm = stages[-1], stages[-1]["stage"] == 2
-    vision_tower, llm = public_name(exported["vision_tower"]), public_name(exported["llm"])
-    data = [public_name(run["settings"]["data"]) for run in stages]
+    run, trained_llm = stages[-1], stages[-1]["stage"] == 2
+    vision_tower, llm = public_name(run["vision_tower"]), public_name(run["llm"])
+    data = [public_name(stage["settings"]["data"]) for stage in stages]
     # The hub links the names under base_model to their pages. A local folder has no page there.
-    on_hub = [f"- {name}\n" for name in (exported["vision_tower"], exported["llm"]) if not is_local(name)]
+    on_hub = [f"- {name}\n" for name in (run["vision_tower"], run["llm"])
+              if not Path(name).is_dir() and not (REPOSITORY / name).is_dir()]
+    if (evaluation or {}).get("checksums") != run.get("checksums"):
+        evaluation = None  # it is older than the training
+    header, *rows = make_table(evaluation or {})
+    losses = [f"{run['heldout'][name]:.3f}" for name in ("loss", "loss_different")]
+    rows = [header, ["--"] * 4, ["loss of the reference answers at the end of training", *losses], *rows]
     (folder / "README.md").write_text(encoding="utf-8", data=CARD.format(
-        base_model="".join(["base_model:\n", *on_hub] if on_hub else []), stage=exported["stage"],
-        vision_tower=vision_tower, vision_layer=exported["vision_layer"], llm=llm,
-        projector=exported["projector"], projector_stages="stages 1 and 2" if trained_llm else "stage 1",
+        base_model="".join(["base_model:\n", *on_hub] if on_hub else []), stage=run["stage"],
+        vision_tower=vision_tower, vision_layer=run["vision_layer"], llm=llm, projector=run["projector"],
+        projector_stages="stages 1 and 2" if trained_llm else "stage 1",
         llm_training="trained in stage 2 with a LoRA adapter, now merged" if trained_llm else "not trained",
-        training="\n".join(f"| {run['stage']} | {name} | {run['steps']:,} |"
-                           for run, name in zip(stages, data)),
-        scores=markdown_table(score_rows(exported, evaluation)),
+        training="\n".join(f"| {stage['stage']} | {name} | {stage['steps']:,} |"
+                           for stage, name in zip(stages, data)),
+        scores="\n".join(f"| {' | '.join(row)} |" for row in rows),
         licenses="\n".join(f"- {name}: {license_of(name)}" for name in (vision_tower, llm, *data))))
-
-
-def is_local(name):
-    """Returns True if find_pretrained() would take the model from a folder, and not from the hub's cache."""
-    return any(path.is_dir() for path in (Path(name), REPOSITORY / name))
 
 
 def public_name(name):
@@ -109,23 +110,3 @@ def license_of(name):
     """Returns what LICENSES has about a model or a data file."""
     return next((text for part, text in LICENSES.items() if f"/{part}" in f"/{name}"),
                 "unknown to the script that wrote this card.")
-
-
-def score_rows(run_json, evaluation):
-    """Returns the rows of the table of scores: those of run.json, and those of eval.json if it belongs to the
-    exported stage."""
-    heldout = run_json["heldout"]
-    rows = [("on held-out records, with the", "correct image", "different image", "blank image"),
-            ("loss of the reference answers at the end of training", f"{heldout['loss']:.3f}",
-             f"{heldout['loss_different']:.3f}")]
-    checksums = run_json.get("checksums")  # eval.json may be older than the training
-    if checksums and isinstance(evaluation, dict) and evaluation.get("checksums") == checksums:
-        rows += [row for row in make_table(evaluation)[1:] if not row[0].startswith(" ")]  # no single kinds
-    return rows
-
-
-def markdown_table(rows):
-    """Returns rows of cells, of which the first is the header, as a table in Markdown."""
-    rows = [(*row, *[""] * (len(rows[0]) - len(row))) for row in rows]
-    rows.insert(1, ["--"] * len(rows[0]))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

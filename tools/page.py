@@ -4,8 +4,7 @@
 
 The page is a single file and needs neither a server nor a network. Losses, nearest tokens and the answers to
 the first held-out record come from metrics.jsonl, which the stages wrote. All other answers are generated
-here, with stage 2 of the run if it is finished, else with stage 1. The toy takes about 10 seconds on 2 CPU
-cores. tools/page.js only shows the results.
+here, with stage 2 of the run if it is finished, else with stage 1. The toy takes about 10 seconds.
 
 A patch is erased by replacing its feature by the mean feature of many held-out patches. At real size, erasing
 one of 256 patches changes little, and erasing each of them would take long. So patches are changed in square
@@ -43,13 +42,6 @@ MAX_EVALUATIONS, MAX_LOSSES = 60, 400  # per stage, so that the page of a long r
 MAX_SCORED, MAX_SHOWN = 240, 8  # answers generated to count the correct ones; of these, shown of each sort
 MAX_TOKENS = 400  # of a record
 
-# -- 1. from the files of a run ----------------------------------------------------------------------------
-
-
-def thin_out(items, count):
-    """Returns `count` of the items at equal distances, with the first and the last, or all if fewer."""
-    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
-
 
 def read_metrics(folder):
     """Returns (training, evaluations) of a stage: lists of dicts from its metrics.jsonl."""
@@ -63,11 +55,14 @@ def read_metrics(folder):
                    for line in lines if "heldout_loss" in line]
     if not evaluations:
         raise UserError(f"{path} has no evaluation: it was not written by a stage, or has been cut")
-    return thin_out(training, MAX_LOSSES), thin_out(evaluations, MAX_EVALUATIONS)
+    return tuple(evenly_spaced(lines[:-1], count) + lines[-1:]
+                 for lines, count in ((training, MAX_LOSSES), (evaluations, MAX_EVALUATIONS)))
 
 
 def image_url(pixel_values, image_processor):
-    """Returns what the model sees, (3, S, S) with the normalization undone, as a data: URL."""
+    """Returns what the model sees, (3, S, S) with the normalization undone, as a data: URL; None for None."""
+    if pixel_values is None:
+        return None
     pixels = pixel_values.float().cpu().numpy().transpose(1, 2, 0)  # (S, S, 3)
     pixels = pixels * np.array(image_processor.image_std) + np.array(image_processor.image_mean)
     file = io.BytesIO()
@@ -100,13 +95,9 @@ def describe_stage(folder, run_json, dataset):
         elif ids[i - 1] != ids[i]:  # the first of the image positions stands for all of them
             tokens.append([f"{IMAGE_TOKEN}×{count}", False])
     prompt, reference = dataset.make_prompt(0)
-    has_image = prompt["pixel_values"] is not None
     return {"name": f"stage {run_json['stage']}", "steps": run_json["steps"], "training": training,
             "evaluations": evaluations, "tokens": tokens, "reference": reference,
-            "picture": image_url(prompt["pixel_values"], dataset.image_processor) if has_image else None}
-
-
-# -- 2. changing image features ----------------------------------------------------------------------------
+            "picture": image_url(prompt["pixel_values"], dataset.image_processor)}
 
 
 @contextmanager
@@ -148,17 +139,15 @@ def generate_with(model, template, prompt, features, args):
     answers = []
     for part in features.split(args.batch_size):
         with features_replaced(model, part):
-            answers += generate_answers(model, template, [prompt] * len(part), features.device,
-                                        args.max_new_tokens)
+            prompts = [prompt] * len(part)
+            answers += generate_answers(model, template, prompts, features.device, args.max_new_tokens)
     return answers
 
 
 @torch.no_grad()
 def effect_on_tokens(model, prompt_ids, answer_ids, features, changed, batch_size):
-    """Returns by how much log p of each answer token falls if the features are changed: (T, R).
-
-    Every token is predicted from the same tokens before it, those of `answer_ids`.
-    """
+    """Returns by how much log p of each answer token falls if the features are changed: (T, R). Each is
+    predicted from the same tokens before it, those of `answer_ids`."""
     ids = torch.tensor([prompt_ids + answer_ids], device=features.device)  # (1, P + T)
     labels = torch.tensor([[IGNORE_INDEX] * len(prompt_ids) + answer_ids], device=features.device)
     losses = []
@@ -174,11 +163,9 @@ def effect_on_tokens(model, prompt_ids, answer_ids, features, changed, batch_siz
 def attention_to_regions(model, prompt_ids, answer_ids, features, regions):
     """Returns how strongly each answer token attends to each region, (T, R), and the layer.
 
-    In every layer and head, position i attends to the positions j <= i with weights that sum to 1. The
-    position *before* a token predicts it, so that position's weights are used. They are added up over the
+    The position *before* a token predicts it, so that position's weights are used. They are added up over the
     patches of a region and averaged over the heads of one layer: the layer, counted from 1, whose weights
-    differ most from token to token.
-    """
+    differ most from token to token. """
     ids = torch.tensor([prompt_ids + answer_ids], device=features.device)  # (1, P + T)
     with features_replaced(model, features[None]):
         inputs_embeds = model.embed(ids, None)
@@ -195,39 +182,31 @@ def attention_to_regions(model, prompt_ids, answer_ids, features, regions):
     return maps[layer], layer + 1
 
 
-# -- 3. what the page shows of the model -------------------------------------------------------------------
-
-
 def choose_questions(dataset, count):
     """Returns `count` questions about images, one of each kind before a second one of any kind. Kinds with
     the most different reference answers come first."""
     questions = [q for q in list_questions(dataset)
                  if dataset.records.image_name(dataset.records[q.record]) is not None]
-    kinds = {}
-    for question in questions:
-        kinds.setdefault(question.kind, []).append(question)
-    kinds = sorted(kinds.values(), key=lambda asked: (-len({q.reference for q in asked}), asked[0].kind))
+    kinds = [[q for q in questions if q.kind == kind] for kind in {q.kind for q in questions}]
+    kinds.sort(key=lambda asked: (-len({q.reference for q in asked}), asked[0].kind))
     chosen = [(kinds[i % len(kinds)], i) for i in range(min(count, len(questions)))]
     # The k-th of the `count` questions is taken k / count of the way through the records.
     return list(dict.fromkeys(asked[i * len(asked) // len(chosen)] for asked, i in chosen))
 
 
+@torch.no_grad()
 def mean_feature(model, dataset, device, count=64):
     """Returns the mean image feature, (D,), over all patches of held-out images."""
     records = [dataset.records[i] for i in evenly_spaced(range(len(dataset)), count)]
     images = [pixels for record in records if (pixels := dataset.load_pixel_values(record)) is not None]
-    with torch.no_grad():
-        return torch.stack([model.encode_images(image[None].to(device))[0].mean(dim=0)
-                            for image in images]).mean(dim=0)
+    return torch.stack([model.encode_images(image[None].to(device))[0].mean(dim=0)
+                        for image in images]).mean(dim=0)
 
 
 def expected_answers(text, scene, second, num_regions):
     """Returns the correct answers to a question about the toy world: (unchanged, erased, copied), the latter
-    two as lists with one answer per region. "" means that the question has no correct answer any more.
-
-    scene, second: {place: (color, shape)} of both images, or None if they are not of the toy world. Then
-    nothing is known, and all answers are None.
-    """
+    two as lists with one answer per region. "" means that the question has no correct answer any more. If
+    scene or second, {place: (color, shape)} of both images, is None, all answers are None."""
     if scene is None or second is None or num_regions != len(PLACES):
         return None, [None] * num_regions, [None] * num_regions
 
@@ -240,11 +219,9 @@ def expected_answers(text, scene, second, num_regions):
 
 
 def find_second_image(records, question, scenes, num_regions):
-    """Returns the record of the picture from which patches are copied into the picture of a question.
-
-    Of the next 20 records with a different image, it is the one whose patches lead to most correct answers
-    that erasing does not lead to. Without known correct answers, it is the first.
-    """
+    """Returns the record of the picture from which patches are copied into the picture of a question. Of the
+    next 20 records with a different image, it is the one whose patches lead to most correct answers that
+    erasing does not lead to. Without known correct answers, it is the first."""
     name = records.image_name(records[question.record])
 
     def count_new_answers(other):
@@ -289,22 +266,15 @@ def describe_question(model, template, dataset, question, mean, scenes, args):
         attention, layer = attention_to_regions(model, prompt["input_ids"], ids, features, regions)
         effect = effect_on_tokens(model, prompt["input_ids"], ids, features, erased, args.batch_size)
         both = torch.stack([attention.flatten(), effect.flatten()])
-        described |= {"attention": rounded(attention), "effect": rounded(effect), "layer": layer,
-                      "correlation": rounded(torch.corrcoef(both)[0, 1].nan_to_num())}
+        tensors = {"attention": attention, "effect": effect, "correlation": torch.corrcoef(both)[0, 1]}
+        described |= {name: torch.round(tensor.cpu().double().nan_to_num(), decimals=3).tolist()
+                      for name, tensor in tensors.items()} | {"layer": layer}
     return described
 
 
-def rounded(tensor):
-    """Returns a tensor as (lists of) numbers with three decimals."""
-    return (torch.round(tensor.cpu().double().nan_to_num(), decimals=3) + 0.0).tolist()  # -0.0 becomes 0.0
-
-
 def describe_answers(model, template, dataset, args):
-    """Returns held-out questions with the generated and the reference answer.
-
-    If a question has one correct answer, many are answered, and the page shows some of the answers that equal
-    the reference answer and some that do not. Otherwise only those that are shown are generated.
-    """
+    """Returns held-out questions with the generated and the reference answer: some of those that equal the
+    reference answer and some that do not. If no question has one correct answer, few are generated."""
     questions = list_questions(dataset)
     scored = [q for q in questions if q.kind or is_toy_caption(q.reference)]
     asked = evenly_spaced(scored or questions, MAX_SCORED if scored else MAX_SHOWN)
@@ -314,13 +284,11 @@ def describe_answers(model, template, dataset, args):
     for equal in (False, True):
         examples += evenly_spaced([(question, answer) for question, answer in zip(asked, answers)
                                    if (answer == question.reference) is equal], MAX_SHOWN)
-    shown = []
-    for question, answer in examples:
-        pixel_values = dataset.load_pixel_values(dataset.records[question.record])
-        url = None if pixel_values is None else image_url(pixel_values, dataset.image_processor)
-        shown.append({"picture": url, "question": question.text, "answer": answer,
-                      "reference": question.reference})
-    return {"shown": shown, "asked": len(asked), "scored": bool(scored),
+    shown = [{"picture": image_url(dataset.load_pixel_values(dataset.records[question.record]),
+                                   dataset.image_processor),
+              "question": question.text, "answer": answer, "reference": question.reference}
+             for question, answer in examples]
+    return {"shown": shown, "asked": len(asked),
             "equal": sum(answer == question.reference for question, answer in zip(asked, answers))}
 
 
@@ -341,11 +309,9 @@ def describe_run(args, model, template, image_processor, run_json):
         stages.append(describe_stage(folder, run_json, dataset))
         answers.append({"name": f"records of stage {stage}",
                         **describe_answers(model, template, dataset, args)})
-        for record in dataset.records:
-            caption = dataset.to_messages(record)[1]["content"]
-            if is_toy_caption(caption):
-                scenes[dataset.records.image_name(record)] = {
-                    place: (color, shape) for color, shape, place in objects_in(caption)}
+        scenes |= {dataset.records.image_name(dataset.records[question.record]):
+                   {place: (color, shape) for color, shape, place in objects_in(question.reference)}
+                   for question in list_questions(dataset) if is_toy_caption(question.reference)}
     mean = mean_feature(model, dataset, device)
     questions = [describe_question(model, template, dataset, question, mean, scenes, args)
                  for question in choose_questions(dataset, args.questions)]
@@ -353,15 +319,9 @@ def describe_run(args, model, template, image_processor, run_json):
             "patches": model.num_image_tokens, "regions": len(find_regions(model.num_image_tokens))}
 
 
-# -- 4. the page -------------------------------------------------------------------------------------------
-
-
 def make_page(described):
-    """Returns the HTML of the page, with its style, its script and the results inside.
-
-    The results can contain any text. A "</script>" in them would end the script, so "<" is written as an
-    escape sequence of JSON. The script inserts texts as text only, never as HTML.
-    """
+    """Returns the HTML of the page, with its style, its script and the results inside. A "</script>" in the
+    results would end the script, so "<" is written as an escape sequence of JSON."""
     html, css, js = (Path(__file__).with_suffix(ending).read_text(encoding="utf-8")
                      for ending in (".html", ".css", ".js"))
     data = json.dumps(described, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

@@ -9,14 +9,12 @@ with a standard deviation of 0.5 instead of the usual 0.02. Otherwise its patch 
 place.
 
 The Llama never sees a picture or CLIP's output. However, it is also trained to read single vectors. In 70%
-of its training examples, one vector per fact, such as "red star top left", stands in the image's place. The
-vector is the sum of the embeddings of these words, with noise. More than half of these examples give all nine
-cells in the order of CLIP's patches. In the remaining 30% of all examples, the facts are text. TinyLlama has
-had no such training. A model this small needs it, because otherwise it does not learn to read several words
-from one vector.
-
-The toy therefore shows that a projector can learn to translate a frozen CLIP's features into vectors that a
-frozen LLM already reads. It does not show how well this works for an LLM without such training.
+of its training examples, one vector per fact, such as "red star top left", stands in the image's place: the
+sum of the embeddings of these words, with noise. More than half of these examples give all nine cells in the
+order of CLIP's patches. In the other 30% of all examples, the facts are text. TinyLlama has had no such
+training. A model this small needs it, because otherwise it does not learn to read several words from one
+vector. The toy therefore shows that a projector can learn to translate a frozen CLIP's features into vectors
+that a frozen LLM already reads. It does not show how well this works for an LLM without such training.
 """
 
 import argparse
@@ -33,9 +31,8 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from toy.world import (
-    CELL, PLACES, SIDE, brief_description, caption_of, conversation, heldout_scenes, picture, random_scene,
-)
+from toy.world import (CELL, PLACES, SIDE, brief_description, caption_of, conversation, heldout_scenes,
+                       picture, random_scene)
 
 HERE = Path(__file__).resolve().parent
 WIDTH = 128  # hidden size of both models
@@ -53,7 +50,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}")
 
 
-# -- 1. texts and tokenizer --------------------------------------------------------------------------------
 
 def chat_about(scene, rng):
     """Returns chat messages: a conversation (70%) or a caption (30%). They start with <image>."""
@@ -62,8 +58,7 @@ def chat_about(scene, rng):
         triples = conversation(scene, rng, QUESTION_KINDS)
     texts = [text for _, *pair in triples for text in pair]
     texts[0] = "<image>\n" + texts[0]
-    roles = ["user", "assistant"] * len(triples)
-    return [{"role": role, "content": text} for role, text in zip(roles, texts)]
+    return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
 
 
 def fact(scene, place):
@@ -110,8 +105,6 @@ def train_tokenizer(rng, forbidden):
         unk_token="<unk>", fuse_unk=True, byte_fallback=True)))
 
 
-# -- 2. CLIP -----------------------------------------------------------------------------------------------
-
 def make_optimizer_step(model, lr, steps, warmup):
     """Returns a function that takes a loss and does one optimizer step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .98), weight_decay=.01)
@@ -126,12 +119,24 @@ def make_optimizer_step(model, lr, steps, warmup):
     return optimizer_step
 
 
-def train_clip(folder, tokenizer, heldout_set, seed, steps=700, batch_size=192):
-    """Trains a CLIP with the contrastive loss and saves it to `folder`.
+def to_pixel_values(images):
+    """Returns arrays (S, S, 3) of bytes as CLIP reads them: (B, 3, S, S)."""
+    pixels = (torch.tensor(np.stack(images)) / 255 - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)
+    return pixels.permute(0, 3, 1, 2)
 
-    Args:
-        heldout_set: {combination: scene} from heldout_scenes(). They are used for evaluation only.
-    """
+
+def save_clip(clip, folder, side):
+    """Writes the weights of a CLIP for images of side × side pixels, and its preprocessor_config.json."""
+    clip.half().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({
+        "crop_size": side, "do_center_crop": True, "do_normalize": True, "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": IMAGE_MEAN, "image_std": IMAGE_STD,
+        "resample": 3, "size": side}, indent=2) + "\n")
+
+
+def train_clip(folder, tokenizer, heldout_set, seed, steps=700, batch_size=192):
+    """Trains a CLIP with the contrastive loss and saves it to `folder`. heldout_set is what heldout_scenes()
+    returns. It is used for evaluation only."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     # The end token gets a new id, the last one. With eos_token_id=2, transformers would take the text feature
@@ -151,8 +156,7 @@ def train_clip(folder, tokenizer, heldout_set, seed, steps=700, batch_size=192):
         rows = [[1, *tokenizer(caption_of(scene), add_special_tokens=False).input_ids] for scene in scenes]
         length = max(map(len, rows)) + 1
         ids = torch.tensor([row + [end_id] * (length - len(row)) for row in rows])
-        pixels = (torch.tensor(np.stack(images)) / 255 - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)
-        return clip(input_ids=ids, pixel_values=pixels.permute(0, 3, 1, 2)).logits_per_image
+        return clip(input_ids=ids, pixel_values=to_pixel_values(images)).logits_per_image
 
     scenes = [random_scene(rng, heldout_set) for _ in range(8000)]
     images = [np.asarray(picture(scene, rng)) for scene in scenes]
@@ -171,21 +175,13 @@ def train_clip(folder, tokenizer, heldout_set, seed, steps=700, batch_size=192):
                 correct = similarities(heldout, heldout_images).argmax(1) == torch.arange(len(heldout))
             print(f"clip, step {step} of {steps}: loss {loss:.3f}; held-out accuracy "
                   f"{correct.float().mean():.3f} in choosing among {len(correct)} captions", flush=True)
-    clip.half().save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({
-        "crop_size": SIDE, "do_center_crop": True, "do_normalize": True, "do_resize": True,
-        "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": IMAGE_MEAN, "image_std": IMAGE_STD,
-        "resample": 3, "size": SIDE}, indent=2) + "\n")
+    save_clip(clip, folder, SIDE)
 
-
-# -- 3. Llama ----------------------------------------------------------------------------------------------
 
 def llama_example(scene, as_vectors, tokenizer, rng):
-    """Returns one training example, in which facts about the scene replace <image>.
+    """Returns one training example, in which facts about the scene replace <image>: as text, or with
+    as_vectors=True each as one vector (a *fact position*). The tokenizer must encode <image> as one token.
 
-    Args:
-        as_vectors: give each fact as one vector (a *fact position*) instead of as text.
-        tokenizer: must encode <image> as one token.
     Returns:
         ids: L token ids; 0 at a fact position.
         fact_ids: L lists of four token ids, whose embeddings are summed at a fact position. 0 is padding.
@@ -255,11 +251,8 @@ def embed_with_facts(embedding, ids, fact_ids, noise):
 
 
 def train_llama(folder, tokenizer, heldout_set, seed, steps=4000, batch_size=32):
-    """Trains a Llama to answer questions about the facts in its context, and saves it to `folder`.
-
-    If it learned only captions, it would write fluent ones and ignore the context, and no projector could
-    repair that.
-    """
+    """Trains a Llama to answer questions about the facts in its context, and saves it to `folder`. If it
+    learned only captions, it would ignore the context, and no projector could repair that."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     llama = LlamaForCausalLM(LlamaConfig(

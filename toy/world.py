@@ -1,16 +1,15 @@
 """Draws the toy world: pictures of colored shapes, with captions and conversations in LLaVA's file formats.
 
-    python -m toy.world            draws toy/data in about 10 s
+    python -m toy.world            draws toy/data again, in about 10 s
 
 A picture shows two to four colored shapes on a 3x3 grid. The captions, questions and reference answers are
 computed from the scene, so they are always correct. No training picture has the same set of colored shapes as
 a held-out picture, so memorized captions do not fit the held-out pictures.
 
-Three choices make this world easier than photos:
-- One grid cell is exactly one patch of the toy CLIP, so each image token covers one place.
-- Every scene has exactly one correct caption.
-- Two kinds of question are left out of the data, because the toy Llama answers them badly even if it reads
-  the scene as text. "Where is the red star?" is 63% correct and "Is there a red shape?" 55% (240 scenes).
+Three choices make this world easier than photos. One grid cell is exactly one patch of the toy CLIP. Every
+scene has exactly one correct caption. And two kinds of question are left out of the data, because the toy
+Llama answers them badly even if it reads the scene as text: "Where is the red star?" is 63% correct and "Is
+there a red shape?" 55% (240 scenes).
 
 Good scores show that the training code can connect a frozen CLIP to a frozen LLM. They do not show how well
 the same code does on photos. toy/pretrain.py says how the toy models differ from the real ones.
@@ -32,8 +31,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 DATA = Path(__file__).resolve().parent / "data"
-
-# -- 1. scenes and their pictures --------------------------------------------------------------------------
 
 # The strings in the data use British spelling, because the committed toy Llama was trained on them.
 COLORS = {"red": (214, 39, 40), "green": (44, 150, 60), "blue": (40, 90, 210),
@@ -102,8 +99,6 @@ def picture(scene, rng):
     return Image.fromarray((np.asarray(image.reduce(2)) + noise).clip(0, 255).astype(np.uint8))
 
 
-# -- 2. captions, questions and answers --------------------------------------------------------------------
-
 BRIEF = [  # LLaVA's eleven prompts that ask for a short description
     "Describe the image concisely.", "Provide a brief description of the given image.",
     "Offer a succinct explanation of the picture presented.", "Summarize the visual content of the image.",
@@ -158,9 +153,8 @@ def answer_of(scene, kind, subject):
         return f"{with_article(' '.join(scene[subject])).capitalize()}." if subject in scene else "Nothing."
     if kind == "where":
         return f"At the {objects[subject]}." if subject in objects else None
-    if kind == "yes_no":
-        return "Yes." if subject in scene else "No."
-    return "Yes." if subject in {with_article(color) for color, _ in scene.values()} else "No."  # has_colour
+    there = scene if kind == "yes_no" else {with_article(color) for color, _ in scene.values()}  # has_colour
+    return "Yes." if subject in there else "No."
 
 
 def answer_to(scene, text):
@@ -169,11 +163,8 @@ def answer_to(scene, text):
         return caption_of(scene) if len(scene) > 1 else None
     for kind, forms in QUESTIONS.items():
         for form in forms:
-            before, _, after = form.partition("{}")
-            if "{}" not in form and text == form:
-                return answer_of(scene, kind, "")
-            if "{}" in form and text.startswith(before) and text.endswith(after):
-                return answer_of(scene, kind, text[len(before):len(text) - len(after)])
+            if match := re.fullmatch(re.escape(form).replace(r"\{\}", "(.*)"), text, re.DOTALL):
+                return answer_of(scene, kind, *(match.groups() or [""]))
     return None
 
 
@@ -211,7 +202,6 @@ def conversation(scene, rng, kinds=DATA_KINDS):
     return [(kind, *pair) for kind, pair in candidates if pair][:rng.randint(2, 5)]
 
 
-# -- 3. files in LLaVA's formats ---------------------------------------------------------------------------
 
 def record(name, triples, rng, with_kinds=False):
     """Returns a LLaVA record. <image> stands at the start or the end of the first question."""
@@ -223,12 +213,9 @@ def record(name, triples, rng, with_kinds=False):
 
 
 def draw(folder=DATA, chat=6000, instruct=6000, heldout=240, seed=0):
-    """Writes all files to a temporary folder and renames it, so `folder` is always complete.
-
-    The same arguments give the same bytes.
-    """
-    folder, rng = Path(folder), random.Random(seed)
-    unfinished = folder.with_name(folder.name + ".unfinished")
+    """Writes all files to a temporary folder and renames it, so `folder` is always complete. The same
+    arguments give the same bytes."""
+    rng, unfinished = random.Random(seed), folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     (unfinished / "images").mkdir(parents=True)
     heldout_set = heldout_scenes(rng, heldout)  # first, because toy/pretrain.py repeats this call
@@ -278,15 +265,7 @@ def draw_if_missing():
         time.sleep(.2)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, default=DATA, help="folder to draw; an older drawing is replaced")
-    out = parser.parse_args().out.resolve()
-    if out.exists() and not (out / "heldout_chat.json").exists():
-        parser.error(f"{out} exists and holds no toy world. Choose a different folder.")
-    draw(out)
-    print(f"drew {out}")
-
-
 if __name__ == "__main__":
-    main()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    draw()
+    print(f"drew {DATA}")
