@@ -1,4 +1,7 @@
-"""Errors that a user can fix, and how a script ends with them: in one sentence and an exit code."""
+"""Errors that a user can fix, and how a script ends with them: in one sentence and an exit code.
+
+Used by data.py.
+"""
 
 import re
 import sys
@@ -27,16 +30,12 @@ class UserError(Exception):
 
 class BadRecord(UserError):
     """A record that cannot be trained on. `reason` is one of a fixed set, so callers can count failures by
-    kind.
+    kind; `detail` is added to the sentence."""
 
-    Args: record, reason, detail; or one finished sentence, when a DataLoader worker passes the error on.
-    """
-
-    def __init__(self, record, reason=None, detail=""):
+    def __init__(self, record, reason, detail=""):
         self.reason = reason
-        name = record.get("id", "without an id") if isinstance(record, dict) else None
-        super().__init__(record if reason is None else
-                         printable(f"record {repr(name)[:80]}: {reason}{detail and ': ' + detail}"))
+        name = repr(record.get("id", "without an id"))[:80]
+        super().__init__(printable(f"record {name}: {reason}{detail and ': ' + detail}"))
 
 
 @contextmanager
@@ -50,8 +49,10 @@ def explain_errors(action):
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        reason = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"cannot {action}: {reason[:300]}") from error
+        # torch.save() raises an error of its own while it handles that of a full disk.
+        reasons = [getattr(each, "strerror", None) for each in (error, error.__context__)]
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"cannot {action}: {(reasons[0] or reasons[1] or text)[:300]}") from error
 
 
 def run_script(main):
@@ -59,8 +60,10 @@ def run_script(main):
     transformers.logging.disable_progress_bar()  # the bar of loading weights
     # peft 0.21 asks transformers 5 for an attribute by its old name. The user can do nothing about it.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    # The new name, activation_checkpointing_enable, is missing in older versions of transformers 5.
+    # The new names, activation_checkpointing_enable and, before 5.24, cache, are missing in older versions of
+    # transformers 5.
     warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "`past_key_values` is deprecated.*Use `cache` instead", FutureWarning)
     script = Path(sys.argv[0]).name
     for output in (sys.stdout, sys.stderr):  # a character that the terminal lacks must not end a run
         if hasattr(output, "reconfigure"):  # not in a notebook
@@ -71,27 +74,31 @@ def run_script(main):
             dist.destroy_process_group()
     except UserError as error:
         # An error of a DataLoader worker arrives as text, with the worker's traceback above it.
-        sentence = re.split(r"support\.errors\.(?:UserError|BadRecord): ", str(error))[-1].strip()
+        sentence = str(error).split("support.errors.UserError: ")[-1].strip()
         sys.exit(f"{script}: {printable(sentence)}")
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if "shared memory" in str(error):
-            sys.exit(f"{script}: the worker processes have too little shared memory to pass their batches "
-                     "on. Pass --workers 0, or start Docker with --shm-size=4g")
-        if re.search("DataLoader worker.*(exited unexpectedly|signal: Killed)", str(error)):
-            sys.exit(f"{script}: a worker process was killed, probably because the memory was full. Lower "
-                     "--workers")
-        if not is_out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        advice = memory_advice(error, script)
+        if advice is None:
             raise
-        advice = ("Halve --batch-size and double --grad-accum, which keeps the effective batch, or add "
-                  "--activation-checkpointing, or lower --max-length")
-        if not script.startswith("stage"):
-            advice = "Use a GPU with more memory, or --device cpu"
-            if script in ("evaluate.py", "page.py"):
-                advice = f"Lower --batch-size. {advice}"
-        details = (str(error).splitlines() or ["no details"])[0]
-        sys.exit(f"{script}: out of memory ({details}). {advice}")
+        sys.exit(f"{script}: {advice}")
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(130)
+
+
+def memory_advice(error, script):
+    """Returns a sentence about a lack of memory and what to do, or None for any other error."""
+    if "shared memory" in str(error):
+        return ("the worker processes have too little shared memory to pass their batches on. Pass --workers "
+                "0, or start Docker with --shm-size=4g")
+    if re.search("DataLoader worker.*(exited unexpectedly|signal: Killed)", str(error)):
+        return "a worker process was killed, probably because the memory was full. Lower --workers"
+    if not is_out_of_memory(error):
+        return None
+    advice = "Lower --batch-size if this script has it, or pass --device cpu"
+    if script.startswith("stage"):
+        advice = ("Halve --batch-size and double --grad-accum, which keeps the effective batch, or add "
+                  "--activation-checkpointing, or lower --max-length")
+    return f"out of memory ({(str(error).splitlines() or ['no details'])[0]}). {advice}"
 
 
 def is_out_of_memory(error):

@@ -1,35 +1,30 @@
-"""Images by name, from a folder or from a .zip file that is never unpacked."""
+"""Images by name, from a folder or from a .zip file that is never unpacked.
+
+Used by data.py.
+"""
 
 import io
 import os
-import re
 import struct
-import warnings
 import zipfile
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from support.errors import BadRecord, UserError, explain_errors
-from support.files import WorkerFile, name_format
+from support.files import read_part
 
 # Formats that Pillow decodes by itself. (EPS, for example, would start Ghostscript.)
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO"]
-MAX_FILE_BYTES = 256 * 2**20
-# Pillow refuses images with more than twice as many pixels. Above this number itself it would warn, but some
-# phones take photos of 200 megapixels.
-Image.MAX_IMAGE_PIXELS = 110_000_000
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def decode_image(file, name):
     """Returns the PIL image in `file` (a path or an open file) in RGB and upright.
 
-    Raises ValueError with one sentence about `name` if it is not an image, is cut short, or is unreasonably
-    large or long. A damaged file can raise almost any exception inside Pillow, so all of them are caught
-    here.
+    Raises ValueError with one sentence about `name` if it is not an image, is cut short, or is too large or
+    too long. A damaged file can raise almost any exception inside Pillow, so all of them are caught here.
     """
     try:
         content = file if hasattr(file, "read") else io.BytesIO(Path(file).read_bytes())
@@ -42,8 +37,7 @@ def decode_image(file, name):
             raise ValueError(f"{image.width} × {image.height} pixels are too long and narrow")
         # convert("RGB") would clip all values to 0 … 255.
         if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-            raise ValueError("its pixels are floating-point or 32-bit numbers, and the file does not say "
-                             "which of them is white: save it with 8 or 16 bits")
+            raise ValueError("its pixels are floating-point or 32-bit numbers: save it with 8 or 16 bits")
         if image.mode.startswith("I"):  # 16 bits per pixel
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         if image.has_transparency_data:  # shown on white; the original code shows the hidden colors
@@ -56,8 +50,7 @@ def decode_image(file, name):
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             content.seek(0)
-            kind = name_format(content.read(1000))
-            reason = f"it is not an image in a supported format{f', but {kind}' if kind else ''}"
+            reason = f"it is not an image in a supported format; it begins with {content.read(30)!r}"
         raise ValueError(f"{name} cannot be decoded: {reason}") from error
 
 
@@ -73,23 +66,12 @@ class ImageStore:
             raise UserError(f"{self.root} does not exist; --images must name a folder or a .zip file")
 
     def __contains__(self, name):
-        if not self.is_inside(name):
-            return False
         if self.members is None:
             return os.path.isfile(self.root / name)
         return self._find_member(name) is not None
 
-    def is_inside(self, name):
-        """Returns True if the name cannot leave the folder. Records may come from others. Symbolic links in
-        the folder are the user's own and are followed."""
-        path = PurePosixPath(name.replace("\\", "/"))
-        drive = re.match("[A-Za-z]:", name)  # of Windows
-        return bool(path.parts) and not ("\0" in name or path.is_absolute() or ".." in path.parts or drive)
-
     def check(self, record, name):
         """Raises BadRecord if there is no such image."""
-        if not self.is_inside(name):
-            raise BadRecord(record, "image outside the image folder", repr(name)[:200])
         if name not in self:
             raise BadRecord(record, "image missing", f"{name[:200]!r} is not in {self.root}")
 
@@ -107,15 +89,9 @@ class ImageStore:
     def _read_zip_directory(self):
         """Keeps the list of members as two arrays. zipfile's own list is large, and every worker would copy
         it."""
-        try:
-            with zipfile.ZipFile(self.root) as archive:
-                members = [info for info in archive.infolist()
-                           if not info.is_dir() and not info.filename.startswith("__MACOSX/")]
-        except (zipfile.BadZipFile, OSError) as error:
-            with explain_errors(f"read {self.root}"), open(self.root, "rb") as file:
-                kind = name_format(file.read(1000).removeprefix(b"PK"))
-            raise UserError(f"{self.root} is {kind or f'not a readable .zip file ({error}): fetch it again'}"
-                            ) from error
+        with explain_errors(f"read {self.root} as a .zip file"), zipfile.ZipFile(self.root) as archive:
+            members = [info for info in archive.infolist()
+                       if not info.is_dir() and not info.filename.startswith("__MACOSX/")]
         for info in members:
             if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise UserError(f"{self.root} is encrypted or compressed by a method other than deflate "
@@ -125,9 +101,8 @@ class ImageStore:
         self.top = f"{tops.pop()}/" if len(tops) == 1 else ""
         members.sort(key=lambda info: info.filename.encode())
         self.members = np.array([info.filename.encode() for info in members])
-        self.places = np.array([(info.header_offset, info.compress_size, info.file_size, info.compress_type,
-                                 info.CRC) for info in members], dtype=np.int64).reshape(-1, 5)
-        self._file = WorkerFile(self.root)
+        self.places = np.array([(info.header_offset, info.compress_size, info.compress_type, info.CRC)
+                                for info in members], dtype=np.int64).reshape(-1, 4)
 
     def _find_member(self, name):
         """Returns the row of the member called `name`, with or without the top folder, or None."""
@@ -141,15 +116,13 @@ class ImageStore:
 
     def _read_member(self, name):
         """Returns a member's bytes. Its position is known, so the zip's directory need not be read again."""
-        offset, compressed_size, size, method, crc = self.places[self._find_member(name)].tolist()
-        if size > MAX_FILE_BYTES:
-            raise ValueError(f"{name} is {size:,} bytes long, too large for an image")
+        offset, size, method, crc = self.places[self._find_member(name)].tolist()
         # A member starts with 30 bytes that end in two lengths, then its name and an extra field of those
         # lengths (PKWARE's APPNOTE.TXT, section 4.3.7).
-        name_length, extra_length = struct.unpack("<26x2H", self._file.read(offset, 30))
-        content = self._file.read(offset + 30 + name_length + extra_length, compressed_size)
+        name_length, extra_length = struct.unpack("<26x2H", read_part(self.root, offset, 30))
+        content = read_part(self.root, offset + 30 + name_length + extra_length, size)
         if method == zipfile.ZIP_DEFLATED:
-            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
-        if len(content) != size or zlib.crc32(content) != crc:
-            raise ValueError(f"{name} is damaged in {self.root} (wrong length or checksum)")
+            content = zlib.decompress(content, -zlib.MAX_WBITS)
+        if zlib.crc32(content) != crc:
+            raise ValueError(f"{name} is damaged in {self.root} (wrong checksum)")
         return content

@@ -1,5 +1,7 @@
 """Reads the records of a JSON file one at a time, with their images, and splits off held-out records.
 
+Used by data.py.
+
 595,375 records as Python dicts take 0.7 GB. Each DataLoader worker would also copy them page by page, because
 reading an object changes its reference count. So RecordFile keeps only the position of each record in the
 file and two hashes, in NumPy arrays that all workers share, and parses a record when it is asked for.
@@ -13,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from support.errors import BadRecord, UserError, explain_errors
-from support.files import WorkerFile, find_file, name_format
+from support.files import find_file, read_part
 from support.images import ImageStore
 
 
@@ -21,26 +23,14 @@ class RecordFile:
     """The records of a JSON file, a list of objects or JSON lines: `records[i]` is a dict.
 
     Attributes: spans (records, 2), first byte and end of each record. image_hashes and record_hashes, both
-    (records,), see hash_record(). sha256, of the file.
-
-    Args: spans: given if they are known. Then the file is not parsed, and there are no hashes.
+    (records,), see hash_record().
     """
 
-    def __init__(self, path, spans=None):
-        self.path, self.spans = Path(path), spans
-        if spans is None:
-            with explain_errors(f"read {path}"):
-                content = self.path.read_bytes()
-            if kind := name_format(content):
-                raise UserError(f"{path} is {kind}")
-            try:
-                text = content.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from error
-            self.sha256 = hashlib.sha256(content).hexdigest()
-            del content  # 175 MB for 595,375 records
-            self._find_records(text)
-        self._file = WorkerFile(self.path)
+    def __init__(self, path):
+        self.path = Path(path)
+        with explain_errors(f"read {path}"):
+            text = self.path.read_bytes().decode("utf-8")
+        self._find_records(text)
 
     def _find_records(self, text):
         """Fills spans and hashes."""
@@ -49,17 +39,14 @@ class RecordFile:
         is_list = opening[1] == "["  # else the objects of JSON lines follow each other without commas
         # To the next record, the ] or the end.
         skip = re.compile(r"\s*,\s*(?!\])|\s*(?=\]|\Z)" if is_list else r"\s*").match
-        # In an ASCII file, as json.dump writes it, characters are bytes. Elsewhere they must be counted.
-        size = (lambda start, end: end - start) if text.isascii() else \
-            (lambda start, end: len(text[start:end].encode()))
         spans, hashes, at, position, here = [], bytearray(), 0, 0, opening.end()
         try:
             while text[here] != "]" if is_list else here < len(text):
                 record, end = decode(text, here)
                 if not isinstance(record, dict):
                     raise ValueError(f"entry {len(spans) + 1} is not an object but {text[here:end][:40]}")
-                start_byte = position + size(at, here)
-                position = start_byte + size(here, end)
+                start_byte = position + len(text[at:here].encode())  # a character can have several bytes
+                position = start_byte + len(text[here:end].encode())
                 spans.append((start_byte, position))
                 hashes += hash_record(record)
                 following = skip(text, end)
@@ -71,13 +58,10 @@ class RecordFile:
         except (ValueError, IndexError, RecursionError) as error:
             message = "it ends in the middle" if isinstance(error, IndexError) else str(error)
             raise UserError(f"{self.path} is not a JSON list of records: {message} (after {len(spans):,} "
-                            "complete records): correct it, or fetch it again") from error
+                            f"complete records; it begins with {text[:40]!r}): correct it, or fetch it again"
+                            ) from error
         if not spans:
             raise UserError(f"{self.path} has no records")
-        if not is_list and len(spans) == 1 and "conversations" not in record:
-            keys = ", ".join(map(repr, record))[:80]
-            raise UserError(f"{self.path} is one JSON object ({keys}) instead of a list of records: save only "
-                            "the list")
         self.spans = np.array(spans, dtype=np.int64)
         self.image_hashes, self.record_hashes = np.frombuffer(hashes, "<u8").reshape(-1, 2).T.copy()
 
@@ -86,7 +70,7 @@ class RecordFile:
 
     def __getitem__(self, index):
         start, end = self.spans[index].tolist()
-        record = json.loads(self._file.read(start, end - start))
+        record = json.loads(read_part(self.path, start, end - start))
         if record.get("id") is None:  # so that a message about the record says where it is
             record["id"] = f"number {index + 1} of {self.path.name}"
         return record
@@ -184,64 +168,32 @@ def open_records(data, images, heldout_data, heldout_images, heldout, limit, see
 
 
 def describe_records(train, heldout):
-    """Returns what run.json says about the records of a run: a hash and the number of those that were trained
-    on, and for each held-out record its hash, its position in the file, its first byte and its end."""
-    rows = zip(heldout.record_hashes, heldout.indices, heldout.file.spans[heldout.indices])
+    """Returns what run.json says about the records of a run: the number and a hash of those that were trained
+    on, and the hash of each held-out record."""
     return {"trained_on": {"count": len(train), "hash": train.records_hash()},
-            "heldout_file": {"sha256": heldout.file.sha256, "records": len(heldout.file)},
-            "heldout": [f"{value} {index} {start} {end}" for value, index, (start, end) in rows]}
+            "heldout": [str(value) for value in heldout.record_hashes]}
 
 
 def reopen_heldout(data, images, described):
     """Returns the RecordSet of exactly the records that a run held out, in the same order.
 
     Args: data, images: where they are. described: what describe_records() returned.
-    Raises UserError if none is left. If the file has changed, prints one sentence about what is missing.
+    Raises UserError if none is left. If some are gone, prints how many.
     """
-    path, store, total = find_file(data), ImageStore(find_file(images)), described["heldout_file"]["records"]
-    rows = np.array([[int(word) for word in row.split()] for row in described["heldout"]], dtype=np.uint64)
-    hashes, indices = rows[:, 0], rows[:, 1].astype(np.int64)
-    with explain_errors(f"read {path}"):
-        sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    if sha256 == described["heldout_file"]["sha256"]:  # the other records need not be parsed
-        spans = np.zeros((total, 2), dtype=np.int64)
-        spans[indices] = rows[:, 2:]
-        return RecordSet(RecordFile(path, spans), store, indices)
-    file = RecordFile(path)
+    file, hashes = RecordFile(find_file(data)), np.array(described["heldout"], dtype=np.uint64)
     found = np.concatenate([np.flatnonzero(file.record_hashes == value)[:1] for value in hashes])
     if not len(found):
-        raise UserError(f"{path} contains none of the {len(hashes)} records that this run held out: restore "
-                        "the file that it was trained with, or train again with --restart")
-    more, gone = len(file) - total, len(hashes) - len(found)
-    counted = f"{abs(more):,} {'more' if more > 0 else 'fewer'} records" if more else "as many records"
-    print(f"NOTE: {path} has changed since this run was trained: it has {counted}, and "
-          f"{gone or 'none'} of the {len(hashes)} held-out records are gone or changed")
-    return RecordSet(file, store, found)
+        raise UserError(f"{file.path} contains none of the {len(hashes)} records that this run held out: "
+                        "restore the file that it was trained with, or train again with --restart")
+    if len(found) < len(hashes):
+        print(f"NOTE: {len(hashes) - len(found)} of the {len(hashes)} held-out records are gone from "
+              f"{file.path}, or have changed, since this run was trained")
+    return RecordSet(file, ImageStore(find_file(images)), found)
 
 
-# A key with media or a system text: "videos", "image_path", "system_prompt". Not: "image_id", "kinds".
-MEDIA_KEY = re.compile(
-    r"(.*[\W_\d])?(image|img|picture|photo|frame|pixel|clip|video|audio|sound|speech|voice|media|system)s?"
-    r"[\W_\d]*((file|path|name|url|uri|list|data|bytes|base64|value|prompt|message|text|content)s?[\W_\d]*)*",
-    re.IGNORECASE)
-MEDIA_FILE = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?|heic|mp4|avi|mov|mkv|webm|wav|mp3|flac)", re.I)
-
-
-def check_keys(record, has_image):
-    """Raises BadRecord if the record or a turn has content for the model under a key that is not read.
-
-    Such keys are known by their name and, if the record has no image, by a value such as "a.jpg". Numbers and
-    empty values are no content, nor is the name of the record's image, written a second time.
-    """
-    image = image_of(record)
-    for fields in ({**record, "id": None, "image": None}, *record["conversations"]):
-        for key, value in fields.items():
-            words = re.sub("(?<=[a-z])(?=[A-Z])", "_", key)  # imagePath becomes image_Path
-            is_file = isinstance(value, str) and key != "value" and MEDIA_FILE.fullmatch(value)
-            if (value and isinstance(value, (str, list, dict)) and value not in (image, [image])
-                    and (MEDIA_KEY.fullmatch(words) or is_file and not has_image)):
-                raise BadRecord(record, f"the key {repr(key)[:40]} is not read, so its content would be "
-                                        "missing: remove the key if that is right")
+# Keys of a record or a turn whose content the model would miss without notice, because nothing reads them.
+UNREAD_KEYS = ("images", "image_path", "image_file", "img", "video", "videos", "audio", "audios", "system",
+               "system_prompt")
 
 
 def check_turns(record, has_image):
@@ -250,7 +202,12 @@ def check_turns(record, has_image):
     turns = record.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise BadRecord(record, "'conversations' is not a list of turns")
-    check_keys(record, has_image)
+    for fields in (record, *turns):
+        for key in UNREAD_KEYS:
+            # Empty values are no content, nor is the name of the record's image, written a second time.
+            if fields.get(key) and fields[key] not in (image_of(record), [image_of(record)]):
+                raise BadRecord(record, f"the key '{key}' is not read, so its content would be missing: remove "
+                                        "the key if that is right")
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
     # The original code also skips an answer that comes before the first question.
     skipped = int(bool(turns) and roles.get(str(turns[0].get("from"))) == "assistant")

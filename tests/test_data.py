@@ -3,7 +3,6 @@
 import io
 import json
 import multiprocessing
-import os
 import pickle
 import random
 import threading
@@ -26,7 +25,6 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from data import IGNORE_INDEX, IMAGE_TOKEN, ChatDataset, ChatTemplate, collate
 from support.check_records import check_records, print_checked
 from support.errors import BadRecord, UserError
-from support.files import WorkerFile
 from support.images import ImageStore, decode_image
 from support.pretrained import load_image_processor
 from support.records import RecordFile, RecordSet, describe_records, open_records, reopen_heldout
@@ -435,27 +433,26 @@ def test_a_record_without_an_image_is_held_out_by_its_id_or_else_by_its_text(spl
     assert (len(train), len(heldout)) == (30, 10)
 
 
-CHANGES = {  # name: (the new file, what the sentence says)
-    "the same": (MANY, None),
-    "written by another program": (json.dumps(MANY, indent=3, sort_keys=True), "as many records, and none"),
-    "sorted": (MANY[::-1], "as many records, and none of the 10"),
-    "with more keys": ([{**record, "width": 640} for record in MANY], "as many records, and none of the 10"),
-    "appended": (MANY + [record_of("<image>\nWhat is it?", f"New {i}.", image=f"{i}.png", id=f"new {i}")
-                         for i in range(100)], "100 more records, and none of the 10"),
+CHANGES = {  # name: the new file
+    "the same": json.dumps(MANY),
+    "written by another program": json.dumps(MANY, indent=3, sort_keys=True),
+    "sorted": json.dumps(MANY[::-1]),
+    "with more keys": json.dumps([{**record, "width": 640} for record in MANY]),
+    "appended": json.dumps(MANY + [record_of("<image>\nWhat is it?", f"New {i}.", image=f"{i}.png", id=f"new {i}")
+                                   for i in range(100)]),
 }
 
 
-@pytest.mark.parametrize("change, message", CHANGES.values(), ids=CHANGES)
-def test_a_run_is_evaluated_on_exactly_its_held_out_records(split, tmp_path, capsys, change, message):
+@pytest.mark.parametrize("content", CHANGES.values(), ids=CHANGES)
+def test_a_run_is_evaluated_on_exactly_its_held_out_records(split, tmp_path, capsys, content):
     train, heldout = split(MANY)
     expected = [record["conversations"] for record in contents(heldout)]
     described = json.loads(json.dumps(describe_records(train, heldout)))
     assert described["trained_on"] == {"count": 180, "hash": train.records_hash()}
-    (tmp_path / "chat.json").write_text(change if isinstance(change, str) else json.dumps(change))
+    (tmp_path / "chat.json").write_text(content)
     again = contents(reopen_heldout(tmp_path / "chat.json", tmp_path, described))
     assert [record["conversations"] for record in again] == expected
-    out = capsys.readouterr().out
-    assert out.count("\n") == bool(message) and (message or "") in out
+    assert capsys.readouterr().out == ""
 
 
 def test_held_out_records_that_are_gone_are_counted_and_none_left_is_an_error(split, tmp_path, capsys):
@@ -466,16 +463,10 @@ def test_held_out_records_that_are_gone_are_counted_and_none_left_is_an_error(sp
     changed[changed.index(second)] = {**second, "conversations": first["conversations"]}
     (tmp_path / "chat.json").write_text(json.dumps(changed))
     assert contents(reopen_heldout(tmp_path / "chat.json", tmp_path, described)) == others
-    assert "1 fewer records, and 2 of the 10 held-out records are gone or changed" in capsys.readouterr().out
+    assert "NOTE: 2 of the 10 held-out records are gone from" in capsys.readouterr().out
     (tmp_path / "chat.json").write_text(json.dumps([r for r in MANY if r not in old]))
     with pytest.raises(UserError, match="contains none of the 10 records.*train again"):
         reopen_heldout(tmp_path / "chat.json", tmp_path, described)
-
-
-def test_the_other_records_of_an_unchanged_file_are_not_parsed(split, tmp_path, monkeypatch):
-    described = describe_records(*split(MANY))
-    monkeypatch.setattr(RecordFile, "_find_records", lambda self, text: pytest.fail("parses every record"))
-    assert len(reopen_heldout(tmp_path / "chat.json", tmp_path, described)) == 10
 
 
 def test_the_hash_of_the_training_records_changes_with_their_text(split):
@@ -583,19 +574,6 @@ def test_loader_workers_share_a_zip_without_disturbing_each_other(drawn, templat
     for sample, own in zip(loader, expected, strict=True):
         assert torch.equal(sample["pixel_values"], own["pixel_values"])
         assert sample["input_ids"] == own["input_ids"] and not sample["skipped"]
-
-
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
-def test_a_forked_worker_does_not_move_the_file_handle_of_its_parent(tmp_path):
-    (tmp_path / "file").write_bytes(bytes(1_000_000))
-    file = WorkerFile(tmp_path / "file")
-    file.read(0, 10)  # opens it before the worker is forked
-    before = os.lseek(file._file.fileno(), 0, os.SEEK_CUR)
-    worker = multiprocessing.get_context("fork").Process(target=file.read, args=(500_000, 10))
-    worker.start()
-    worker.join(60)
-    assert worker.exitcode == 0
-    assert os.lseek(file._file.fileno(), 0, os.SEEK_CUR) == before
 
 
 def test_pictures_can_be_read_from_memory():

@@ -233,11 +233,10 @@ def test_a_run_is_evaluated_on_its_held_out_records_after_the_data_file_has_chan
     run = tmp_path / "run"
     script("stage1_align", *flags(1, max_steps=0, run=run, data=path, heldout_data="", heldout_images=""))
     before = evaluate_run(script, run, "--count", 9)
-    assert "has changed" not in capsys.readouterr().out
     more = [{**records[0], "id": f"new {i}", "image": f"new {i}.png"} for i in range(50)]
     path.write_text(json.dumps(more + records[::-1]))
     assert evaluate_run(script, run, "--count", 9) == before
-    assert "it has 50 more records, and none of the 4 held-out records are gone" in capsys.readouterr().out
+    assert "NOTE" not in capsys.readouterr().out
     path.write_text(json.dumps(more))
     assert "contains none of the 4 records that this run held out" in refusal("tools.evaluate", "--run", run)
     run_json = json.loads((run / "stage1" / "run.json").read_text())
