@@ -1,4 +1,7 @@
-"""Checks the data before the first step, so that a missing image does not stop the run hours later."""
+"""Checks the data before the first step, so that a missing image does not stop the run hours later.
+
+Uses data.py.
+"""
 
 from itertools import chain
 from typing import NamedTuple
@@ -7,13 +10,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from data import ChatDataset
 from support.checkpoints import ignore_signals_in_worker
 from support.errors import BadRecord, UserError, explain_errors
-from support.hub import find_pretrained
-from support.records import RecordSet, image_of
+from support.records import RecordSet
 
 
 class Checked(NamedTuple):
@@ -23,7 +24,6 @@ class Checked(NamedTuple):
     failures: dict  # {reason: [one sentence per unusable record]}
     shortened: int  # how many usable records lose turns to --max-length
     with_image: int  # how many usable records have an image
-    found_by_id: int  # how many of these lack "image", and are found by their id
 
 
 def drop_unusable_records(train_records, heldout_records, template, num_image_tokens, settings, processes):
@@ -32,24 +32,15 @@ def drop_unusable_records(train_records, heldout_records, template, num_image_to
 
     Without --decode, training images are only looked up, because opening 595,375 of them takes long. Held-out
     images are always opened. Raises UserError if more than the fraction --allow-bad of all records is
-    unusable, if no training record is usable, if fewer than two held-out records have an image, or if
-    --max-length is more than the LLM can read.
+    unusable, if no training record is usable, or if fewer than two held-out records have an image.
     """
-    max_length, allow_bad = settings.max_length, settings.allow_bad
-    llm_folder = find_pretrained(settings.llm)
-    with explain_errors(f"read {llm_folder}/config.json"):
-        config = AutoConfig.from_pretrained(llm_folder, trust_remote_code=False)
-        context = config.get_text_config().max_position_embeddings
-    if max_length > context:
-        raise UserError(f"--max-length {max_length} is more than {settings.llm} can read: pass --max-length "
-                        f"{context} or less")
     workers = settings.workers if settings.decode else 0
-    train = check_records(train_records, template, num_image_tokens, max_length, settings.decode, workers,
-                          processes)
+    train = check_records(train_records, template, num_image_tokens, settings.max_length, settings.decode,
+                          workers, processes)
     print_checked(train_records, train)
     if not settings.decode:
         print("  The images of these records were looked up but not opened; --decode opens them.")
-    heldout = check_records(heldout_records, template, num_image_tokens, max_length, decode=True,
+    heldout = check_records(heldout_records, template, num_image_tokens, settings.max_length, decode=True,
                             processes=processes)
     print_checked(heldout_records, heldout)
     both = np.isin(heldout.usable.record_hashes, train.usable.record_hashes).sum()
@@ -57,12 +48,10 @@ def drop_unusable_records(train_records, heldout_records, template, num_image_to
         print(f"WARNING: {both} of {len(heldout.usable)} held-out records are also trained on: choose others")
     total = len(train_records) + len(heldout_records)
     bad = total - len(train.usable) - len(heldout.usable)
-    if bad > allow_bad * total or not len(train.usable):
+    if bad > settings.allow_bad * total or not len(train.usable):
         hint = " (is --images wrong?)" if "image missing" in train.failures else ""
-        which = f"more than --allow-bad {allow_bad} allows"
-        if not len(train.usable):
-            which = "among them all to train on"
-        raise UserError(f"{bad:,} of {total:,} records cannot be used, {which}{hint}")
+        raise UserError(f"{bad:,} of {total:,} records cannot be used, which leaves {len(train.usable):,} to "
+                        f"train on; --allow-bad {settings.allow_bad} is the fraction allowed{hint}")
     if heldout.with_image < 2:
         raise UserError(f"{heldout_records.file.path}: fewer than two usable held-out records have an image, "
                         "so none can be evaluated with a different image; raise --heldout")
@@ -70,8 +59,8 @@ def drop_unusable_records(train_records, heldout_records, template, num_image_to
 
 
 class RecordChecks(ChatDataset):
-    """Item i is (approximate number of tokens, whether turns are lost, whether it has an image, whether this
-    was found by its id) of record i, or its BadRecord.
+    """Item i is (approximate number of tokens, whether turns are lost, whether it has an image) of record i,
+    or (reason, sentence) if the record is unusable.
 
     Most records are not even tokenized. A token is at least one byte long, so a text with at most
     max_length - num_image_tokens bytes fits.
@@ -79,28 +68,25 @@ class RecordChecks(ChatDataset):
 
     def __init__(self, *args, decode):
         super().__init__(*args)
-        self.decode = decode
+        self.look = self.records.images.open if decode else self.records.images.check
         empty_turn = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
         # Upper bound of what the template adds to one message.
         self.overhead = len(self.template.render(empty_turn))
 
     def __getitem__(self, i):
-        record, images, lost = self.records[i], self.records.images, False
+        record, lost = self.records[i], False
         try:
             name, messages = self.records.image_name(record), self.to_messages(record)
             if name is not None:
-                look = images.open if self.decode else images.check
-                look(record, name)
+                self.look(record, name)
             num_bytes = sum(len(message["content"].encode()) + self.overhead for message in messages)
             if num_bytes > self.max_length - self.num_image_tokens:
                 length = len(self.encode(record)[0])
                 lost = length < len(self.template.encode(messages, self.num_image_tokens)[0])
-            # English text has about four bytes per token.
-            has_image = name is not None
-            length = has_image * self.num_image_tokens + num_bytes // 4
-            return length, lost, has_image, has_image and image_of(record) is None
         except BadRecord as error:
-            return error
+            return error.reason, str(error)
+        has_image = name is not None
+        return has_image * self.num_image_tokens + num_bytes // 4, lost, has_image  # a token has about 4 bytes
 
 
 def check_records(records, template, num_image_tokens, max_length, decode=False, workers=0, processes=None):
@@ -111,37 +97,34 @@ def check_records(records, template, num_image_tokens, max_length, decode=False,
     checks = RecordChecks(part, template, None, num_image_tokens, max_length, decode=decode)
     loader = DataLoader(checks, batch_size=64, collate_fn=list, num_workers=workers,
                         worker_init_fn=ignore_signals_in_worker,
-                        generator=torch.Generator())  # see stage1_align.py
+                        generator=torch.Generator())  # see load_steps()
     results = [None] * len(records)
     results[rank::world_size] = tqdm(chain.from_iterable(loader), "checking the data", len(part),
                                      unit="record", leave=False, disable=None)
     if processes:
         for other, part_results in enumerate(processes.gather(results[rank::world_size])):
             results[other::world_size] = part_results
-    usable = [i for i, result in enumerate(results) if not isinstance(result, BadRecord)]
-    lengths, *flags = np.array([results[i] for i in usable], dtype=np.int64).reshape(-1, 4).T
-    failures = {}
-    for result in results:
-        if isinstance(result, BadRecord):
-            failures.setdefault(result.reason, []).append(str(result))
-    return Checked(records.subset(usable), lengths, failures, *(int(flag.sum()) for flag in flags))
+    usable, failures = [], {}
+    for i, result in enumerate(results):
+        if len(result) == 3:
+            usable.append(i)
+        else:
+            failures.setdefault(result[0], []).append(result[1])
+    lengths, lost, has_image = np.array([results[i] for i in usable], dtype=np.int64).reshape(-1, 3).T
+    return Checked(records.subset(usable), lengths, failures, int(lost.sum()), int(has_image.sum()))
 
 
 def print_checked(records, checked):
     """Prints how many of the records are usable, and why the others are not."""
-    print(f"checked {len(records):,} records of {records.file.path}: {len(checked.usable):,} usable, of "
-          f"which {checked.shortened:,} lose turns to --max-length")
-    print(f"  {checked.with_image:,} with an image, of which {checked.found_by_id:,} are found by their id; "
-          f"{len(checked.usable) - checked.with_image:,} without an image")
+    print(f"checked {len(records):,} records of {records.file.path}: {len(checked.usable):,} usable, "
+          f"{checked.with_image:,} of them with an image; {checked.shortened:,} lose turns to --max-length")
     for reason, sentences in checked.failures.items():
-        print(f"  {len(sentences):,} unusable: {reason}")
-        for sentence in sentences[:10]:
-            print(f"    {sentence}")
+        print("\n    ".join([f"  {len(sentences):,} unusable: {reason}", *sentences[:10]]))
         if len(sentences) > 10:
             print(f"    … and {len(sentences) - 10:,} more")
 
 
-def count_skipped_images(skipped, sentences, folder, allow_bad, num_samples):
+def note_skipped_images(skipped, sentences, folder, allow_bad, num_samples):
     """Adds the sentences about images that could not be decoded to the list `skipped` and to
     <folder>/skipped.txt, each record once. Raises UserError if they are more than the fraction `allow_bad` of
     `num_samples`. Each of several processes counts the records that it has seen itself."""
@@ -153,5 +136,4 @@ def count_skipped_images(skipped, sentences, folder, allow_bad, num_samples):
             file.writelines(sentence + "\n" for sentence in new)
         if len(skipped) > allow_bad * num_samples:
             raise UserError(f"the images of {len(skipped)} records cannot be decoded, more than --allow-bad "
-                            f"{allow_bad} allows of {num_samples:,}; see {folder}/skipped.txt; the last: "
-                            f"{new[-1]}")
+                            f"{allow_bad} allows of {num_samples:,}; see {path}; the last: {new[-1]}")

@@ -1,11 +1,13 @@
 """Measures a model on held-out records: its loss with the correct, a different and a blank image, the answers
 that it generates, and the vocabulary tokens nearest to its projected patches.
 
+Uses data.py.
+
 Both stages call evaluate_heldout(). The tools call the functions that it uses on a finished run.
 """
 
 from collections import Counter
-from itertools import islice
+from itertools import groupby, islice
 
 import numpy as np
 import torch
@@ -19,8 +21,8 @@ from support.records import reopen_heldout
 
 
 def load_heldout_dataset(run, template, image_processor, num_image_tokens, count=None):
-    """Returns the ChatDataset of the records that a run has held out. `run` is its run.json. Only the first
-    `count` records are taken if it is given. Records that have become unusable are left out and printed."""
+    """Returns the ChatDataset of the records that a run has held out, or of the first `count` of them. `run` is
+    its run.json. Records that have become unusable are left out and printed."""
     settings = run["settings"]
     prefix = "heldout_" if settings["heldout_data"] else ""
     records = reopen_heldout(settings[f"{prefix}data"], settings[f"{prefix}images"], run["records"])
@@ -39,9 +41,9 @@ def make_heldout_batches(dataset, pad_token_id, batch_size):
 
     measure_grounding() takes the image of the previous record as the different image. So records that share
     an image are spread: the first record of every image comes first, then the second of every image, and so
-    on. A last batch of one record would contain no different image. So np.array_split makes batches of nearly
-    equal size, which can be larger than batch_size. batch["image_names"] lists the names of the images.
-    Raises UserError if all records have the same image.
+    on. And batches have nearly equal sizes, because a last batch of one record would contain no different
+    image. batch["image_names"] lists the names of the images. Raises UserError if all records have the same
+    image.
     """
     earlier, order = Counter(), []  # earlier[name]: how many records with this image came before
     for i in range(len(dataset)):
@@ -127,8 +129,8 @@ def records_with_other_images(records, i, count=1):
 
 
 def evaluate_heldout(model, template, dataset, batches, device, map):
-    """Returns (measured, generated, reference, nearest tokens): what measure_grounding() returns for all held-out
-    batches, and for the first record the generated answer, the reference answer and the nearest tokens."""
+    """Returns what measure_grounding() returns for all held-out batches and, for the first record, the
+    generated answer, the reference answer and the nearest tokens."""
     prompt, reference = dataset.make_prompt(0)
     measured = measure_grounding(model, batches, device, map=map)
     [generated] = generate_answers(model, template, [prompt], device, max_new_tokens=64)
@@ -192,10 +194,9 @@ def print_answer(model, template, prompt, printer, max_new_tokens, temperature):
 def nearest_tokens(model, template, pixel_values, count=3):
     """Returns the vocabulary tokens nearest to each projected patch: N lists of `count` pairs (text, cosine).
 
-    The LLM reads a projected patch like a token's embedding. So we compare the patch with all of these
-    embeddings. After stage 1 of the toy, the nearest tokens of a patch that shows an object are usually its
-    color and its shape. Do not expect this of real models: only about a third of their image tokens can be
-    read in this way (arXiv:2602.00462).
+    The LLM reads a projected patch like a token's embedding, so we compare the two. After stage 1 of the toy,
+    the nearest tokens of a patch that shows an object are usually its color and its shape. Of real models,
+    only about a third of the image tokens can be read in this way (arXiv:2602.00462).
 
     Args: pixel_values: (3, S, S), or None for a record without an image, which has no patches.
     """
@@ -220,14 +221,10 @@ def nearest_tokens(model, template, pixel_values, count=3):
 def mark_labeled(ids, labels, template, color):
     """Returns a sample as text with the labeled tokens marked: in green if `color`, else in [[ ]]."""
     on, off = ("\033[1;32m", "\033[0m") if color else ("[[", "]]")
-    text, t = "", 0
-    while t < len(ids):
-        end = t
-        while end < len(ids) and (labels[end] == IGNORE_INDEX) == (labels[t] == IGNORE_INDEX):
-            end += 1
-        piece = printable(template.tokenizer.decode(ids[t:end]), keep="\n")
-        text += piece if labels[t] == IGNORE_INDEX else f"{on}{piece}{off}"
-        t = end
+    text = ""
+    for is_labeled, pairs in groupby(zip(ids, labels), key=lambda pair: pair[1] != IGNORE_INDEX):
+        piece = printable(template.tokenizer.decode([i for i, _ in pairs]), keep="\n")
+        text += f"{on}{piece}{off}" if is_labeled else piece
     return shorten_image(text, ids.count(template.image_token_id))
 
 

@@ -1,21 +1,19 @@
 """Finds a pretrained model: in a folder, in the cache of the hub's client, or on the hub.
 
+Used by data.py.
+
 A model of the hub that is not in the cache is fetched on first use, as transformers does. The client's
 environment variables work here too: HF_HOME moves the cache, and HF_HUB_OFFLINE=1 forbids every request.
 """
 
-import json
 import os
 from pathlib import Path
 
-from filelock import FileLock
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (GatedRepoError, HFValidationError, OfflineModeIsEnabled,
-                                    RepositoryNotFoundError)
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
-from support.errors import UserError
-from support.files import REPOSITORY
+from support.errors import UserError, explain_errors
+from support.files import REPOSITORY, read_json
 
 # What this project reads of a model. Many repositories hold the same weights in several other formats.
 FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "model.safetensors",
@@ -36,7 +34,7 @@ def find_pretrained(name, also="config.json"):
     else:
         folder = find_in_cache(name)
         if folder is None or missing_file(folder, also):
-            folder = fetch(name, also)
+            folder = fetch(name)
     if missing := missing_file(folder, also):
         raise UserError(f"{folder} is not a complete pretrained model: it has no {missing}")
     return str(folder)
@@ -53,53 +51,18 @@ def find_in_cache(name):
 
 def missing_file(folder, also):
     """Returns the name of a file that a folder of a pretrained model lacks, or None."""
-    weights, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-    if index.exists():  # the weights are split into several files
-        try:
-            weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, LookupError, AttributeError, TypeError):
-            return f"readable {index.name}"
-    for file in ("config.json", *weights, also):
-        if not (folder / file).exists():
-            pickles = [path.name for path in folder.glob("*.bin")] if file in weights else []
-            return f"{file} ({pickles[0]} is a pickle: convert it to safetensors)" if pickles else file
-    return None
+    index = read_json(folder / "model.safetensors.index.json")  # if the weights are split into several files
+    weights = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
+    return next((file for file in ("config.json", *weights, also) if not (folder / file).exists()), None)
 
 
-def fetch(name, also):
-    """Fetches a model from the hub, with the client's progress bar, and returns its folder in the cache.
-
-    If a download breaks off, complete files stay in the cache. The next attempt fetches the others.
-    """
-    lock = Path(constants.HF_HUB_CACHE) / ".locks" / f"{str(name).replace('/', '--')}.lock"
+def fetch(name):
+    """Fetches a model from the hub, with the client's progress bar, and returns its folder in the cache. If a
+    download breaks off, complete files stay in the cache. Of several processes, one fetches a file."""
+    print(f"fetching {name} to {constants.HF_HUB_CACHE}", flush=True)
+    enable_progress_bars()
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):  # of several processes, one fetches; the others wait, and then find the model
-            folder = find_in_cache(name)
-            if folder and not missing_file(folder, also):
-                return folder
-            disable_progress_bars()  # of the next request, which only asks for the sizes
-            files = snapshot_download(str(name), allow_patterns=FILES, dry_run=True)
-            if not any(file.filename.startswith("model") for file in files):
-                raise UserError(f"the model {name} on the hub has no weights in the format safetensors: "
-                                "choose another model, or convert its weights and name the folder")
-            size = sum(file.file_size or 0 for file in files if file.will_download)
-            print(f"fetching {name}: {size / 1e9:.2f} GB to {constants.HF_HUB_CACHE}", flush=True)
-            enable_progress_bars()
+        with explain_errors(f"fetch {name}, which is not a folder here, as a model of the hub"):
             return Path(snapshot_download(str(name), allow_patterns=FILES))
-    except UserError:
-        raise
-    except Exception as error:  # the errors of the client and of its HTTP library have no common class
-        cause = error.__cause__ or error
-        if isinstance(cause, GatedRepoError):
-            reason = "it is gated: accept its license on its page of the hub, then run hf auth login"
-        elif isinstance(cause, (RepositoryNotFoundError, HFValidationError)):
-            reason = "it is neither a folder here nor a public model on the hub: correct the name"
-        elif isinstance(cause, OfflineModeIsEnabled):
-            reason = "it is not complete in the hub's cache, and HF_HUB_OFFLINE=1 forbids to fetch it"
-        else:
-            detail = getattr(cause, "strerror", None) or " ".join(f"{type(cause).__name__}: {cause}".split())
-            reason = f"{detail[:200]}; run the same command again, and complete files are not fetched twice"
-        raise UserError(f"cannot fetch the model {name}: {reason}") from error
     finally:
         disable_progress_bars()

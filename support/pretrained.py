@@ -2,13 +2,14 @@
 
 Loading is strict. A missing tensor is an error and never a warning, because a model with random weights in
 one place still answers fluently.
+
+Used by data.py.
 """
 
 import re
 from datetime import date
 
 import torch
-from PIL import Image
 from torch import nn
 from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer,
                           CLIPVisionModel, SiglipVisionModel)
@@ -40,15 +41,9 @@ def load_image_processor(name):
     The Pillow implementation is asked for by name. Otherwise transformers would use torchvision where that is
     installed, and pixels would differ between machines.
     """
-    size = load_vision_config(name).image_size
     folder = find_pretrained(name, "preprocessor_config.json")
     with explain_errors(f"read {folder}/preprocessor_config.json"):
-        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-        pixel_values = image_processor(Image.new("RGB", (size, size)), return_tensors="pt")["pixel_values"]
-    if pixel_values.shape != (1, 3, size, size):
-        raise UserError(f"{folder}/preprocessor_config.json makes images of another size than {size} × "
-                        f"{size}, which the vision tower needs")
-    return image_processor
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
 
 
 def load_image(path, image_processor):
@@ -98,6 +93,16 @@ def load_language_model(name, dtype, device):
     if not torch.allclose(logits, expected, rtol=1e-4, atol=1e-4):
         raise UserError(f"{name} changes its logits after the head, which this project does not support")
     return llm
+
+
+def check_max_length(name, max_length):
+    """Raises UserError if a language model cannot read `max_length` tokens."""
+    folder = find_pretrained(name)
+    with explain_errors(f"read {folder}/config.json"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    if max_length > config.max_position_embeddings:
+        raise UserError(f"--max-length {max_length} is more than {name} can read: pass --max-length "
+                        f"{config.max_position_embeddings} or less")
 
 
 def load_tokenizer(name):

@@ -1,5 +1,7 @@
 """Saves and loads what the stages have trained: projector, adapter and run.json.
 
+Uses data.py.
+
 Loading is strict, as in pretrained.py. Weights are safetensors and the rest is JSON. (Only checkpoint.pt is a
 pickle. support/checkpoints.py loads it with weights_only=True.)
 """
@@ -26,8 +28,7 @@ MODEL_SETTINGS = ("vision_tower", "vision_layer", "llm", "projector")
 RESULT_FILES = ("projector.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 
 
-def save_result(folder, stage, model, template, settings, steps, heldout, skipped,
-                records):
+def save_result(folder, stage, model, template, settings, steps, heldout, skipped, records):
     """Writes projector.safetensors, adapter/ (if there is one, as plain peft writes it), and last run.json.
 
     A folder without run.json does not count as finished.
@@ -43,11 +44,10 @@ def save_result(folder, stage, model, template, settings, steps, heldout, skippe
         with atomic_write(folder / "adapter") as temporary:
             model.llm.save_pretrained(temporary)
     write_json(folder / "run.json", {
-        "stage": stage, **{name: settings[name] for name in MODEL_SETTINGS}, "template": template.template_hash,
-        "checksums": result_checksums(folder), "steps": steps, "heldout": heldout,
-        "skipped_images": skipped, "settings": settings,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "records": records})
+        "stage": stage, **{name: settings[name] for name in MODEL_SETTINGS},
+        "template": template.template_hash, "checksums": result_checksums(folder), "steps": steps,
+        "heldout": heldout, "skipped_images": skipped, "settings": settings, "records": records,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})
 
 
 def result_checksums(folder):
@@ -69,8 +69,7 @@ def read_run(folder):
         script = "stage2_instruct.py" if Path(folder).name == "stage2" else "stage1_align.py"
         raise UserError(f"{folder} holds no finished run: run python {script} --run {Path(folder).parent} "
                         "first")
-    if (not isinstance(run, dict)
-            or not {"stage", "template", "settings", "records", *MODEL_SETTINGS} <= run.keys()):
+    if not {"stage", "template", "settings", "records", *MODEL_SETTINGS} <= set(run):
         raise UserError(f"{folder}/run.json is damaged, or an older version of this code wrote it: copy the "
                         "folder again, or train again with --restart")
     found = result_checksums(Path(folder))
@@ -81,8 +80,7 @@ def read_run(folder):
 
 
 def check_same_models(run, settings, folder):
-    """Raises UserError if the run used another vision tower, layer, LLM or projector than `settings`
-    names."""
+    """Raises UserError if the run used another vision tower, layer, LLM or projector than `settings`."""
     for name in MODEL_SETTINGS:
         if run[name] != getattr(settings, name):
             raise UserError(f"{folder} was trained for {name} {run[name]}, not {getattr(settings, name)}: "
@@ -130,8 +128,8 @@ def load_trained(folder, device, dtype):
         model = Llava(vision_tower, llm, template.image_token_id, run["projector"], run["vision_layer"])
     load_projector(model, Path(folder) / "projector.safetensors")
     if run["stage"] == 2:
-        stage1, expected = Path(folder).parent / "stage1", run["settings"].get("stage1_checksum")
-        if expected and result_checksums(stage1).get("projector.safetensors", expected) != expected:
+        stage1, expected = Path(folder).parent / "stage1", run["settings"]["stage1_checksum"]
+        if result_checksums(stage1).get("projector.safetensors", expected) != expected:
             print(f"NOTE: {folder} was trained from another stage 1 than the one that is now in {stage1}: "
                   "train stage 2 again with --restart, or pass --stage 1")
         # W + (alpha / r)·B·A has the shape of W, so the adapter can be added to W once and costs nothing

@@ -1,4 +1,7 @@
-"""Which samples each optimizer step uses, in which micro-batches, and whether the longest of them fits."""
+"""Which samples each optimizer step uses, in which micro-batches, and whether the longest of them fits.
+
+Uses data.py.
+"""
 
 import time
 from functools import partial
@@ -10,12 +13,10 @@ from torch.utils.data import DataLoader
 
 from data import collate
 from support.checkpoints import ignore_signals_in_worker
-from support.errors import UserError, is_out_of_memory
 
 
-def plan_steps(lengths, batch_size, grad_accum, epochs, max_steps, seed, rank=0, world_size=1, samples_done=0,
-               steps_done=0):
-    """Returns (steps, sizes): the plan of the whole training for one process.
+def plan_steps(lengths, settings, processes, progress):
+    """Returns (steps, sizes): the plan of the rest of the training for one process.
 
     steps[k] lists the micro-batches of an optimizer step, and each micro-batch lists its samples. sizes[k] is
     the number of samples of that step over all processes.
@@ -23,25 +24,24 @@ def plan_steps(lengths, batch_size, grad_accum, epochs, max_steps, seed, rank=0,
     The samples of all epochs form one long sequence, each epoch in a random order drawn from (seed, epoch). A
     step takes the next batch_size × grad_accum × world_size of them; the last step of an epoch takes what is
     left. The sequence depends only on the seed and on the number of samples. So a run can be resumed after
-    `samples_done` samples, even with another number of processes.
+    progress.samples samples, even with another number of processes.
 
     If a step has several micro-batches or processes, its samples are sorted by length, so that a micro-batch
     needs little padding. This changes nothing in the gradient, because the loss is a sum over the whole step.
     (Sorting a whole epoch would remove the randomness.) The longest samples of a step come first.
 
-    Args:
-        lengths: (samples,) approximate number of tokens of each sample.
-        max_steps: None, or the number of steps of the whole run; it then replaces `epochs`.
+    Args: lengths: (samples,) approximate number of tokens of each sample.
     """
-    effective, n = batch_size * grad_accum * world_size, len(lengths)
-    remaining = None
-    if max_steps is not None:
-        remaining = max(0, max_steps - steps_done)
-        epochs = ceil((samples_done + remaining * effective) / n)
+    batch_size, rank, world_size = settings.batch_size, processes.rank, processes.world_size
+    effective, n = batch_size * settings.grad_accum * world_size, len(lengths)
+    epochs, remaining = settings.epochs, None
+    if settings.max_steps is not None:  # the steps of the whole run; they replace the epochs
+        remaining = max(0, settings.max_steps - progress.step)
+        epochs = ceil((progress.samples + remaining * effective) / n)
     steps = []
-    for epoch in range(samples_done // n, epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(n)
-        begin = max(0, samples_done - epoch * n)
+    for epoch in range(progress.samples // n, epochs):
+        order = np.random.default_rng([settings.seed, epoch]).permutation(n)
+        begin = max(0, progress.samples - epoch * n)
         steps += [order[i:i + effective] for i in range(begin, n, effective)]
     steps = steps[:remaining]
     sizes = [len(step) for step in steps]
@@ -53,10 +53,8 @@ def plan_steps(lengths, batch_size, grad_accum, epochs, max_steps, seed, rank=0,
 
 
 def plan_events(settings, total_steps):
-    """Returns three sets of steps: after which to log, to evaluate, and to save a checkpoint.
-
-    The last step is not in the second set, because an evaluation follows it in any case.
-    """
+    """Returns three sets of steps: after which to log, to evaluate, and to save a checkpoint. The last step is
+    not in the second set, because an evaluation follows it in any case."""
     automatic = max(1, total_steps // 20)
     eval_every, save_every = settings.eval_every or automatic, settings.save_every or min(100, automatic)
     log_at, eval_at, save_at = (set(range(every, total_steps, every))
@@ -86,45 +84,30 @@ def load_steps(dataset, steps, pad_token_id, workers, device):
                         generator=torch.Generator())
     batches = iter(loader)
     for step in steps:
-        yield _take(batches, len(step))  # nothing here keeps the micro-batches, so the caller can free them
+        started = time.perf_counter()
+        micro_batches = [next(batches) for _ in step]
+        seconds = time.perf_counter() - started
+        skipped = [sentence for batch in micro_batches for sentence in batch.pop("skipped")]
+        yield micro_batches, skipped, seconds
+        del micro_batches  # frees their memory before the next ones are loaded
 
 
-def _take(batches, count):
-    started = time.perf_counter()
-    micro_batches = [next(batches) for _ in range(count)]
-    seconds = time.perf_counter() - started
-    return micro_batches, [sentence for batch in micro_batches for sentence in batch.pop("skipped")], seconds
-
-
-def try_longest_batch(model, dataset, lengths, pad_token_id, device, autocast, settings):
+def try_longest_batch(model, dataset, lengths, pad_token_id, device, autocast, batch_size):
     """Takes one forward and backward pass of the longest possible micro-batch and prints its peak memory, so
     that a run that does not fit ends at once and not after hours.
 
     Changes nothing in the run: weights and random numbers stay as they are, and gradients are None
-    afterwards. Raises UserError if the memory is too small.
+    afterwards.
     """
-    longest = np.argsort(-lengths, kind="stable")[:settings.batch_size].tolist()
+    longest = np.argsort(-lengths, kind="stable")[:batch_size].tolist()
     batch = collate([dataset[i] for i in longest], pad_token_id)
     size, length = batch["input_ids"].shape
-    text = f"longest micro-batch: {size} samples of up to {length:,} tokens"
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws from it
-            with autocast():
-                losses = model(**{name: batch[name].to(device) for name in batch if name != "skipped"})
-            losses.sum().backward()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        advice = "add --activation-checkpointing"
-        if settings.activation_checkpointing:
-            advice = "lower --max-length"
-        if settings.batch_size > 1:
-            parts = next(n for n in range(2, settings.batch_size + 1) if settings.batch_size % n == 0)
-            advice = (f"pass --batch-size {settings.batch_size // parts} --grad-accum "
-                      f"{settings.grad_accum * parts}, which gives the same gradient, or {advice}")
-        raise UserError(f"out of memory; {text}: {advice}") from error
+    print(f"longest micro-batch: {size} samples of up to {length:,} tokens", flush=True)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws from it
+        with autocast():
+            losses = model(**{name: batch[name].to(device) for name in batch if name != "skipped"})
+        losses.sum().backward()
     model.zero_grad(set_to_none=True)
     if device.type == "cuda":
-        text += (f"; peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB, and "
-                 f"{torch.cuda.mem_get_info(device)[0] / 2**30:.1f} GiB of the GPU are still free")
-    print(text)
+        print(f"    peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB, and "
+              f"{torch.cuda.mem_get_info(device)[0] / 2**30:.1f} GiB of the GPU are still free")

@@ -266,10 +266,9 @@ def test_trying_the_longest_batch_changes_no_bit_of_the_run(script, flags, watch
     load_steps, folder = module.load_steps, tmp_path / "runs" / "toy" / f"stage{stage}"
 
     def try_and_load(dataset, steps, pad_token_id, workers, device):
-        settings = SimpleNamespace(batch_size=3, grad_accum=1, activation_checkpointing=False)
         lengths = np.array([len(dataset.encode(record)[0]) for record in dataset.records])
         model = seen["model"].train()
-        try_longest_batch(model, dataset, lengths, pad_token_id, device, nullcontext, settings)
+        try_longest_batch(model, dataset, lengths, pad_token_id, device, nullcontext, batch_size=3)
         assert all(parameter.grad is None for parameter in model.parameters())
         return load_steps(dataset, steps, pad_token_id, workers, device)
 
@@ -280,20 +279,6 @@ def test_trying_the_longest_batch_changes_no_bit_of_the_run(script, flags, watch
                          [(line["loss"], line["grad_norm"]) for line in metrics(folder)[0]]])
     assert outcomes[0] == outcomes[1]
     assert "longest micro-batch: 3 samples of up to " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("batch_size, recompute, advice", [
-    (16, False, "--batch-size 8 --grad-accum 16"), (9, False, "--batch-size 3 --grad-accum 24"),
-    (1, False, "add --activation-checkpointing"), (1, True, "lower --max-length")])
-def test_a_longest_batch_that_does_not_fit_names_the_flags_in_numbers(batch_size, recompute, advice):
-    def model(**batch):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    samples = [{"input_ids": [1] * n, "labels": [1] * n, "pixel_values": None} for n in range(1, 31)]
-    settings = SimpleNamespace(batch_size=batch_size, grad_accum=8, activation_checkpointing=recompute)
-    with pytest.raises(UserError, match="up to 30 tokens") as error:
-        try_longest_batch(model, samples, np.arange(30), 0, torch.device("cpu"), nullcontext, settings)
-    assert advice in str(error.value)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -527,7 +512,7 @@ def test_missing_data_are_named_with_the_script_that_fetches_them_and_missing_mo
     for flag, name in (("llm", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
                        ("vision_tower", "openai/clip-vit-large-patch14")):
         sentence = refusal("stage1_align", *flags(1, **{flag: name}))
-        assert f"cannot fetch the model {name}" in sentence and "HF_HUB_OFFLINE=1" in sentence
+        assert f"cannot fetch {name}" in sentence and "HF_HUB_OFFLINE=" in sentence
 
 
 def test_a_broken_adapter_and_a_sample_out_of_range_are_refused(refusal, trained, tmp_path):
