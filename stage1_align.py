@@ -90,7 +90,7 @@ def main(argv=None):
     num_image_tokens = count_patches(load_vision_config(args.vision_tower))  # N
     # lengths[i] is the approximate number of tokens of training record i.
     train_records, lengths, heldout_records = drop_unusable_records(
-        train_records, heldout_records, template, num_image_tokens, args, processes)
+        train_records, heldout_records, template, num_image_tokens, args)
     if args.check_data:
         return None
     image_processor = load_image_processor(args.vision_tower)
@@ -151,7 +151,7 @@ def main(argv=None):
         the nearest tokens of its image patches."""
         with autocast():
             return log.log_heldout(progress.step, *evaluate_heldout(
-                model, template, heldout_dataset, heldout_batches, device, processes.map))
+                model, template, heldout_dataset, heldout_batches, device))
 
     model.train()
     if device.type == "cuda":

@@ -26,7 +26,7 @@ class Checked(NamedTuple):
     with_image: int  # how many usable records have an image
 
 
-def drop_unusable_records(train_records, heldout_records, template, num_image_tokens, settings, processes):
+def drop_unusable_records(train_records, heldout_records, template, num_image_tokens, settings):
     """Checks both RecordSets, prints what it finds, and returns the usable records: (train_records, lengths,
     heldout_records). lengths[i] is the approximate number of tokens of training record i.
 
@@ -36,12 +36,11 @@ def drop_unusable_records(train_records, heldout_records, template, num_image_to
     """
     workers = settings.workers if settings.decode else 0
     train = check_records(train_records, template, num_image_tokens, settings.max_length, settings.decode,
-                          workers, processes)
+                          workers)
     print_checked(train_records, train)
     if not settings.decode:
         print("  The images of these records were looked up but not opened; --decode opens them.")
-    heldout = check_records(heldout_records, template, num_image_tokens, settings.max_length, decode=True,
-                            processes=processes)
+    heldout = check_records(heldout_records, template, num_image_tokens, settings.max_length, decode=True)
     print_checked(heldout_records, heldout)
     both = np.isin(heldout.usable.record_hashes, train.usable.record_hashes).sum()
     if both:
@@ -89,28 +88,21 @@ class RecordChecks(ChatDataset):
         return has_image * self.num_image_tokens + num_bytes // 4, lost, has_image  # a token has about 4 bytes
 
 
-def check_records(records, template, num_image_tokens, max_length, decode=False, workers=0, processes=None):
-    """Looks at every record of a RecordSet and returns a Checked. Opens the images if `decode` is true.
-    Each of several processes checks a part of the records, and all return the same."""
-    rank, world_size = (processes.rank, processes.world_size) if processes else (0, 1)
-    part = records.subset(np.arange(len(records))[rank::world_size])
-    checks = RecordChecks(part, template, None, num_image_tokens, max_length, decode=decode)
+def check_records(records, template, num_image_tokens, max_length, decode=False, workers=0):
+    """Looks at every record of a RecordSet and returns a Checked. Opens the images if `decode` is true."""
+    checks = RecordChecks(records, template, None, num_image_tokens, max_length, decode=decode)
     loader = DataLoader(checks, batch_size=64, collate_fn=list, num_workers=workers,
                         worker_init_fn=ignore_signals_in_worker,
                         generator=torch.Generator())  # see load_steps()
-    results = [None] * len(records)
-    results[rank::world_size] = tqdm(chain.from_iterable(loader), "checking the data", len(part),
-                                     unit="record", leave=False, disable=None)
-    if processes:
-        for other, part_results in enumerate(processes.gather(results[rank::world_size])):
-            results[other::world_size] = part_results
-    usable, failures = [], {}
-    for i, result in enumerate(results):
+    usable, results, failures = [], [], {}
+    for i, result in enumerate(tqdm(chain.from_iterable(loader), "checking the data", len(records),
+                                    unit="record", leave=False, disable=None)):
         if len(result) == 3:
             usable.append(i)
+            results.append(result)
         else:
             failures.setdefault(result[0], []).append(result[1])
-    lengths, lost, has_image = np.array([results[i] for i in usable], dtype=np.int64).reshape(-1, 3).T
+    lengths, lost, has_image = np.array(results, dtype=np.int64).reshape(-1, 3).T
     return Checked(records.subset(usable), lengths, failures, int(lost.sum()), int(has_image.sum()))
 
 

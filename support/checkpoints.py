@@ -52,11 +52,9 @@ def lock_and_find(folder, settings, processes):
     if processes.rank == 0:  # the only one that writes
         lock_folder(folder.resolve())
     path, finished = folder / "checkpoint.pt", read_json(folder / "run.json")
-    # If torchrun has restarted its workers, they continue from their checkpoint, even with --restart.
-    restarted = processes.attempt > 0
-    if settings["restart"] and not (restarted and path.exists()):
+    if settings["restart"]:
         return None
-    if settings["resume"] or restarted:
+    if settings["resume"]:
         return read_checkpoint(folder, finished, settings)
     if finished or path.exists():
         raise UserError(f"{folder} holds {'a finished' if finished else 'an unfinished'} run: "
@@ -66,8 +64,8 @@ def lock_and_find(folder, settings, processes):
 
 
 def read_checkpoint(folder, finished, settings):
-    """Returns the checkpoint in a stage's folder, or None if there is none. Ends the process if the run is
-    finished; `finished` is its run.json or None. Raises UserError if its settings are not `settings`."""
+    """Returns the checkpoint in a stage's folder, or None. Ends the process if the run is finished; `finished`
+    is its run.json or None. Raises UserError if its settings are not `settings`."""
     path = folder / "checkpoint.pt"
     if finished:
         check_same_settings(folder, finished["settings"], settings)
@@ -101,8 +99,8 @@ def check_same_settings(folder, before, settings):
 
 
 def discard_results(folder):
-    """Deletes what an earlier run wrote here, so that it cannot be mistaken for the result of this run."""
-    # run.json first, because without it the rest does not count as finished.
+    """Deletes what an earlier run wrote here. run.json goes first, because without it the rest does not count
+    as finished."""
     for name in ("run.json", "checkpoint.pt", "projector.safetensors", "adapter", "metrics.jsonl",
                  "skipped.txt"):
         delete(folder / name)
@@ -115,17 +113,14 @@ def discard_checkpoint(folder):
 
 def save(folder, progress, model, optimizer, scaler, settings, records_hash, processes):
     """Writes checkpoint.pt. Every process calls this, because each has random numbers of its own; rank 0
-    writes.
-
-    records_hash: of the training records, see RecordSet.records_hash().
-    """
+    writes."""
     rng = [torch.get_rng_state()]
     if processes.device.type == "cuda":
         rng.append(torch.cuda.get_rng_state(processes.device))
     rngs = processes.gather(rng)
     if processes.rank == 0:
         metrics = folder / "metrics.jsonl"
-        # torch.save() says why a write failed (for example, a full disk) only if it gets an open file.
+        # With an open file, torch.save() says why a write failed, for example because of a full disk.
         with atomic_write(folder / "checkpoint.pt") as temporary, open(temporary, "wb") as file:
             torch.save({
                 "progress": asdict(progress), "settings": settings,

@@ -74,7 +74,7 @@ def record_losses(model, batch, device):
     return torch.stack([record.sum() for record in per_record]).cpu().double()  # (B,)
 
 
-def measure_grounding(model, batches, device, blank=False, map=map):
+def measure_grounding(model, batches, device, blank=False):
     """Measures how much the held-out answers depend on the image.
 
     A falling loss does not show that a model uses the image, because it also falls while the model learns the
@@ -85,26 +85,24 @@ def measure_grounding(model, batches, device, blank=False, map=map):
     Args:
         batches: from make_heldout_batches().
         blank: if true, every record is evaluated with a blank image too.
-        map: Processes.map shares the batches out among several processes.
     Returns: a dict.
         loss, loss_different, loss_blank: nats per token with the correct, a different and a blank image.
         correct_more_likely: fraction of records whose answers are more likely with the correct image. A tie
             counts half, so chance is 0.5.
         same_image: number of records without a different image, if there are any.
     """
-    def measure(batch):
+    was_training, rows = model.training, []
+    model.eval()
+    for batch in batches:
         pixel_values, names = batch["pixel_values"], batch["image_names"]  # (B, 3, S, S)
         images = [pixel_values, pixel_values.roll(1, dims=0)]  # the second: record i gets image i - 1
         if blank:  # pixel values are normalized, so zero is CLIP's mean color
             images.append(torch.zeros_like(pixel_values))
         losses = [record_losses(model, {**batch, "pixel_values": pixels}, device) for pixels in images]
         differs = torch.tensor([name != names[i - 1] for i, name in enumerate(names)])  # (B,)
-        return torch.stack([*losses, count_labeled(batch), differs])  # (4 or 5, B)
-
-    was_training = model.training
-    model.eval()
-    correct, different, *blanks, tokens, differs = torch.cat(list(map(measure, batches)), dim=1)  # (records,)
+        rows.append(torch.stack([*losses, count_labeled(batch), differs]))  # (4 or 5, B)
     model.train(was_training)
+    correct, different, *blanks, tokens, differs = torch.cat(rows, dim=1)  # (records,) each
     differs = differs.bool()
     wins = ((correct < different).float() + 0.5 * (correct == different))[differs]
     measured = {"loss": (correct.sum() / tokens.sum()).item(),
@@ -128,11 +126,11 @@ def records_with_other_images(records, i, count=1):
     return found
 
 
-def evaluate_heldout(model, template, dataset, batches, device, map):
+def evaluate_heldout(model, template, dataset, batches, device):
     """Returns what measure_grounding() returns for all held-out batches and, for the first record, the
     generated answer, the reference answer and the nearest tokens."""
     prompt, reference = dataset.make_prompt(0)
-    measured = measure_grounding(model, batches, device, map=map)
+    measured = measure_grounding(model, batches, device)
     [generated] = generate_answers(model, template, [prompt], device, max_new_tokens=64)
     return measured, generated, reference, nearest_tokens(model, template, prompt["pixel_values"])
 

@@ -36,11 +36,8 @@ def load_vision_config(name):
 
 
 def load_image_processor(name):
-    """Returns the preprocessing of a vision tower: resize, crop the center, normalize.
-
-    The Pillow implementation is asked for by name. Otherwise transformers would use torchvision where that is
-    installed, and pixels would differ between machines.
-    """
+    """Returns the preprocessing of a vision tower: resize, crop the center, normalize. It uses Pillow, because
+    with torchvision, which transformers prefers where it is installed, pixels would differ."""
     folder = find_pretrained(name, "preprocessor_config.json")
     with explain_errors(f"read {folder}/preprocessor_config.json"):
         return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
@@ -58,8 +55,7 @@ def load_vision_tower(name, dtype):
     """Returns a CLIPVisionModel or SiglipVisionModel with its pretrained weights."""
     config = load_vision_config(name)
     vision_class = VISION_MODELS[config.model_type]
-    # The files of CLIP hold its text half too. To name those weights here keeps the load silent, so that any
-    # other unexpected weight is still reported.
+    # The files of CLIP hold its text half too. Naming it here silences transformers' report about it.
     vision_class._keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"projection\.", "logit_scale",
                                                        "logit_bias", "position_ids"]
     vision_tower = _load_strictly(vision_class, name, dtype, config=config)
@@ -113,9 +109,6 @@ def load_tokenizer(name):
         text = tokenizer.get_chat_template() if tokenizer.chat_template else None
     if not text:
         raise UserError(f"the tokenizer in {folder} has no chat template: --llm must name a chat model")
-    if not tokenizer.is_fast:
-        raise UserError(f"{folder} has a slow tokenizer ({type(tokenizer).__name__}), which does not say "
-                        "where its tokens are in a text: name another --llm, with a fast tokenizer")
     # Some chat templates write today's date. They get a fixed one, or each day would have its own prompts.
     fixed = date(2024, 7, 26)  # Llama 3's own default
     tokenizer.chat_template = re.sub(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""",

@@ -3,7 +3,7 @@
 Uses data.py.
 
 Loading is strict, as in pretrained.py. Weights are safetensors and the rest is JSON. (Only checkpoint.pt is a
-pickle. support/checkpoints.py loads it with weights_only=True.)
+pickle, which is loaded with weights_only=True.)
 """
 
 import hashlib
@@ -31,12 +31,9 @@ RESULT_FILES = ("projector.safetensors", "adapter/adapter_config.json", "adapter
 def save_result(folder, stage, model, template, settings, steps, heldout, skipped, records):
     """Writes projector.safetensors, adapter/ (if there is one, as plain peft writes it), and last run.json.
 
-    A folder without run.json does not count as finished.
-
-    Args:
-        settings: dict of all settings of the run. steps: number of optimizer steps. heldout: what
-            measure_grounding() returned at the end. skipped: number of images that could not be decoded.
-        records: what describe_records() returned.
+    Args: settings: dict of all settings of the run. steps: number of optimizer steps. heldout: what
+    measure_grounding() returned at the end. skipped: number of images that could not be decoded. records: what
+    describe_records() returned.
     """
     with atomic_write(folder / "projector.safetensors") as temporary:
         save_file(model.projector.state_dict(), temporary)
@@ -56,14 +53,8 @@ def result_checksums(folder):
             if (folder / name).is_file()}
 
 
-def latest_stage(run_folder):
-    """Returns 2 if stage 2 of a run is finished, else 1."""
-    return 2 if os.path.exists(Path(run_folder) / "stage2" / "run.json") else 1
-
-
 def read_run(folder):
-    """Returns run.json of a finished stage. Raises UserError if the stage is not finished, or if a file is
-    damaged."""
+    """Returns run.json of a finished stage. Raises UserError if it is not finished, or a file is damaged."""
     run = read_json(Path(folder) / "run.json")
     if run is None:
         script = "stage2_instruct.py" if Path(folder).name == "stage2" else "stage1_align.py"
@@ -132,9 +123,8 @@ def load_trained(folder, device, dtype):
         if result_checksums(stage1).get("projector.safetensors", expected) != expected:
             print(f"NOTE: {folder} was trained from another stage 1 than the one that is now in {stage1}: "
                   "train stage 2 again with --restart, or pass --stage 1")
-        # W + (alpha / r)·B·A has the shape of W, so the adapter can be added to W once and costs nothing
-        # afterwards. The sum is computed in fp32 and then rounded. Buffers are not rounded, because RoPE
-        # needs its frequencies in fp32.
+        # W + (alpha / r)·B·A has the shape of W, so the adapter can be added to W once. The sum is computed in
+        # fp32 and then rounded. Buffers are not rounded, because RoPE needs its frequencies in fp32.
         model.llm.float()
         load_adapter(model, Path(folder) / "adapter")
         model.llm = model.llm.merge_and_unload(safe_merge=True)
@@ -158,7 +148,8 @@ def load_run(args):
     """Returns what load_trained() returns of the stage that the flags name, and prints which one it is. The
     device is that of model.llm."""
     device = choose_device(args.device)
-    folder = args.run / f"stage{args.stage or latest_stage(args.run)}"
+    stage = args.stage or (2 if os.path.exists(args.run / "stage2" / "run.json") else 1)
+    folder = args.run / f"stage{stage}"
     loaded = load_trained(folder, device, choose_dtype(args.precision, device))
     run = loaded[3]
     print(f"{folder}: {run['steps']:,} steps, {run['projector']} projector, "

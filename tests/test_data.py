@@ -5,10 +5,8 @@ import json
 import multiprocessing
 import pickle
 import random
-import threading
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +23,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from data import IGNORE_INDEX, IMAGE_TOKEN, ChatDataset, ChatTemplate, collate
 from support.checkpoints import Progress
 from support.check_records import check_records, print_checked
-from support.errors import BadRecord, UserError
+from support.errors import UserError
 from support.images import ImageStore, decode_image
 from support.pretrained import load_image_processor
 from support.records import RecordFile, RecordSet, describe_records, open_records, reopen_heldout
@@ -474,28 +472,6 @@ def test_the_hash_of_the_training_records_changes_with_their_text(split):
     hashes = [split(records)[0].records_hash() for records in (
         MANY, MANY[::-1], json.loads(json.dumps(MANY).replace("It is 1", "It was 1")))]
     assert hashes[0] == hashes[1] != hashes[2]
-
-
-def test_several_processes_share_the_check_and_all_get_the_same_result(dataset_of, template):
-    dataset = dataset_of([record_of("Who?", f"A cat {'.' * i}" if i % 3 else "") for i in range(7)])
-    parts, both_have_checked = {}, threading.Barrier(2)
-
-    def check(rank):
-        def gather(part):
-            parts[rank] = part
-            both_have_checked.wait(60)
-            return [parts[0], parts[1]]
-
-        processes = SimpleNamespace(rank=rank, world_size=2, gather=gather)
-        return check_records(dataset.records, template, N, 500, processes=processes)
-
-    with ThreadPoolExecutor(2) as pool:
-        results = [check_records(dataset.records, template, N, 500), *pool.map(check, range(2))]
-    assert [len(parts[rank]) for rank in range(2)] == [4, 3]
-    for result in results:
-        assert result.usable.indices.tolist() == [1, 2, 4, 5]
-        assert result.lengths.tolist() == results[0].lengths.tolist()
-        assert result.failures == results[0].failures and len(*result.failures.values()) == 3
 
 
 def test_the_check_counts_images_also_those_found_by_the_id_of_their_record(dataset_of, template, capsys):

@@ -13,7 +13,6 @@ from conftest import REPOSITORY
 from processes import SMALL, finish, metrics, start_all
 from safetensors.torch import load_file
 
-from support.processes import Processes
 
 # One epoch of 17 samples, 8 in a step: two full steps, and a last one with a single sample, of which the
 # second of two processes gets nothing.
@@ -50,7 +49,7 @@ def test_micro_batches_and_processes_give_the_gradient_of_the_large_batch(
 
 
 def test_two_processes_measure_the_same_held_out_numbers_as_one(tmp_path):
-    """Each evaluates half of the batches. Before the first step, the weights are the same."""
+    """Before the first step, the weights are the same."""
     lines = {}
     for world_size in (1, 2):
         folder = tmp_path / str(world_size)
@@ -59,22 +58,6 @@ def test_two_processes_measure_the_same_held_out_numbers_as_one(tmp_path):
         finish("stage1_align", arguments, folder / "log", world_size)
         [lines[world_size], _] = metrics(folder / "stage1")
     assert lines[1] == lines[2] and "heldout_loss_different" in lines[1]
-
-
-def test_the_items_of_a_map_are_shared_out_and_all_results_come_back_in_order():
-    computed = {0: [], 1: [], 2: []}
-    shares = [[0, 9, 36], [1, 16, 49], [4, 25]]
-    for rank in computed:
-        processes = Processes.__new__(Processes)
-        processes.rank, processes.world_size = rank, 3
-        processes.gather = lambda own: shares if own == shares[rank] else None
-
-        def square(x):
-            computed[rank].append(x)
-            return x * x
-
-        assert processes.map(square, range(8)) == [0, 1, 4, 9, 16, 25, 36, 49]
-    assert computed == {0: [0, 3, 6], 1: [1, 4, 7], 2: [2, 5]}
 
 
 def test_a_process_without_a_sample_does_not_stop_an_fp16_run(tmp_path):
@@ -105,7 +88,7 @@ def test_under_torchrun_a_killed_worker_comes_back_and_the_run_ends_as_if_unbrok
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          "--max-restarts=1",
          "--",  # without this, torchrun takes our --run for a part of its own --run-path
-         str(REPOSITORY / "stage2_instruct.py"), "--run", str(broken), *arguments],
+         str(REPOSITORY / "stage2_instruct.py"), "--run", str(broken), *arguments, "--resume"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (broken / "stage2" / "checkpoint.pt").exists() and launcher.poll() is None:
         time.sleep(0.01)

@@ -245,7 +245,7 @@ def test_a_slow_tokenizer_is_named_as_such(tmp_path):
     tokenizer = ByT5Tokenizer()
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="slow tokenizer .ByT5Tokenizer."):
+    with pytest.raises(UserError, match="cannot be used: .*offset"):
         ChatTemplate(looks_complete(tmp_path))
 
 

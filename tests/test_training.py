@@ -22,7 +22,6 @@ import stage1_align
 from data import collate
 from model import LORA_TARGETS
 from support import metrics_log
-from support.errors import UserError
 from support.settings import print_settings
 from support.step_batches import plan_events, try_longest_batch
 
