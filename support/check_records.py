@@ -31,8 +31,7 @@ def drop_unusable_records(train_records, heldout_records, template, num_image_to
     heldout_records). lengths[i] is the approximate number of tokens of training record i.
 
     Without --decode, training images are only looked up, because opening 595,375 of them takes long. Held-out
-    images are always opened. Raises UserError if more than the fraction --allow-bad of all records is
-    unusable, if no training record is usable, or if fewer than two held-out records have an image.
+    images are always opened. Raises UserError if too many records are unusable.
     """
     workers = settings.workers if settings.decode else 0
     train = check_records(train_records, template, num_image_tokens, settings.max_length, settings.decode,
@@ -85,7 +84,8 @@ class RecordChecks(ChatDataset):
         except BadRecord as error:
             return error.reason, str(error)
         has_image = name is not None
-        return has_image * self.num_image_tokens + num_bytes // 4, lost, has_image  # a token has about 4 bytes
+        length = has_image * self.num_image_tokens + num_bytes // 4  # a token has about 4 bytes
+        return length, lost, has_image
 
 
 def check_records(records, template, num_image_tokens, max_length, decode=False, workers=0):

@@ -42,11 +42,9 @@ class Progress:
 def lock_and_find(folder, settings, processes):
     """Locks a stage's folder for this process and returns its checkpoint, or None to begin at step 0.
 
-    Ends the process if --resume finds a run that is finished. Raises UserError if the folder is not writable,
-    or another process trains in it, or it holds a run and neither --resume nor --restart was given, or
-    --resume comes with other settings.
-
-    Args: settings: dict of all settings, effective_batch included.
+    Ends the process if --resume finds a run that is finished. Raises UserError if another process trains in
+    the folder, or it holds a run and neither --resume nor --restart was given, or --resume comes with other
+    settings.
     """
     folder = make_writable_folder(folder)
     if processes.rank == 0:  # the only one that writes
@@ -64,8 +62,8 @@ def lock_and_find(folder, settings, processes):
 
 
 def read_checkpoint(folder, finished, settings):
-    """Returns the checkpoint in a stage's folder, or None. Ends the process if the run is finished; `finished`
-    is its run.json or None. Raises UserError if its settings are not `settings`."""
+    """Returns the checkpoint in a stage's folder, or None. Ends the process if the run is finished;
+    `finished` is its run.json or None. Raises UserError if its settings are not `settings`."""
     path = folder / "checkpoint.pt"
     if finished:
         check_same_settings(folder, finished["settings"], settings)
@@ -94,8 +92,8 @@ def check_same_settings(folder, before, settings):
             raise UserError(f"--resume: the run in {folder} has {flag} {before.get(name)}, not {value}; use "
                             "the same value, or start another run with --run")
     if settings["effective_batch"] != before["effective_batch"]:
-        raise UserError(f"--resume: the run in {folder} has {before['effective_batch']} samples per step, not "
-                        f"{settings['effective_batch']}; change --batch-size and --grad-accum together")
+        raise UserError(f"--resume: the run in {folder} has {before['effective_batch']} samples per step, "
+                        f"not {settings['effective_batch']}; change --batch-size and --grad-accum together")
 
 
 def discard_results(folder):
@@ -156,10 +154,8 @@ def restore_or_begin(checkpoint, folder, model, optimizer, scaler, records_hash,
 
 def stop_if_diverged(progress, loss, grad_norm, scaler, records, step):
     """Raises UserError if the loss or the gradient is not finite, because the step would spoil all weights.
-
-    In fp16, an overflow now and then is normal: scaler.step() skips the step, and scaler.update() lowers the
-    scale. Ten in a row are not normal. `step` lists the micro-batches, whose records are named.
-    """
+    In fp16, only ten times in a row, because scaler.step() skips such a step and scaler.update() lowers the
+    scale. `step` lists the micro-batches, whose records are named."""
     progress.bad_steps = 0 if math.isfinite(loss + grad_norm) else progress.bad_steps + 1
     if progress.bad_steps >= (10 if scaler.is_enabled() else 1):
         ids = [str(records[i].get("id")) for indices in step for i in indices]
@@ -175,11 +171,8 @@ def exit_after_stop(number, folder, step, total_steps):
 
 
 class StopSignal:
-    """A context in which Ctrl-C and SIGTERM only set `number`, so that the loop can finish its step and save.
-    `number` is 0 until then.
-
-    A second signal ends the process at once. Nothing is saved then, and nothing is damaged.
-    """
+    """A context in which Ctrl-C and SIGTERM only set `number`, which is 0 until then, so that the loop can
+    finish its step and save. A second signal ends the process at once, without saving."""
 
     def __enter__(self):
         self.number = 0

@@ -44,10 +44,10 @@ def expanded_attention(module, query, key, value, attention_mask, scaling=None, 
     """Attention as transformers' "sdpa" computes it, but every query head gets its own copy of its keys and
     values.
 
-    In TinyLlama, 8 query heads share keys and values. For such attention, PyTorch before 2.14 has CUDA kernels
-    that need half precision and an A100, an RTX 30xx or a later GPU (flash, cuDNN). Elsewhere it uses the
-    kernel "math", which keeps all T×T attention weights in fp32 for the backward pass. With copies, it can use
-    its memory-efficient kernel, which keeps none and runs on every CUDA GPU.
+    In TinyLlama, 8 query heads share keys and values. For such attention, PyTorch before 2.14 has CUDA
+    kernels that need half precision and an A100, an RTX 30xx or a later GPU (flash, cuDNN). Elsewhere it uses
+    the kernel "math", which keeps all T×T attention weights in fp32 for the backward pass. With copies, it
+    can use its memory-efficient kernel, which keeps none and runs on every CUDA GPU.
 
     Shapes: query (B, heads, T, head_dim); key, value (B, key-value heads, T, head_dim).
     """

@@ -21,8 +21,8 @@ from support.records import reopen_heldout
 
 
 def load_heldout_dataset(run, template, image_processor, num_image_tokens, count=None):
-    """Returns the ChatDataset of the records that a run has held out, or of the first `count` of them. `run` is
-    its run.json. Records that have become unusable are left out and printed."""
+    """Returns the ChatDataset of the records that a run has held out, or of the first `count` of them. `run`
+    is its run.json. Records that have become unusable are left out and printed."""
     settings = run["settings"]
     prefix = "heldout_" if settings["heldout_data"] else ""
     records = reopen_heldout(settings[f"{prefix}data"], settings[f"{prefix}images"], run["records"])

@@ -38,8 +38,8 @@ def make_writable_folder(path):
 
 @cache  # keeps the lock; a second stage in this process gets the one that the process already holds
 def lock_folder(folder):
-    """Locks a folder, given by its absolute path, until this process ends. Raises UserError if another process
-    holds the lock. The operating system releases it, so a killed run leaves no lock behind."""
+    """Locks a folder, given by its absolute path, until this process ends. Raises UserError if another
+    process holds the lock. The operating system releases it, so a killed run leaves no lock behind."""
     lock = FileLock(folder / ".lock")
     with explain_errors(f"lock {folder}"):
         try:

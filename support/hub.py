@@ -23,11 +23,8 @@ FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "m
 
 def find_pretrained(name, also="config.json"):
     """Returns the folder of a pretrained model: `name` itself if it is a folder, else that of the hub's model
-    `name`, which is fetched if it is not complete in the cache.
-
-    Args: also: a file that the folder must have, beside config.json and the weights.
-    Raises UserError if the folder is not complete, or if the model cannot be fetched.
-    """
+    `name`, which is fetched if it is not complete in the cache. The folder must have config.json, the weights
+    and the file `also`."""
     for folder in (Path(name), REPOSITORY / name):
         if os.path.isdir(folder):
             break

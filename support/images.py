@@ -21,11 +21,9 @@ FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 
 
 def decode_image(file, name):
-    """Returns the PIL image in `file` (a path or an open file) in RGB and upright.
-
-    Raises ValueError with one sentence about `name` if it is not an image, is cut short, or is too large or
-    too long. A damaged file can raise almost any exception inside Pillow, so all of them are caught here.
-    """
+    """Returns the PIL image in `file` (a path or an open file) in RGB and upright. Raises ValueError with one
+    sentence about `name` if that is not possible. A damaged file can raise almost any exception inside
+    Pillow, so all of them are caught here."""
     try:
         content = file if hasattr(file, "read") else io.BytesIO(Path(file).read_bytes())
         with Image.open(content, formats=FORMATS) as image:

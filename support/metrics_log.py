@@ -18,15 +18,10 @@ from support.errors import explain_errors, printable
 
 
 class MetricsLog:
-    """Writes the metrics of one stage.
-
-    Args:
-        folder: where metrics.jsonl is. Only process 0 writes.
-        checkpoint: what the run resumes from, or None. Lines written after it are removed, because their
-            steps are taken again.
-        tracker: None, or a module with init(...) and log(dict, step=...), such as trackio, wandb or swanlab.
-        settings: dict of all settings, for the tracker.
-    """
+    """Writes the metrics of one stage to metrics.jsonl in `folder`, in process 0. Lines written after the
+    checkpoint that the run resumes from are removed, because their steps are taken again. `tracker` is None,
+    or has init(...) and log(dict, step=...), as trackio, wandb and swanlab do; it gets the dict
+    `settings`."""
 
     def __init__(self, folder, processes, checkpoint, total_steps, tracker, settings):
         self.processes, self.file, self.tracker = processes, None, None

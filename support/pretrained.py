@@ -36,8 +36,8 @@ def load_vision_config(name):
 
 
 def load_image_processor(name):
-    """Returns the preprocessing of a vision tower: resize, crop the center, normalize. It uses Pillow, because
-    with torchvision, which transformers prefers where it is installed, pixels would differ."""
+    """Returns the preprocessing of a vision tower: resize, crop the center, normalize. It uses Pillow,
+    because with torchvision, which transformers prefers where it is installed, pixels would differ."""
     folder = find_pretrained(name, "preprocessor_config.json")
     with explain_errors(f"read {folder}/preprocessor_config.json"):
         return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)

@@ -20,11 +20,9 @@ from support.images import ImageStore
 
 
 class RecordFile:
-    """The records of a JSON file, a list of objects or JSON lines: `records[i]` is a dict.
-
-    Attributes: spans (records, 2), first byte and end of each record. image_hashes and record_hashes, both
-    (records,), see hash_record().
-    """
+    """The records of a JSON file, a list of objects or JSON lines: `records[i]` is a dict. Its arrays are
+    spans (records, 2), the first byte and the end of each record, and image_hashes and record_hashes, both
+    (records,), see hash_record()."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -95,10 +93,7 @@ def hash_record(record):
 
 
 class RecordSet:
-    """Some of the records of a file, with their images.
-
-    Args: file: a RecordFile. images: an ImageStore. indices: which records, in this order.
-    """
+    """Some of the records of a RecordFile, in the order of `indices`, with their images in an ImageStore."""
 
     def __init__(self, file, images, indices):
         self.file, self.images, self.indices = file, images, indices
@@ -121,10 +116,8 @@ class RecordSet:
         return hashlib.sha256(self.record_hashes.tobytes()).hexdigest()[:16]
 
     def image_name(self, record):
-        """Returns the file name of the record's image, or None if it has no image.
-
-        Some copies of the data lack "image". The file is then named after the record's id.
-        """
+        """Returns the file name of the record's image, or None if it has no image. Some copies of the data
+        lack "image". The file is then named after the record's id."""
         name = image_of(record)
         if name in ("", []):  # text only, as other programs write it
             return None
@@ -175,11 +168,8 @@ def describe_records(train, heldout):
 
 
 def reopen_heldout(data, images, described):
-    """Returns the RecordSet of exactly the records that a run held out, in the same order.
-
-    Args: data, images: where they are. described: what describe_records() returned.
-    Raises UserError if none is left. If some are gone, prints how many.
-    """
+    """Returns the RecordSet of exactly the records that a run held out, in the same order. `described` is
+    what describe_records() returned. Prints how many are gone. Raises UserError if none is left."""
     file, hashes = RecordFile(find_file(data)), np.array(described["heldout"], dtype=np.uint64)
     found = np.concatenate([np.flatnonzero(file.record_hashes == value)[:1] for value in hashes])
     if not len(found):
@@ -206,8 +196,8 @@ def check_turns(record, has_image):
         for key in UNREAD_KEYS:
             # Empty values are no content, nor is the name of the record's image, written a second time.
             if fields.get(key) and fields[key] not in (image_of(record), [image_of(record)]):
-                raise BadRecord(record, f"the key '{key}' is not read, so its content would be missing: remove "
-                                        "the key if that is right")
+                raise BadRecord(record, f"the key '{key}' is not read, so its content would be missing: "
+                                        "remove the key if that is right")
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
     # The original code also skips an answer that comes before the first question.
     skipped = int(bool(turns) and roles.get(str(turns[0].get("from"))) == "assistant")

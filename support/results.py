@@ -31,9 +31,8 @@ RESULT_FILES = ("projector.safetensors", "adapter/adapter_config.json", "adapter
 def save_result(folder, stage, model, template, settings, steps, heldout, skipped, records):
     """Writes projector.safetensors, adapter/ (if there is one, as plain peft writes it), and last run.json.
 
-    Args: settings: dict of all settings of the run. steps: number of optimizer steps. heldout: what
-    measure_grounding() returned at the end. skipped: number of images that could not be decoded. records: what
-    describe_records() returned.
+    heldout: what measure_grounding() returned at the end. skipped: number of images that could not be
+    decoded. records: what describe_records() returned.
     """
     with atomic_write(folder / "projector.safetensors") as temporary:
         save_file(model.projector.state_dict(), temporary)
@@ -123,8 +122,8 @@ def load_trained(folder, device, dtype):
         if result_checksums(stage1).get("projector.safetensors", expected) != expected:
             print(f"NOTE: {folder} was trained from another stage 1 than the one that is now in {stage1}: "
                   "train stage 2 again with --restart, or pass --stage 1")
-        # W + (alpha / r)·B·A has the shape of W, so the adapter can be added to W once. The sum is computed in
-        # fp32 and then rounded. Buffers are not rounded, because RoPE needs its frequencies in fp32.
+        # W + (alpha / r)·B·A has the shape of W, so the adapter can be added to W once. The sum is computed
+        # in fp32 and then rounded. Buffers are not rounded, because RoPE needs its frequencies in fp32.
         model.llm.float()
         load_adapter(model, Path(folder) / "adapter")
         model.llm = model.llm.merge_and_unload(safe_merge=True)

@@ -71,11 +71,8 @@ SWITCHES = {
 
 
 def parse_settings(description, presets, argv=None):
-    """Returns the settings as an argparse.Namespace: those of the chosen preset, changed by the flags given.
-
-    Args: description: shown by --help. presets: {name of the preset: {setting: value}}, all with the same
-    settings. argv: list of flags; None takes those of the command line.
-    """
+    """Returns the settings as an argparse.Namespace: those of the chosen preset, changed by the flags in the
+    list `argv` (None: those of the command line). presets: {name: {setting: value}}."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=presets, default="toy", help="where the default values come from")

@@ -16,10 +16,9 @@ from support.checkpoints import ignore_signals_in_worker
 
 
 def plan_steps(lengths, settings, processes, progress):
-    """Returns (steps, sizes): the plan of the rest of the training for one process.
-
-    steps[k] lists the micro-batches of an optimizer step, and each micro-batch lists its samples. sizes[k] is
-    the number of samples of that step over all processes.
+    """Returns the rest of the training of one process as (steps, sizes). steps[k] lists the micro-batches of
+    an optimizer step, and each micro-batch lists its samples. sizes[k] is the number of samples of that step
+    over all processes. lengths[i] is the approximate number of tokens of sample i.
 
     The samples of all epochs form one long sequence, each epoch in a random order drawn from (seed, epoch). A
     step takes the next batch_size × grad_accum × world_size of them; the last step of an epoch takes what is
@@ -29,8 +28,6 @@ def plan_steps(lengths, settings, processes, progress):
     If a step has several micro-batches or processes, its samples are sorted by length, so that a micro-batch
     needs little padding. This changes nothing in the gradient, because the loss is a sum over the whole step.
     (Sorting a whole epoch would remove the randomness.) The longest samples of a step come first.
-
-    Args: lengths: (samples,) approximate number of tokens of each sample.
     """
     batch_size, rank, world_size = settings.batch_size, processes.rank, processes.world_size
     effective, n = batch_size * settings.grad_accum * world_size, len(lengths)
@@ -53,8 +50,8 @@ def plan_steps(lengths, settings, processes, progress):
 
 
 def plan_events(settings, total_steps):
-    """Returns three sets of steps: after which to log, to evaluate, and to save a checkpoint. The last step is
-    not in the second set, because an evaluation follows it in any case."""
+    """Returns three sets of steps: after which to log, to evaluate, and to save a checkpoint. The last step
+    is not in the second set, because an evaluation follows it in any case."""
     automatic = max(1, total_steps // 20)
     eval_every, save_every = settings.eval_every or automatic, settings.save_every or min(100, automatic)
     log_at, eval_at, save_at = (set(range(every, total_steps, every))
@@ -70,10 +67,8 @@ def print_plan(settings, world_size, step_sizes, training, heldout, total_steps)
 
 
 def load_steps(dataset, steps, pad_token_id, workers, device):
-    """Yields (micro-batches, sentences about images that were skipped, seconds spent waiting) of each step.
-
-    steps: from plan_steps(). See collate() for what a micro-batch contains.
-    """
+    """Yields (micro-batches, sentences about skipped images, seconds spent waiting) of each step. `steps` is
+    from plan_steps(). See collate() for what a micro-batch contains."""
     # Every tensor that a worker has prepared is an open file, so workers prepare 16 micro-batches at most.
     loader = DataLoader(dataset, batch_sampler=[indices for step in steps for indices in step],
                         collate_fn=partial(collate, pad_token_id=pad_token_id), num_workers=workers,
@@ -94,11 +89,7 @@ def load_steps(dataset, steps, pad_token_id, workers, device):
 
 def try_longest_batch(model, dataset, lengths, pad_token_id, device, autocast, batch_size):
     """Takes one forward and backward pass of the longest possible micro-batch and prints its peak memory, so
-    that a run that does not fit ends at once and not after hours.
-
-    Changes nothing in the run: weights and random numbers stay as they are, and gradients are None
-    afterwards.
-    """
+    that a run that does not fit ends at once and not after hours. Changes no weights and random numbers."""
     longest = np.argsort(-lengths, kind="stable")[:batch_size].tolist()
     batch = collate([dataset[i] for i in longest], pad_token_id)
     size, length = batch["input_ids"].shape

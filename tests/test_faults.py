@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from functools import partial
 
@@ -24,7 +25,7 @@ import model
 import stage1_align
 import toy.world
 from data import ChatDataset, collate
-from support import checkpoints, files, metrics_log, results, step_batches
+from support import checkpoints, metrics_log, results, step_batches
 from support.check_records import note_skipped_images
 from support.errors import UserError, run_script
 from support.images import ImageStore
@@ -458,6 +459,15 @@ def test_a_bug_still_shows_its_traceback():
 
         with pytest.raises(type(bug)):
             run_script(main)
+
+
+def test_only_warnings_that_the_user_can_do_nothing_about_are_silenced():
+    texts = ["`past_key_values` is deprecated and will be removed. Use `cache` instead.",
+             "`past_key_values` is deprecated", "`lr` is deprecated. Use `cache` instead."]
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        run_script(lambda: [warnings.warn(text, FutureWarning) for text in texts])
+    assert [str(warning.message) for warning in shown] == texts[1:]
 
 
 def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_one_before(unfinished, tmp_path):
