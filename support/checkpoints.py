@@ -154,8 +154,8 @@ def restore_or_begin(checkpoint, folder, model, optimizer, scaler, records_hash,
 
 def stop_if_diverged(progress, loss, grad_norm, scaler, records, step):
     """Raises UserError if the loss or the gradient is not finite, because the step would spoil all weights.
-    In fp16, only ten times in a row, because scaler.step() skips such a step and scaler.update() lowers the
-    scale. `step` lists the micro-batches, whose records are named."""
+    In fp16 it allows nine such steps in a row, because scaler.step() skips them and scaler.update() lowers
+    the scale. `step` lists the micro-batches, whose records are named."""
     progress.bad_steps = 0 if math.isfinite(loss + grad_norm) else progress.bad_steps + 1
     if progress.bad_steps >= (10 if scaler.is_enabled() else 1):
         ids = [str(records[i].get("id")) for indices in step for i in indices]
