@@ -77,7 +77,7 @@ class ChatTemplate:
         template writes between prompt and answer: Mistral a space, and Qwen3 an empty thinking block before
         the last answer.
         """
-        text = 'Is it 2 × "Größe"  or 10%?\n(It is not.) , yes !'
+        text = 'Is it 2 × "Größe"  (10%)?\nNo. , yes !'
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}] * 3
         try:
             rendered = self.render(messages)

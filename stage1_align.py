@@ -49,7 +49,7 @@ PRESETS = {
         # the optimization
         lr=1e-2, batch_size=32, grad_accum=1, epochs=2, max_steps=None, warmup=0.03, max_grad_norm=1.0,
         # the machine and the log
-        precision="auto", device="auto", seed=0, eval_every=10, save_every=100, log_every=5, tracker=None,
+        precision="auto", device="auto", seed=0, eval_every=20, save_every=100, log_every=5, tracker=None,
     ),
     "tinyllama": dict(
         run="runs/tinyllama",

@@ -48,10 +48,11 @@ PRESETS = {
         limit=0,  # no limit
         max_length=256, allow_bad=0.01, workers=0,
         # the optimization
-        lr=1.5e-3, projector_lr=5e-4, lora_r=16, lora_alpha=32, lora_dropout=0.05,
+        # No dropout: on a CPU it takes a third of a step, and the toy scores the same without it.
+        lr=1.5e-3, projector_lr=5e-4, lora_r=16, lora_alpha=32, lora_dropout=0.0,
         batch_size=32, grad_accum=1, epochs=1, max_steps=None, warmup=0.03, max_grad_norm=1.0,
         # the machine and the log
-        precision="auto", device="auto", seed=0, eval_every=15, save_every=100, log_every=5, tracker=None,
+        precision="auto", device="auto", seed=0, eval_every=40, save_every=100, log_every=5, tracker=None,
     ),
     "tinyllama": dict(
         run="runs/tinyllama",

@@ -57,6 +57,8 @@ def train(stage, seed, name, after=None, **settings):
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"run": folder, "seed": seed, "max_steps": STEPS[stage], "limit": LIMIT,
                 "heldout": HELDOUT, "eval_every": 10**6, "precision": "fp32", **settings}
+    if stage == 2:  # as for the real models; the toy's preset has none, to be faster
+        settings.setdefault("lora_dropout", 0.05)
     flags = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
 
     with open(folder / f"stage{stage}.txt", "w", encoding="utf-8") as file, redirect_stdout(file):

@@ -30,8 +30,9 @@ def find_pretrained(name, also="config.json"):
             break
     else:
         folder = find_in_cache(name)
-        if folder is None or missing_file(folder, also):
-            folder = fetch(name)
+        missing = missing_file(folder, also) if folder else "config.json"
+        if missing:
+            folder = fetch(name, missing)
     if missing := missing_file(folder, also):
         raise UserError(f"{folder} is not a complete pretrained model: it has no {missing}")
     return str(folder)
@@ -53,13 +54,13 @@ def missing_file(folder, also):
     return next((file for file in ("config.json", *weights, also) if not (folder / file).exists()), None)
 
 
-def fetch(name):
-    """Fetches a model from the hub, with the client's progress bar, and returns its folder in the cache. If a
+def fetch(name, missing):
+    """Fetches a model, whose file `missing` is not in the cache, and returns its folder in the cache. If a
     download breaks off, complete files stay in the cache. Of several processes, one fetches a file."""
     print(f"fetching {name} to {constants.HF_HUB_CACHE}", flush=True)
     enable_progress_bars()
     try:
-        with explain_errors(f"fetch {name}, which is not a folder here, as a model of the hub"):
+        with explain_errors(f"fetch {name}, which is no folder here and has no {missing} in the hub's cache"):
             return Path(snapshot_download(str(name), allow_patterns=FILES))
     finally:
         disable_progress_bars()

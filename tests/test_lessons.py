@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 
 import pytest
 from conftest import REPOSITORY
@@ -47,7 +48,7 @@ def test_a_lesson_runs_and_leaves_the_project_unchanged(small, name, monkeypatch
 
 
 def test_every_lesson_is_in_the_list_and_says_what_it_expects_and_what_came_out():
-    files = {path.stem for path in (REPOSITORY / "lessons").glob("*.py")} - {"run", "experiment", "toy_parts"}
+    files = {path.stem for path in (REPOSITORY / "lessons").glob("*.py")} - {"run", "experiment", "toy_parts", "walk"}
     assert files == set(run.NAMES) and len(run.NAMES) == len(files)
     for name in run.NAMES:
         lesson = importlib.import_module(f"lessons.{name}")
@@ -59,3 +60,16 @@ def test_the_readme_shows_the_committed_results_of_three_seeds():
     for conditions in RESULTS.values():
         assert all(len(values) == 3 for numbers in conditions.values() for values in numbers.values())
     assert README.split(run.START)[1] == run.make_report(RESULTS)
+
+
+def test_the_walk_prints_every_step_of_a_record_and_its_terms_add_up_to_the_loss(script, flags, capsys):
+    script("stage1_align", *flags(1, max_steps=1))
+    capsys.readouterr()
+    script("lessons.walk", "--run", "runs/toy", "--record", 1)
+    printed = capsys.readouterr().out
+    steps = re.findall(r"^(?:support/records|data|model|stage1_align)\.py, .*", printed, re.M)
+    assert len(steps) == 9
+    terms = [float(term) for term in re.findall(r"-log p = +([\d.]+)", printed)]
+    total, count, mean = re.search(r"loss = ([\d.]+) / (\d+) = ([\d.]+) nats", printed).groups()
+    assert len(terms) == int(count) and sum(terms) == pytest.approx(float(total), abs=1e-3 * len(terms))
+    assert float(mean) == pytest.approx(float(total) / int(count), abs=1e-3)

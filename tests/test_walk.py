@@ -169,9 +169,12 @@ def test_an_incomplete_model_is_completed_or_what_is_missing_is_named(on, hub, w
         hub.break_off.clear()
     else:
         revision = "--revision 0123" if what == "another revision" else ""
-        on("bash", "-c", f"hf download {CLIP} config.json preprocessor_config.json {revision}")
+        done = on("bash", "-c", f"hf download {CLIP} config.json preprocessor_config.json {revision}")
+        assert done.returncode == 0, done.stderr
     sentence = find(on, CLIP, HF_HUB_OFFLINE="1")
-    assert f"cannot fetch {CLIP}" in sentence and ("OfflineMode" in sentence or "HF_HUB_OFFLINE" in sentence)
+    missing = "config.json" if what == "another revision" else "model.safetensors"
+    assert f"cannot fetch {CLIP}, which is no folder here and has no {missing} in the hub's cache" in sentence
+    assert "OfflineMode" in sentence or "HF_HUB_OFFLINE" in sentence  # the client's own words
     hub.requested.clear()
     assert f"fetching {CLIP}" in find(on, CLIP)
     assert ("model.safetensors", 0) in hub.requested
@@ -179,7 +182,7 @@ def test_an_incomplete_model_is_completed_or_what_is_missing_is_named(on, hub, w
 
 def test_a_model_that_cannot_be_fetched_is_refused_in_one_sentence(on, hub):
     for name in ("nobody/nothing", "no such name"):
-        assert f"cannot fetch {name}, which is not a folder here, as a model of the hub" in find(on, name)
+        assert f"cannot fetch {name}, which is no folder here and has no config.json in" in find(on, name)
     hub.gated.add(LLM)
     assert "GatedRepoError" in find(on, LLM)
     sentence = find(on, CLIP, HF_ENDPOINT="http://127.0.0.1:9")
