@@ -118,8 +118,8 @@ def load_trained(folder, device, dtype):
         model = Llava(vision_tower, llm, template.image_token_id, run["projector"], run["vision_layer"])
     load_projector(model, Path(folder) / "projector.safetensors")
     if run["stage"] == 2:
-        stage1, expected = Path(folder).parent / "stage1", run["settings"]["stage1_checksum"]
-        if result_checksums(stage1).get("projector.safetensors", expected) != expected:
+        stage1, expected = Path(folder).parent / "stage1", run["settings"].get("stage1_checksum")
+        if expected and result_checksums(stage1).get("projector.safetensors", expected) != expected:
             print(f"NOTE: {folder} was trained from another stage 1 than the one that is now in {stage1}: "
                   "train stage 2 again with --restart, or pass --stage 1")
         # W + (alpha / r)·B·A has the shape of W, so the adapter can be added to W once. The sum is computed
