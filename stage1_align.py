@@ -21,7 +21,7 @@ import torch
 from data import ChatDataset, ChatTemplate
 from model import IGNORE_INDEX, Llava, count_patches
 from support import checkpoints
-from support.check_records import count_skipped_images, drop_unusable_records
+from support.check_records import drop_unusable_records, note_skipped_images
 from support.devices import choose_dtype
 from support.errors import UserError, explain_errors, run_script
 from support.evaluation import evaluate_heldout, make_heldout_batches, mark_labeled
@@ -75,7 +75,7 @@ def main(argv=None):
     # run.json and every checkpoint store all settings, and --resume compares them.
     settings = {**vars(args), "effective_batch": args.batch_size * args.grad_accum * processes.world_size}
     tracker = import_tracker(args.tracker) if args.tracker else None
-    checkpoint = None if args.check_data else checkpoints.open_stage_folder(folder, settings, processes)
+    checkpoint = None if args.check_data else checkpoints.lock_and_find(folder, settings, processes)
     torch.manual_seed(args.seed)  # every process must start with the same random weights
 
     # -- 2. data -------------------------------------------------------------------------------------------
@@ -138,9 +138,7 @@ def main(argv=None):
         checkpoint, folder, model, optimizer, scaler, records_hash, processes)
     # steps[k] lists the micro-batches of one optimizer step of this process, and each micro-batch lists its
     # samples. step_sizes[k] is the number of samples of that step in all processes.
-    steps, step_sizes = plan_steps(
-        lengths, args.batch_size, args.grad_accum, args.epochs, args.max_steps, args.seed, processes.rank,
-        processes.world_size, samples_done=progress.samples, steps_done=progress.step)
+    steps, step_sizes = plan_steps(lengths, args, processes, progress)
     total_steps = progress.step + len(steps)
     log_at, eval_at, save_at = plan_events(args, total_steps)
     loaded = load_steps(train_dataset, steps, pad_token_id, args.workers, device)
@@ -170,7 +168,7 @@ def main(argv=None):
                 group["lr"] = group["peak_lr"] * factor
 
             micro_batches, skipped, seconds_waiting = next(loaded)  # see collate() for what they contain
-            count_skipped_images(progress.skipped, skipped, folder, args.allow_bad, len(train_dataset))
+            note_skipped_images(progress.skipped, skipped, folder, args.allow_bad, len(train_dataset))
 
             # The loss is the mean over all n labeled tokens of the effective batch:
             #     L = 1/n · Σ over micro-batches Σ over their labeled tokens  -log p(x_t | x_<t, image)

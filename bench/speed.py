@@ -19,6 +19,7 @@ import argparse
 import sys
 import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from transformers import (CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaF
 
 from data import collate
 from model import IGNORE_INDEX, LORA_TARGETS, Llava, count_patches
+from support.checkpoints import Progress
 from support.devices import DTYPES, choose_device, choose_dtype
 from support.step_batches import plan_steps
 
@@ -79,7 +81,8 @@ def make_batches(samples, size, by_length=False):
     order = [range(i, min(i + size, len(samples))) for i in range(0, len(samples), size)]
     if by_length:
         lengths = np.array([len(sample["input_ids"]) for sample in samples])
-        (order,), _ = plan_steps(lengths, size, len(order), epochs=1, max_steps=None, seed=0)
+        settings = SimpleNamespace(batch_size=size, grad_accum=len(order), epochs=1, max_steps=None, seed=0)
+        (order,), _ = plan_steps(lengths, settings, SimpleNamespace(rank=0, world_size=1), Progress())
     batches = [collate([samples[i] for i in micro_batch], PAD) for micro_batch in order]
     return [{name: tensor for name, tensor in batch.items() if name != "skipped"} for batch in batches]
 

@@ -1,4 +1,7 @@
-"""Checks the data before the first step, so that a missing image does not stop the run hours later."""
+"""Checks the data before the first step, so that a missing image does not stop the run hours later.
+
+Uses data.py.
+"""
 
 from itertools import chain
 from typing import NamedTuple
@@ -141,7 +144,7 @@ def print_checked(records, checked):
             print(f"    … and {len(sentences) - 10:,} more")
 
 
-def count_skipped_images(skipped, sentences, folder, allow_bad, num_samples):
+def note_skipped_images(skipped, sentences, folder, allow_bad, num_samples):
     """Adds the sentences about images that could not be decoded to the list `skipped` and to
     <folder>/skipped.txt, each record once. Raises UserError if they are more than the fraction `allow_bad` of
     `num_samples`. Each of several processes counts the records that it has seen itself."""

@@ -1,5 +1,7 @@
 """A stage's folder: what an earlier run left there, checkpoints, resuming, and stopping on Ctrl-C.
 
+Beside data.py: neither uses the other.
+
     <run>/stage1/metrics.jsonl           one line per logged step and per evaluation
     <run>/stage1/checkpoint.pt           all that the next step depends on; deleted at the end
     <run>/stage1/skipped.txt             records whose images could not be decoded, if there are any
@@ -16,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from support.errors import UserError
+from support.errors import UserError, explain_errors
 from support.files import atomic_write, delete, lock_folder, make_writable_folder, read_json
 
 # Settings that a resumed run may change, because they do not change what is computed. batch_size and
@@ -37,45 +39,45 @@ class Progress:
     skipped: list = field(default_factory=list)  # sentences about images that could not be decoded
 
 
-def open_stage_folder(folder, settings, processes):
-    """Creates a stage's folder and returns its checkpoint to resume from, or None to begin at step 0.
+def lock_and_find(folder, settings, processes):
+    """Locks a stage's folder for this process and returns its checkpoint, or None to begin at step 0.
 
-    Ends the process if --resume finds a run that is finished. Raises UserError if the folder is not writable,
-    or another process trains in it, or it holds a run and neither --resume nor --restart was given, or
-    --resume comes with other settings.
-
-    Args: settings: dict of all settings, effective_batch included.
+    Ends the process if --resume finds a run that is finished. Raises UserError if another process trains in
+    the folder, or it holds a run and neither --resume nor --restart was given, or --resume comes with other
+    settings.
     """
     folder = make_writable_folder(folder)
     if processes.rank == 0:  # the only one that writes
         lock_folder(folder)
-    path = folder / "checkpoint.pt"
+    path, finished = folder / "checkpoint.pt", read_json(folder / "run.json")
     # If torchrun has restarted its workers, they continue from their checkpoint, even with --restart.
     restarted = processes.attempt > 0
     if settings["restart"] and not (restarted and path.exists()):
         return None
-    resume = settings["resume"] or restarted
-    if finished := read_json(folder / "run.json"):
-        if resume:
-            check_same_settings(folder, finished["settings"], settings)
-            discard_checkpoint(folder)  # left if the run was killed just before its end
-            print(f"{folder} holds a finished run, so there is nothing to resume", file=sys.stderr)
-            sys.exit(0)
-        raise UserError(f"{folder} holds a finished run: discard it with --restart, or choose another folder "
-                        "with --run")
-    if path.exists() and not resume:
-        raise UserError(f"{folder} holds an unfinished run: continue it with --resume, discard it with "
-                        "--restart, or choose another folder with --run")
+    if settings["resume"] or restarted:
+        return read_checkpoint(folder, finished, settings)
+    if finished or path.exists():
+        raise UserError(f"{folder} holds {'a finished' if finished else 'an unfinished'} run: "
+                        f"{'' if finished else 'continue it with --resume, '}discard it with --restart, or "
+                        "choose another folder with --run")
+    return None
+
+
+def read_checkpoint(folder, finished, settings):
+    """Returns the checkpoint in a stage's folder, or None. Ends the process if the run is finished;
+    `finished` is its run.json or None. Raises UserError if its settings are not `settings`."""
+    path = folder / "checkpoint.pt"
+    if finished:
+        check_same_settings(folder, finished["settings"], settings)
+        discard_checkpoint(folder)  # left if the run was killed just before its end
+        print(f"{folder} holds a finished run, so there is nothing to resume", file=sys.stderr)
+        sys.exit(0)
     if not path.exists():
-        if resume:
-            print(f"{folder} has no checkpoint, so this run begins at step 0")
+        print(f"{folder} has no checkpoint, so this run begins at step 0")
         return None
-    try:
+    with explain_errors(f"resume from {path}, which is damaged; start again with --restart"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         before, progress = checkpoint["settings"], Progress(**checkpoint["progress"])
-    except Exception as error:  # a damaged file can raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise UserError(f"{path} is damaged ({reason}): start again with --restart") from error
     check_same_settings(folder, before, settings)
     print(f"resuming {folder} at step {progress.step:,}")
     return checkpoint
@@ -91,15 +93,14 @@ def check_same_settings(folder, before, settings):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"--resume: the run in {folder} has {flag} {before.get(name)}, not {value}; use "
                             "the same value, or start another run with --run")
-    if settings["effective_batch"] != before.get("effective_batch"):
-        size = before.get("effective_batch")
-        raise UserError(f"--resume: the run in {folder} has {size} samples per step, not "
-                        f"{settings['effective_batch']}; change --batch-size and --grad-accum together")
+    if settings["effective_batch"] != before["effective_batch"]:
+        raise UserError(f"--resume: the run in {folder} has {before['effective_batch']} samples per step, "
+                        f"not {settings['effective_batch']}; change --batch-size and --grad-accum together")
 
 
 def discard_results(folder):
-    """Deletes what an earlier run wrote here, so that it cannot be mistaken for the result of this run."""
-    # run.json first, because without it the rest does not count as finished.
+    """Deletes what an earlier run wrote here. run.json goes first, because without it the rest does not count
+    as finished."""
     for name in ("run.json", "checkpoint.pt", "projector.safetensors", "adapter", "metrics.jsonl",
                  "skipped.txt"):
         delete(folder / name)
@@ -112,17 +113,14 @@ def discard_checkpoint(folder):
 
 def save(folder, progress, model, optimizer, scaler, settings, records_hash, processes):
     """Writes checkpoint.pt. Every process calls this, because each has random numbers of its own; rank 0
-    writes.
-
-    records_hash: of the training records, see RecordSet.records_hash().
-    """
+    writes."""
     rng = [torch.get_rng_state()]
     if processes.device.type == "cuda":
         rng.append(torch.cuda.get_rng_state(processes.device))
     rngs = processes.gather(rng)
     if processes.rank == 0:
         metrics = folder / "metrics.jsonl"
-        # torch.save() says why a write failed (for example, a full disk) only if it gets an open file.
+        # With an open file, torch.save() says why a write failed, for example because of a full disk.
         with atomic_write(folder / "checkpoint.pt") as temporary, open(temporary, "wb") as file:
             torch.save({
                 "progress": asdict(progress), "settings": settings,
@@ -142,11 +140,8 @@ def restore_or_begin(checkpoint, folder, model, optimizer, scaler, records_hash,
     if checkpoint["records"] != records_hash:
         raise UserError("--resume: the training records have changed since the run was interrupted, so its "
                         "order of samples is lost; restore the data, or start again with --restart")
-    trainable = model.trainable()
-    if trainable.keys() != checkpoint["weights"].keys():
-        raise UserError("--resume: the checkpoint belongs to another model; start again with --restart")
     with torch.no_grad():
-        for name, parameter in trainable.items():
+        for name, parameter in model.trainable().items():
             parameter.copy_(checkpoint["weights"][name])
     optimizer.load_state_dict(checkpoint["optimizer"])
     if checkpoint["scaler"]:  # empty unless the run computed in fp16
@@ -161,10 +156,8 @@ def restore_or_begin(checkpoint, folder, model, optimizer, scaler, records_hash,
 
 def stop_if_diverged(progress, loss, grad_norm, scaler, records, step):
     """Raises UserError if the loss or the gradient is not finite, because the step would spoil all weights.
-
-    In fp16, an overflow now and then is normal: scaler.step() skips the step, and scaler.update() lowers the
-    scale. Ten in a row are not normal. `step` lists the micro-batches, whose records are named.
-    """
+    In fp16 it allows nine such steps in a row, because scaler.step() skips them and scaler.update() lowers
+    the scale. `step` lists the micro-batches, whose records are named."""
     progress.bad_steps = 0 if math.isfinite(loss + grad_norm) else progress.bad_steps + 1
     if progress.bad_steps >= (10 if scaler.is_enabled() else 1):
         ids = [str(records[i].get("id")) for indices in step for i in indices]
@@ -180,11 +173,8 @@ def exit_after_stop(number, folder, step, total_steps):
 
 
 class StopSignal:
-    """A context in which Ctrl-C and SIGTERM only set `number`, so that the loop can finish its step and save.
-    `number` is 0 until then.
-
-    A second signal ends the process at once. Nothing is saved then, and nothing is damaged.
-    """
+    """A context in which Ctrl-C and SIGTERM only set `number`, which is 0 until then, so that the loop can
+    finish its step and save. A second signal ends the process at once, without saving."""
 
     def __enter__(self):
         self.number = 0

@@ -1,4 +1,7 @@
-"""Which device to compute on, in which precision, and with which attention kernel."""
+"""Which device to compute on, in which precision, and with which attention kernel.
+
+Used by data.py.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +44,10 @@ def expanded_attention(module, query, key, value, attention_mask, scaling=None, 
     """Attention as transformers' "sdpa" computes it, but every query head gets its own copy of its keys and
     values.
 
-    TinyLlama has 32 query heads and 4 key-value heads, so 8 query heads share keys and values. For such
-    attention PyTorch before 2.14 has three CUDA kernels: flash, cuDNN and math. Flash and cuDNN need half
-    precision and an A100, an RTX 30xx or a later GPU, and flash also needs Linux. Elsewhere PyTorch uses
-    math, which keeps all T×T attention weights in fp32 for the backward pass. With copies, PyTorch can use
-    its memory-efficient kernel, which keeps none and runs on every CUDA GPU.
+    In TinyLlama, 8 query heads share keys and values. For such attention, PyTorch before 2.14 has CUDA
+    kernels that need half precision and an A100, an RTX 30xx or a later GPU (flash, cuDNN). Elsewhere it uses
+    the kernel "math", which keeps all T×T attention weights in fp32 for the backward pass. With copies, it
+    can use its memory-efficient kernel, which keeps none and runs on every CUDA GPU.
 
     Shapes: query (B, heads, T, head_dim); key, value (B, key-value heads, T, head_dim).
     """

@@ -1,4 +1,7 @@
-"""Errors that a user can fix, and how a script ends with them: in one sentence and an exit code."""
+"""Errors that a user can fix, and how a script ends with them: in one sentence and an exit code.
+
+Used by data.py.
+"""
 
 import re
 import sys
@@ -59,8 +62,9 @@ def run_script(main):
     transformers.logging.disable_progress_bar()  # the bar of loading weights
     # peft 0.21 asks transformers 5 for an attribute by its old name. The user can do nothing about it.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    # The new name, activation_checkpointing_enable, is missing in older versions of transformers 5.
+    # The new names, activation_checkpointing_enable and cache, are missing in older versions of transformers 5.
     warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "`past_key_values` is deprecated.*Use `cache`", FutureWarning)
     script = Path(sys.argv[0]).name
     for output in (sys.stdout, sys.stderr):  # a character that the terminal lacks must not end a run
         if hasattr(output, "reconfigure"):  # not in a notebook

@@ -1,4 +1,7 @@
-"""Files: where the inputs are, and writing outputs so that a killed run never leaves half a file."""
+"""Files: where the inputs are, and writing outputs so that a killed run never leaves half a file.
+
+Used by data.py.
+"""
 
 import json
 import os

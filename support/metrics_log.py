@@ -1,29 +1,27 @@
 """The log of a stage: a progress bar, metrics.jsonl with one JSON object per line, and optionally a
-tracker."""
+tracker.
+
+Beside data.py: neither uses the other.
+"""
 
 import importlib
 import json
 import math
-import os
 import sys
 import time
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
-from support.errors import UserError, explain_errors, printable
+from support.errors import explain_errors, printable
 
 
 class MetricsLog:
-    """Writes the metrics of one stage.
-
-    Args:
-        folder: where metrics.jsonl is. Only process 0 writes.
-        checkpoint: what the run resumes from, or None. Lines that were written after it are removed, because
-            their steps are taken again.
-        tracker: None, or a module with init(...) and log(dict, step=...), such as trackio, wandb or swanlab.
-        settings: dict of all settings, for the tracker.
-    """
+    """Writes the metrics of one stage to metrics.jsonl in `folder`, in process 0. Lines written after the
+    checkpoint that the run resumes from are removed, because their steps are taken again. `tracker` is None,
+    or has init(...) and log(dict, step=...), as trackio, wandb and swanlab do; it gets the dict
+    `settings`."""
 
     def __init__(self, folder, processes, checkpoint, total_steps, tracker, settings):
         self.processes, self.file, self.tracker = processes, None, None
@@ -34,7 +32,7 @@ class MetricsLog:
                 self.file.truncate(min(checkpoint["metrics_bytes"] if checkpoint else 0, self.file.tell()))
             if tracker:
                 self.tracker = tracker
-                self.tracker.init(project="llava", config=settings)
+                tracker.init(project="llava", config=settings)
         step = checkpoint["progress"]["step"] if checkpoint else 0
         # disable=None: no bar where stderr is not a terminal, because it would fill a log file.
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True,
@@ -113,11 +111,10 @@ class MetricsLog:
             line = json.dumps({"step": step, **finite, "time": round(time.time(), 2)}, ensure_ascii=False)
             with explain_errors(f"write {self.file.name}"):
                 self.file.write(line.encode("utf-8", "replace") + b"\n")
-                self.file.flush()
-                os.fsync(self.file.fileno())  # a checkpoint stores the length of this file
+                self.file.flush()  # a checkpoint stores the length of this file
         if self.tracker:
-            values = {name: value for name, value in values.items() if name not in ("generated", "nearest_tokens")}
-            self.tracker.log(values, step=step)
+            texts = ("generated", "nearest_tokens")
+            self.tracker.log({name: values[name] for name in values if name not in texts}, step=step)
 
     def close(self):
         self.bar.close()
@@ -136,11 +133,6 @@ def format_grounding(measured):
 
 def import_tracker(name):
     """Returns the module `name`. Raises UserError if it cannot be used as a tracker."""
-    try:
+    with explain_errors(f"use --tracker {name}, which must be a module with init() and log()"):
         module = importlib.import_module(name)
-    except (ImportError, TypeError, ValueError) as error:
-        raise UserError(f"--tracker {name} cannot be imported ({error}): install it, or name another module"
-                        ) from error
-    if not hasattr(module, "init") or not hasattr(module, "log"):
-        raise UserError(f"--tracker {name}: this module has no init() and log()")
-    return module
+        return SimpleNamespace(init=module.init, log=module.log)

@@ -1,7 +1,9 @@
 """Saves and loads what the stages have trained: projector, adapter and run.json.
 
+Uses data.py.
+
 Loading is strict, as in pretrained.py. Weights are safetensors and the rest is JSON. (Only checkpoint.pt is a
-pickle. support/checkpoints.py loads it with weights_only=True.)
+pickle, which is loaded with weights_only=True.)
 """
 
 import hashlib
@@ -26,16 +28,11 @@ MODEL_SETTINGS = ("vision_tower", "vision_layer", "llm", "projector")
 RESULT_FILES = ("projector.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 
 
-def save_result(folder, stage, model, template, settings, steps, heldout, skipped,
-                records):
+def save_result(folder, stage, model, template, settings, steps, heldout, skipped, records):
     """Writes projector.safetensors, adapter/ (if there is one, as plain peft writes it), and last run.json.
 
-    A folder without run.json does not count as finished.
-
-    Args:
-        settings: dict of all settings of the run. steps: number of optimizer steps. heldout: what
-            measure_grounding() returned at the end. skipped: number of images that could not be decoded.
-        records: what describe_records() returned.
+    heldout: what measure_grounding() returned at the end. skipped: number of images that could not be
+    decoded. records: what describe_records() returned.
     """
     with atomic_write(folder / "projector.safetensors") as temporary:
         save_file(model.projector.state_dict(), temporary)
@@ -43,11 +40,10 @@ def save_result(folder, stage, model, template, settings, steps, heldout, skippe
         with atomic_write(folder / "adapter") as temporary:
             model.llm.save_pretrained(temporary)
     write_json(folder / "run.json", {
-        "stage": stage, **{name: settings[name] for name in MODEL_SETTINGS}, "template": template.template_hash,
-        "checksums": result_checksums(folder), "steps": steps, "heldout": heldout,
-        "skipped_images": skipped, "settings": settings,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "records": records})
+        "stage": stage, **{name: settings[name] for name in MODEL_SETTINGS},
+        "template": template.template_hash, "checksums": result_checksums(folder), "steps": steps,
+        "heldout": heldout, "skipped_images": skipped, "settings": settings, "records": records,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})
 
 
 def result_checksums(folder):
@@ -56,21 +52,14 @@ def result_checksums(folder):
             if (folder / name).is_file()}
 
 
-def latest_stage(run_folder):
-    """Returns 2 if stage 2 of a run is finished, else 1."""
-    return 2 if os.path.exists(Path(run_folder) / "stage2" / "run.json") else 1
-
-
 def read_run(folder):
-    """Returns run.json of a finished stage. Raises UserError if the stage is not finished, or if a file is
-    damaged."""
+    """Returns run.json of a finished stage. Raises UserError if it is not finished, or a file is damaged."""
     run = read_json(Path(folder) / "run.json")
     if run is None:
         script = "stage2_instruct.py" if Path(folder).name == "stage2" else "stage1_align.py"
         raise UserError(f"{folder} holds no finished run: run python {script} --run {Path(folder).parent} "
                         "first")
-    if (not isinstance(run, dict)
-            or not {"stage", "template", "settings", "records", *MODEL_SETTINGS} <= run.keys()):
+    if not {"stage", "template", "settings", "records", *MODEL_SETTINGS} <= set(run):
         raise UserError(f"{folder}/run.json is damaged, or an older version of this code wrote it: copy the "
                         "folder again, or train again with --restart")
     found = result_checksums(Path(folder))
@@ -81,8 +70,7 @@ def read_run(folder):
 
 
 def check_same_models(run, settings, folder):
-    """Raises UserError if the run used another vision tower, layer, LLM or projector than `settings`
-    names."""
+    """Raises UserError if the run used another vision tower, layer, LLM or projector than `settings`."""
     for name in MODEL_SETTINGS:
         if run[name] != getattr(settings, name):
             raise UserError(f"{folder} was trained for {name} {run[name]}, not {getattr(settings, name)}: "
@@ -134,9 +122,8 @@ def load_trained(folder, device, dtype):
         if expected and result_checksums(stage1).get("projector.safetensors", expected) != expected:
             print(f"NOTE: {folder} was trained from another stage 1 than the one that is now in {stage1}: "
                   "train stage 2 again with --restart, or pass --stage 1")
-        # W + (alpha / r)·B·A has the shape of W, so the adapter can be added to W once and costs nothing
-        # afterwards. The sum is computed in fp32 and then rounded. Buffers are not rounded, because RoPE
-        # needs its frequencies in fp32.
+        # W + (alpha / r)·B·A has the shape of W, so the adapter can be added to W once. The sum is computed
+        # in fp32 and then rounded. Buffers are not rounded, because RoPE needs its frequencies in fp32.
         model.llm.float()
         load_adapter(model, Path(folder) / "adapter")
         model.llm = model.llm.merge_and_unload(safe_merge=True)
@@ -160,7 +147,8 @@ def load_run(args):
     """Returns what load_trained() returns of the stage that the flags name, and prints which one it is. The
     device is that of model.llm."""
     device = choose_device(args.device)
-    folder = args.run / f"stage{args.stage or latest_stage(args.run)}"
+    stage = args.stage or (2 if os.path.exists(args.run / "stage2" / "run.json") else 1)
+    folder = args.run / f"stage{stage}"
     loaded = load_trained(folder, device, choose_dtype(args.precision, device))
     run = loaded[3]
     print(f"{folder}: {run['steps']:,} steps, {run['projector']} projector, "

@@ -1,4 +1,7 @@
-"""The command line: every setting of a stage's presets is a flag."""
+"""The command line: every setting of a stage's presets is a flag.
+
+Beside data.py: neither uses the other.
+"""
 
 import argparse
 import math
@@ -24,9 +27,9 @@ FRACTION = number(float, 0.0, 1.0)
 
 FLAGS = {  # name: (type or choices, help)
     "run": (str, "folder of the run; stage1/ and stage2/ are created in it"),
-    "vision_tower": (str, "CLIP or SigLIP: a folder, or the name of a downloaded model of the hub"),
+    "vision_tower": (str, "CLIP or SigLIP: a folder, or the name of a model of the hub"),
     "vision_layer": (int, "which hidden state of the vision tower to use, counted from the end"),
-    "llm": (str, "the chat model: a folder, or the name of a downloaded model of the hub"),
+    "llm": (str, "the chat model: a folder, or the name of a model of the hub"),
     "projector": (("linear", "mlp"), "linear: the paper; mlp: LLaVA-1.5's two layers"),
     "data": (str, "JSON file of records"),
     "images": (str, "folder or .zip file with the images of the records"),
@@ -39,13 +42,13 @@ FLAGS = {  # name: (type or choices, help)
     "workers": (COUNT, "processes that load data; 0: the main process loads"),
     "lr": (REAL, "peak learning rate"),
     "projector_lr": (REAL, "peak learning rate of the projector"),
-    "lora_r": (number(int, 1, 4096), "rank r of the LoRA matrices"),
+    "lora_r": (POSITIVE, "rank r of the LoRA matrices"),
     "lora_alpha": (POSITIVE, "the output of LoRA is scaled by alpha / r"),
-    "lora_dropout": (number(float, 0.0, 0.99), "dropout before LoRA's A"),
-    "batch_size": (number(int, 1, 65536), "samples per forward pass (the micro-batch)"),
-    "grad_accum": (number(int, 1, 65536), "micro-batches per optimizer step"),
-    "epochs": (number(int, 1, 10_000), "passes over the data"),
-    "max_steps": (number(int, 0, 10_000_000), "optimizer steps, instead of --epochs; 0 trains nothing"),
+    "lora_dropout": (FRACTION, "dropout before LoRA's A"),
+    "batch_size": (POSITIVE, "samples per forward pass (the micro-batch)"),
+    "grad_accum": (POSITIVE, "micro-batches per optimizer step"),
+    "epochs": (POSITIVE, "passes over the data"),
+    "max_steps": (COUNT, "optimizer steps, instead of --epochs; 0 trains nothing"),
     "warmup": (FRACTION, "fraction of the steps in which the learning rate rises"),
     "max_grad_norm": (REAL, "gradients with a larger norm are scaled down to it; 0: no clipping"),
     "precision": (("auto", "fp32", "bf16", "fp16"), "of frozen weights and matrix products"),
@@ -68,11 +71,8 @@ SWITCHES = {
 
 
 def parse_settings(description, presets, argv=None):
-    """Returns the settings as an argparse.Namespace: those of the chosen preset, changed by the flags given.
-
-    Args: description: shown by --help. presets: {name of the preset: {setting: value}}, all with the same
-    settings. argv: list of flags; None takes those of the command line.
-    """
+    """Returns the settings as an argparse.Namespace: those of the chosen preset, changed by the flags in the
+    list `argv` (None: those of the command line). presets: {name: {setting: value}}."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=presets, default="toy", help="where the default values come from")

@@ -1,4 +1,7 @@
-"""Which samples each optimizer step uses, in which micro-batches, and whether the longest of them fits."""
+"""Which samples each optimizer step uses, in which micro-batches, and whether the longest of them fits.
+
+Uses data.py.
+"""
 
 import time
 from functools import partial
@@ -13,35 +16,30 @@ from support.checkpoints import ignore_signals_in_worker
 from support.errors import UserError, is_out_of_memory
 
 
-def plan_steps(lengths, batch_size, grad_accum, epochs, max_steps, seed, rank=0, world_size=1, samples_done=0,
-               steps_done=0):
-    """Returns (steps, sizes): the plan of the whole training for one process.
-
-    steps[k] lists the micro-batches of an optimizer step, and each micro-batch lists its samples. sizes[k] is
-    the number of samples of that step over all processes.
+def plan_steps(lengths, settings, processes, progress):
+    """Returns the rest of the training of one process as (steps, sizes). steps[k] lists the micro-batches of
+    an optimizer step, and each micro-batch lists its samples. sizes[k] is the number of samples of that step
+    over all processes. lengths[i] is the approximate number of tokens of sample i.
 
     The samples of all epochs form one long sequence, each epoch in a random order drawn from (seed, epoch). A
     step takes the next batch_size × grad_accum × world_size of them; the last step of an epoch takes what is
     left. The sequence depends only on the seed and on the number of samples. So a run can be resumed after
-    `samples_done` samples, even with another number of processes.
+    progress.samples samples, even with another number of processes.
 
     If a step has several micro-batches or processes, its samples are sorted by length, so that a micro-batch
     needs little padding. This changes nothing in the gradient, because the loss is a sum over the whole step.
     (Sorting a whole epoch would remove the randomness.) The longest samples of a step come first.
-
-    Args:
-        lengths: (samples,) approximate number of tokens of each sample.
-        max_steps: None, or the number of steps of the whole run; it then replaces `epochs`.
     """
-    effective, n = batch_size * grad_accum * world_size, len(lengths)
-    remaining = None
-    if max_steps is not None:
-        remaining = max(0, max_steps - steps_done)
-        epochs = ceil((samples_done + remaining * effective) / n)
+    batch_size, rank, world_size = settings.batch_size, processes.rank, processes.world_size
+    effective, n = batch_size * settings.grad_accum * world_size, len(lengths)
+    epochs, remaining = settings.epochs, None
+    if settings.max_steps is not None:  # the steps of the whole run; they replace the epochs
+        remaining = max(0, settings.max_steps - progress.step)
+        epochs = ceil((progress.samples + remaining * effective) / n)
     steps = []
-    for epoch in range(samples_done // n, epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(n)
-        begin = max(0, samples_done - epoch * n)
+    for epoch in range(progress.samples // n, epochs):
+        order = np.random.default_rng([settings.seed, epoch]).permutation(n)
+        begin = max(0, progress.samples - epoch * n)
         steps += [order[i:i + effective] for i in range(begin, n, effective)]
     steps = steps[:remaining]
     sizes = [len(step) for step in steps]
@@ -53,10 +51,8 @@ def plan_steps(lengths, batch_size, grad_accum, epochs, max_steps, seed, rank=0,
 
 
 def plan_events(settings, total_steps):
-    """Returns three sets of steps: after which to log, to evaluate, and to save a checkpoint.
-
-    The last step is not in the second set, because an evaluation follows it in any case.
-    """
+    """Returns three sets of steps: after which to log, to evaluate, and to save a checkpoint. The last step
+    is not in the second set, because an evaluation follows it in any case."""
     automatic = max(1, total_steps // 20)
     eval_every, save_every = settings.eval_every or automatic, settings.save_every or min(100, automatic)
     log_at, eval_at, save_at = (set(range(every, total_steps, every))
@@ -72,10 +68,8 @@ def print_plan(settings, world_size, step_sizes, training, heldout, total_steps)
 
 
 def load_steps(dataset, steps, pad_token_id, workers, device):
-    """Yields (micro-batches, sentences about images that were skipped, seconds spent waiting) of each step.
-
-    steps: from plan_steps(). See collate() for what a micro-batch contains.
-    """
+    """Yields (micro-batches, sentences about skipped images, seconds spent waiting) of each step. `steps` is
+    from plan_steps(). See collate() for what a micro-batch contains."""
     # Every tensor that a worker has prepared is an open file, so workers prepare 16 micro-batches at most.
     loader = DataLoader(dataset, batch_sampler=[indices for step in steps for indices in step],
                         collate_fn=partial(collate, pad_token_id=pad_token_id), num_workers=workers,
@@ -86,14 +80,12 @@ def load_steps(dataset, steps, pad_token_id, workers, device):
                         generator=torch.Generator())
     batches = iter(loader)
     for step in steps:
-        yield _take(batches, len(step))  # nothing here keeps the micro-batches, so the caller can free them
-
-
-def _take(batches, count):
-    started = time.perf_counter()
-    micro_batches = [next(batches) for _ in range(count)]
-    seconds = time.perf_counter() - started
-    return micro_batches, [sentence for batch in micro_batches for sentence in batch.pop("skipped")], seconds
+        started = time.perf_counter()
+        micro_batches = [next(batches) for _ in step]
+        seconds = time.perf_counter() - started
+        skipped = [sentence for batch in micro_batches for sentence in batch.pop("skipped")]
+        yield micro_batches, skipped, seconds
+        del micro_batches  # frees their memory before the next ones are loaded
 
 
 def try_longest_batch(model, dataset, lengths, pad_token_id, device, autocast, settings):

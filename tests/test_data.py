@@ -25,6 +25,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from data import IGNORE_INDEX, IMAGE_TOKEN, ChatDataset, ChatTemplate, collate
 from support.check_records import check_records, print_checked
+from support.checkpoints import Progress
 from support.errors import BadRecord, UserError
 from support.files import WorkerFile
 from support.images import ImageStore, decode_image
@@ -612,8 +613,9 @@ def plan(length, rank=0, world_size=1, samples_done=0, steps_done=0, lengths=Non
     """Returns the steps: lists of micro-batches, which are lists of sample numbers."""
     settings = {**dict(batch_size=2, grad_accum=3, epochs=2, max_steps=None, seed=0), **changes}
     lengths = np.zeros(length) if lengths is None else np.array(lengths)
-    steps, sizes = plan_steps(lengths, **settings, rank=rank, world_size=world_size,
-                              samples_done=samples_done, steps_done=steps_done)
+    steps, sizes = plan_steps(lengths, SimpleNamespace(**settings),
+                              SimpleNamespace(rank=rank, world_size=world_size),
+                              Progress(step=steps_done, samples=samples_done))
     assert len(sizes) == len(steps) and (world_size > 1 or sizes == [len(flat([step])) for step in steps])
     return steps
 

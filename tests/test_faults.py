@@ -25,7 +25,7 @@ import stage1_align
 import toy.world
 from data import ChatDataset, collate
 from support import checkpoints, files, metrics_log, results, step_batches
-from support.check_records import count_skipped_images
+from support.check_records import note_skipped_images
 from support.errors import UserError, run_script
 from support.images import ImageStore
 from support.records import RecordFile, RecordSet
@@ -494,7 +494,7 @@ def test_a_disk_that_fills_up_while_skipped_images_are_listed_is_one_sentence(tm
         pytest.skip("needs /dev/full")
     os.symlink("/dev/full", tmp_path / "skipped.txt")
     with pytest.raises(UserError, match="cannot write .*skipped.txt: No space left on device"):
-        count_skipped_images([], ["an image"], tmp_path, 1.0, 1)
+        note_skipped_images([], ["an image"], tmp_path, 1.0, 1)
 
 
 def test_a_folder_that_vanishes_during_the_run_is_one_sentence(refusal, flags, monkeypatch, tmp_path):
