@@ -47,6 +47,8 @@ for number in STOP_SIGNALS:
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
+# Conversations that each property test of the labels tries. After a change of the labels, set it to 2000.
+EXAMPLES = int(os.environ.get("EXAMPLES", 500))
 N = 4  # image positions of the tiny CLIP: (28 / 14)²
 
 # TinyLlama's template, character by character.

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import N, SHARED, preprocess, record_of
+from conftest import EXAMPLES, N, SHARED, preprocess, record_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -106,7 +106,7 @@ TURNS = st.lists(st.tuples(TEXTS.filter(lambda text: IMAGE_TOKEN not in text),
                  min_size=1, max_size=3)
 
 
-@settings(max_examples=2000, deadline=None, derandomize=True)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(turns=TURNS, image_in=st.sampled_from(["nowhere", "front", "back", "second turn"]))
 def test_any_conversation_is_labeled_on_its_answers_only(template, turns, image_in):
     texts = [text for turn in turns for text in turn]
@@ -141,28 +141,10 @@ def test_the_image_is_before_the_question_wherever_the_record_has_it(template, q
     assert messages == [user("<image>\nWhat is it?"), assistant("A cat.")]
 
 
-def test_an_image_of_a_later_turn_stays_there(template):
-    record = record_of("Hello?", "Hi.", "And this?\n<image>", "A cat.")
-    messages = template.to_messages(record, has_image=True)
-    assert [m["content"] for m in messages] == ["Hello?", "Hi.", "<image>\nAnd this?", "A cat."]
-
-
 def test_a_leading_answer_is_skipped_and_a_trailing_question_dropped(template):
     record = record_of("Who?", "A cat.", "Where?")
     record["conversations"].insert(0, {"from": "gpt", "value": "an answer to nothing"})
     assert template.to_messages(record, has_image=False) == [user("Who?"), assistant("A cat.")]
-
-
-@pytest.mark.parametrize("literal", ["</s>", "<s>", "<image>"])
-def test_a_literal_special_token_in_a_text_stays_text(any_template, literal):
-    question = f"What does {literal if literal != '<image>' else 'it'} mean?"
-    record = record_of(question, f"It is {literal} and more {literal}")
-    messages = any_template.to_messages(record, has_image=False)
-    ids, labels = any_template.encode(messages, N)
-    tokenizer = any_template.tokenizer
-    assert ids.count(any_template.image_token_id) == ids.count(tokenizer.unk_token_id) == 0
-    assert ids.count(tokenizer.bos_token_id) == 1 and ids.count(tokenizer.eos_token_id) == 2
-    assert tokenizer.decode(runs_of(labels)[0][:-1]).endswith("more " + literal[0] + " " + literal[1:])
 
 
 # -- samples -----------------------------------------------------------------------------------------------
@@ -195,11 +177,6 @@ def test_a_record_whose_image_would_be_cut_away_is_refused(dataset_of):
         dataset.encode(record)
 
 
-def test_a_record_without_an_image_is_only_text(dataset_of, template):
-    sample = dataset_of([record_of("Who?", "A cat .")])[0]
-    assert sample["pixel_values"] is None and template.image_token_id not in sample["input_ids"]
-
-
 def test_a_question_of_a_later_turn_is_asked_with_the_image_in_front(dataset_of, template):
     prompt, reference = dataset_of([LONG]).make_prompt(0, turn=1)
     assert reference == "on a table ." and prompt["pixel_values"].shape == (3, 28, 28)
@@ -221,14 +198,6 @@ def test_padding_is_masked_by_its_position_so_end_tokens_stay_although_they_are_
         assert batch["attention_mask"][row].tolist() == [t < length for t in range(batch["labels"].shape[1])]
         assert (batch["labels"][row, length:] == IGNORE_INDEX).all()
     assert batch["labels"][0, len(samples[0]["labels"]) - 1] == template.end_token_id
-
-
-def test_prompts_are_padded_on_the_left():
-    prompts = [{"input_ids": [5, 6, 7], "pixel_values": None}, {"input_ids": [8], "pixel_values": None}]
-    batch = collate(prompts, 2, padding_side="left")
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [2, 2, 8]]
-    assert batch["attention_mask"].tolist() == [[True] * 3, [False, False, True]]
-    assert "labels" not in batch and len(batch["pixel_values"]) == 0
 
 
 # -- pixels ------------------------------------------------------------------------------------------------

@@ -202,23 +202,15 @@ def broken_held_out(drawn, tmp_path):
 
 def test_a_held_out_record_that_cannot_be_used_is_dropped_counted_and_named(
         script, flags, broken_held_out, tmp_path, capsys):
-    arguments = flags(1, max_steps=1, allow_bad=0.2, **broken_held_out)
-    for check in (["--check-data"], []):
-        script("stage1_align", *arguments, *check)
-        out = capsys.readouterr().out
-        assert "6 records" in out and "4 usable" in out
-        assert "1 unusable: image cannot be decoded" in out and "'drawn_0'" in out and "red.png" in out
-        assert "1 unusable: no human turn with a gpt turn after it" in out and "'drawn_1'" in out
+    script("stage1_align", *flags(1, max_steps=1, allow_bad=0.2, **broken_held_out))
+    out = capsys.readouterr().out
+    assert "6 records" in out and "4 usable" in out
+    assert "1 unusable: image cannot be decoded" in out and "'drawn_0'" in out and "red.png" in out
+    assert "1 unusable: no human turn with a gpt turn after it" in out and "'drawn_1'" in out
     assert "8 samples to train on, 4 held out" in out
     assert "reference: a blue picture" in out  # record 2 is the first that is left
-    script("stage2_instruct", *flags(2, max_steps=1, allow_bad=0.2, **broken_held_out))
-    capsys.readouterr()
-    for i in (0, 3):
-        script("sanity_check", "--sample", i, "--max-new-tokens", 2)
-        out = capsys.readouterr().out
-        assert f"held-out record {i} of 4: id drawn_{i + 2}," in out and "different image" in out
-    script("sanity_check", "--show-mask", 0)
-    assert "a blue picture" in capsys.readouterr().out
+    script("sanity_check", "--sample", 3, "--max-new-tokens", 2)
+    assert "held-out record 3 of 4: id drawn_5," in capsys.readouterr().out
 
 
 def test_too_few_usable_held_out_records_are_refused(refusal, flags, broken_held_out, tmp_path):

@@ -95,18 +95,6 @@ def test_a_folder_and_its_zip_hold_the_same_pictures(drawn, tmp_path, top, metho
         assert archive.open({}, top + name).tobytes() == one.tobytes()
 
 
-@pytest.mark.parametrize("name", ["12:30.jpg", "ä ö.png", "%20.jpg"])
-def test_unusual_file_names_are_found_in_a_folder_and_in_a_zip(tmp_path, name):
-    (tmp_path / "images").mkdir()
-    content = saved(Image.new("RGB", (5, 5), RED), "PNG").getvalue()
-    (tmp_path / "images" / name).write_bytes(content)
-    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        archive.writestr("other.png", content)
-        archive.writestr(name, content)
-    for store in (ImageStore(tmp_path / "images"), ImageStore(tmp_path / "images.zip")):
-        assert store.open(RECORD, name).getpixel((0, 0)) == RED
-
-
 def test_a_zip_with_the_hidden_files_of_a_mac_and_a_file_beside_its_one_folder_is_read(tmp_path):
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         archive.writestr("README.txt", "Photos.")

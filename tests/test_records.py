@@ -3,9 +3,6 @@
 import gzip
 import json
 import pickle
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 from conftest import N, draw, record_of
@@ -171,28 +168,6 @@ def test_the_hash_of_the_training_records_changes_with_their_text(split):
 
 
 # -- the check ---------------------------------------------------------------------------------------------
-
-
-def test_several_processes_share_the_check_and_all_get_the_same_result(dataset_of, template):
-    dataset = dataset_of([record_of("Who?", f"A cat {'.' * i}" if i % 3 else "") for i in range(7)])
-    parts, both_have_checked = {}, threading.Barrier(2)
-
-    def check(rank):
-        def gather(part):
-            parts[rank] = part
-            both_have_checked.wait(60)
-            return [parts[0], parts[1]]
-
-        processes = SimpleNamespace(rank=rank, world_size=2, gather=gather)
-        return check_records(dataset.records, template, N, 500, processes=processes)
-
-    with ThreadPoolExecutor(2) as pool:
-        results = [check_records(dataset.records, template, N, 500), *pool.map(check, range(2))]
-    assert [len(parts[rank]) for rank in range(2)] == [4, 3]
-    for result in results:
-        assert result.usable.indices.tolist() == [1, 2, 4, 5]
-        assert result.lengths.tolist() == results[0].lengths.tolist()
-        assert result.failures == results[0].failures and len(*result.failures.values()) == 3
 
 
 def test_the_check_counts_images_and_those_found_by_the_id_of_their_record(dataset_of, template, capsys):
