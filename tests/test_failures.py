@@ -116,7 +116,8 @@ def test_more_tokens_than_the_llm_can_read_are_refused(script, refusal, flags, t
     assert "--max-length" in refusal("stage1_align", *flags(1, max_length=100_000))
     script("stage1_align", *flags(1, max_steps=0))
     draw("red").save(tmp_path / "a.png")
-    assert "ask a shorter question" in refusal("sanity_check", "--image", "a.png", "--question", "word " * 5000)
+    sentence = refusal("sanity_check", "--image", "a.png", "--question", "word " * 5000)
+    assert "ask a shorter question" in sentence
 
 
 # -- what a stage has left, and was changed since ----------------------------------------------------------

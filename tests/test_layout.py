@@ -10,8 +10,8 @@ TOP = ["data", "model", "sanity_check", "stage1_align", "stage2_instruct"]
 FOLDERS = ["support", "tools", "toy", "bench", "lessons"]
 FILES = sorted(path for pattern in ("*.py", *(f"{name}/*.py" for name in FOLDERS), "lessons/solutions/*.py")
                for path in REPOSITORY.glob(pattern))
-# What may be imported inside a function: a package that not everybody has, and the drawing of the toy, which a
-# run of another preset does not need.
+# What may be imported inside a function: a package that not everybody has, and the drawing of the toy, which
+# a run of another preset does not need.
 INSIDE = {"readline", "toy"}
 
 
@@ -76,7 +76,8 @@ def test_the_stages_import_only_the_toys_drawing_from_outside_support(stage):
 
 @pytest.mark.parametrize("stage", ["stage1_align", "stage2_instruct"])
 def test_a_stage_imports_the_toys_drawing_only_when_it_runs(stage):
-    at_the_top = ast.Module([node for node in SOURCES[stage].body if not isinstance(node, ast.FunctionDef)], [])
+    body = SOURCES[stage].body
+    at_the_top = ast.Module([node for node in body if not isinstance(node, ast.FunctionDef)], [])
     assert not any(name.startswith("toy") for name in imports(at_the_top))
 
 

@@ -65,7 +65,8 @@ BATCHES = {
 
 @pytest.fixture
 def batch(request, template, image_processor):
-    samples = [sample(template, image_processor, *what) for what in BATCHES[getattr(request, "param", "mixed")]]
+    kind = getattr(request, "param", "mixed")
+    samples = [sample(template, image_processor, *what) for what in BATCHES[kind]]
     assert len({len(s["input_ids"]) for s in samples}) > 1  # otherwise nothing would be padded
     return batch_of(samples, template)
 

@@ -1,7 +1,7 @@
 """colab.ipynb, cell by cell, in a kernel of its own.
 
-The toy and the lessons train for two steps only. The real models and data come from a stand-in for the hub (see
-hub_server.py). The tests of the second part run no cell.
+The toy and the lessons train for two steps only. The real models and data come from a stand-in for the hub
+(see hub_server.py). The tests of the second part run no cell.
 """
 
 import importlib

@@ -175,7 +175,8 @@ def test_the_page_is_one_small_file_that_loads_nothing(make_page, capsys):
     assert [stage["name"] for stage in described["stages"]] == ["stage 1", "stage 2"]
     for i, stage in enumerate(described["stages"], start=1):
         _, evaluations = metrics(path.parent / f"stage{i}")
-        assert [line["nearest"] for line in stage["evaluations"]] == [line["nearest_tokens"] for line in evaluations]
+        assert [line["nearest"] for line in stage["evaluations"]] == [
+            line["nearest_tokens"] for line in evaluations]
         assert [line["loss"] for line in stage["evaluations"]] == [
             line["heldout_loss"] for line in evaluations]
         answer = [text for text, labeled in stage["tokens"] if labeled]

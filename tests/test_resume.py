@@ -174,12 +174,6 @@ def test_a_finished_run_is_not_overwritten_without_restart(script, refusal, flag
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
 
 
-def test_resume_and_restart_together_are_refused_because_restart_would_discard_the_run(script, flags, capsys):
-    with pytest.raises(SystemExit) as stop:
-        script("stage1_align", *flags(1), "--resume", "--restart")
-    assert stop.value.code == 2 and "not allowed with" in capsys.readouterr().err
-
-
 # -- stopping ----------------------------------------------------------------------------------------------
 
 

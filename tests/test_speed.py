@@ -56,7 +56,7 @@ def test_expanded_attention_changes_no_gradient(step):
     ((7, 5), torch.float16, "expanded"), ((8, 6), torch.float32, "expanded"), ((8, 6), torch.bfloat16, None)],
     ids=["T4", "RTX 30xx in fp32", "RTX 30xx in bf16"])
 def test_without_flash_attention_keys_and_values_are_expanded(monkeypatch, capability, dtype, attention):
-    """Otherwise PyTorch takes its math kernel, which keeps all T×T attention weights for the backward pass."""
+    """Otherwise PyTorch takes its math kernel, which keeps all T×T attention weights for the gradient."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     assert choose_attention(torch.device("cuda"), dtype) == attention

@@ -26,11 +26,6 @@ def drawn(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def tokenizer():
-    return AutoTokenizer.from_pretrained(REPOSITORY / "toy" / "llama-chat")
-
-
 def load(folder, name):
     return json.loads((folder / name).read_text())
 
@@ -163,7 +158,7 @@ def test_draw_if_missing_lets_other_local_ranks_wait(monkeypatch, tmp_path):
 
 def test_committed_models_load_like_the_real_ones():
     toy = REPOSITORY / "toy"
-    clip, report = CLIPVisionModel.from_pretrained(toy / "clip-vit", dtype=torch.float32, output_loading_info=True)
+    clip, report = CLIPVisionModel.from_pretrained(toy / "clip-vit", output_loading_info=True)
     assert not report["missing_keys"] and not report["mismatched_keys"]
     image = torch.zeros(1, 3, world.SIDE, world.SIDE)
     features = clip(image, output_hidden_states=True).hidden_states[-2]
@@ -175,7 +170,8 @@ def test_committed_models_load_like_the_real_ones():
     assert sum(path.stat().st_size for path in files) < 8e6
 
 
-def test_tokenizer_round_trips_every_text_and_starts_lines_like_tinyllamas(tokenizer):
+def test_tokenizer_round_trips_every_text_and_starts_lines_like_tinyllamas():
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "toy" / "llama-chat")
     assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>", "<0x00>"]) == [0, 1, 2, 3]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     rng = random.Random(0)
@@ -184,5 +180,6 @@ def test_tokenizer_round_trips_every_text_and_starts_lines_like_tinyllamas(token
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer.decode(tokenizer('A "Zebra", naïve?\n 日本').input_ids) == 'A "Zebra", naïve?\n 日本'
     # A word at the start of a line has a different token from the same word after a space.
-    assert tokenizer.tokenize("<|assistant|>\nred circle.</s>")[2:] == ["\n", "re", "d", "▁circle", ".", "</s>"]
+    line = tokenizer.tokenize("<|assistant|>\nred circle.</s>")
+    assert line[2:] == ["\n", "re", "d", "▁circle", ".", "</s>"]
     assert tokenizer.tokenize("a red circle") == ["▁a", "▁red", "▁circle"]

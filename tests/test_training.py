@@ -168,10 +168,9 @@ def test_a_stage_prints_its_plan_what_is_trained_and_its_first_steps(trained):
     assert "UNEXPECTED" not in trained[1][1].stderr and "MISSING" not in trained[1][1].stderr
 
 
-def test_the_sanity_check_answers_a_held_out_sample(trained):
-    done = command("sanity_check", "--sample", 1, "--device", "cpu", cwd=trained[0])
-    assert done.returncode == 0, done.stderr
-    out = done.stdout
+def test_the_sanity_check_answers_a_held_out_sample(trained, script, capsys):
+    script("sanity_check", "--run", trained[0] / "runs" / "toy", "--sample", 1, "--device", "cpu")
+    out = capsys.readouterr().out
     for words in ("PROMPT", f"<image>×{N}", "GENERATED", "REFERENCE", "correct image", "blank image",
                   "different image"):
         assert words in out
@@ -422,7 +421,7 @@ def test_a_wrong_flag_is_refused_in_one_sentence(refusal, flags, parts, drawn, c
 
 def test_an_impossible_value_or_flag_is_refused_by_the_command_line(script, flags, capsys):
     for flag, value in (("--lr", "nan"), ("--lr", "-1"), ("--warmup", "2"), ("--batch-size", "0"),
-                        ("--projector", "cubic"), ("--clip", "1")):
+                        ("--projector", "cubic"), ("--clip", "1"), ("--resume", "--restart")):
         with pytest.raises(SystemExit) as error:
             script("stage1_align", *flags(1), flag, value)
         assert error.value.code == 2 and flag in capsys.readouterr().err
