@@ -118,10 +118,9 @@ def test_a_record_whose_different_image_would_be_the_same_is_left_out_and_counte
     ("a red circle at the top left and a blue star at the middle left .", True),
     ("a red circle at the top left, a blue star at the middle left and a green cross at the bottom left .",
      True),
-    ("a man on a horse .", False),
     ("a red circle at the top left .", False),
     ("the photo shows a red circle at the top left and a blue star at the middle left .", False),
-    ("", False)])
+    ("a man on a horse .", False)])
 def test_only_what_the_toy_grammar_writes_is_a_toy_caption(text, expected):
     assert is_toy_caption(text) == expected
 

@@ -55,7 +55,6 @@ UNUSUAL = {  # name: (file, size, color of the top left pixel)
     "1×1": (saved(Image.new("RGB", (1, 1), RED), "PNG"), (1, 1), RED),
     "half-transparent": (saved(Image.new("RGBA", (3, 3), (0, 0, 0, 51)), "PNG"), (3, 3), (204, 204, 204)),
     "gray-transparent": (saved(Image.new("LA", (3, 3), (0, 0)), "PNG"), (3, 3), (255, 255, 255)),
-    "gray": (saved(Image.new("L", (3, 3), 70), "PNG"), (3, 3), (70, 70, 70)),
     "bilevel": (saved(Image.new("1", (3, 3), 1), "PNG"), (3, 3), (255, 255, 255)),
     "palette": (saved(palette(), "PNG"), (3, 3), RED),
     "palette-transparent": (saved(Image.new("P", (3, 3), 0), "PNG", transparency=b"\0"), (3, 3),

@@ -166,8 +166,6 @@ def test_committed_models_load_like_the_real_ones():
     llama, report = AutoModelForCausalLM.from_pretrained(toy / "llama-chat", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert (llama.config.bos_token_id, llama.config.eos_token_id) == (1, 2)
-    files = [path for name in ("clip-vit", "llama-chat") for path in (toy / name).iterdir()]
-    assert sum(path.stat().st_size for path in files) < 8e6
 
 
 def test_tokenizer_round_trips_every_text_and_starts_lines_like_tinyllamas():
