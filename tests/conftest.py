@@ -19,6 +19,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -30,11 +31,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
 sys.path.insert(0, str(REPOSITORY))
 
-from data import ChatTemplate, collate
+from data import ChatDataset, ChatTemplate, collate
 from model import Llava
 from support.checkpoints import STOP_SIGNALS
 from support.errors import run_script
+from support.images import ImageStore
 from support.pretrained import load_image_processor, load_language_model, load_vision_tower
+from support.records import RecordFile, RecordSet
 
 torch.set_num_threads(1)  # models this small are slower with more threads
 
@@ -44,6 +47,8 @@ for number in STOP_SIGNALS:
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
+# Conversations that each property test of the labels tries. After a change of the labels, set it to 2000.
+EXAMPLES = int(os.environ.get("EXAMPLES", 500))
 N = 4  # image positions of the tiny CLIP: (28 / 14)²
 
 # TinyLlama's template, character by character.
@@ -230,6 +235,27 @@ def write_data(folder, turns=1):
         for path in sorted((folder / "images").iterdir()):
             archive.write(path, path.name)
     return records
+
+
+def record_of(*texts, **more):
+    """Returns a record whose turns, human first, have these values."""
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    return {"id": "one", "conversations": turns, **more}
+
+
+@pytest.fixture
+def dataset_of(tmp_path, template, image_processor):
+    """dataset_of([record, …], max_length=…) returns a ChatDataset with red.png among its images."""
+    (tmp_path / "images").mkdir()
+    draw("red").save(tmp_path / "images" / "red.png")
+
+    def make(records, max_length=500):
+        (tmp_path / "chat.json").write_text(json.dumps(records))
+        records = RecordSet(RecordFile(tmp_path / "chat.json"), ImageStore(tmp_path / "images"),
+                            np.arange(len(records)))
+        return ChatDataset(records, template, image_processor, N, max_length)
+
+    return make
 
 
 @pytest.fixture(scope="session")

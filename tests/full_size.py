@@ -4,9 +4,8 @@
 
 pytest does not collect this file, because it takes minutes, 8 GB of disk and about 10 GB of memory. It makes
 models with the configurations and tokenizer files of the real ones and random weights, and serves them as the
-hub does (see hub_server.py). With `--preset tinyllama`, stage 1 fetches them by their names to an empty
-cache. The script runs one optimizer step of each stage and one answer of the sanity check, and prints the time and
-the peak memory of each.
+hub does (see hub_server.py). Stage 1 fetches them by their names to an empty cache. The script runs one
+optimizer step of each stage and one answer, and prints the time and the peak memory of each.
 """
 
 import argparse

@@ -112,8 +112,8 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_file(self, name, body, **headers):
-        """Sends a file, or the part of it that a Range header asks for. `break_off` lets some downloads end in
-        the middle: {name: how many more times}."""
+        """Sends a file, or the part of it that a Range header asks for. break_off = {name: how many more of
+        its downloads end in the middle}."""
         start = 0
         if match := re.match(r"bytes=(\d+)-", self.headers.get("Range", "")):
             start = int(match[1])
@@ -155,7 +155,7 @@ class Hub(BaseHTTPRequestHandler):
                 continue
             commit, what = hashlib.sha1(name.encode()).hexdigest(), rest.removeprefix(name).strip("/")
             if name in self.gated:
-                return self.answer(b"{}", 403, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
+                return self.answer(b"{}", 403, X_Error_Code="GatedRepo", X_Error_Message="restricted")
             if what.startswith("resolve/"):
                 file = what.split("/", 2)[2]
                 if file in files:

@@ -91,12 +91,6 @@ def test_commands_are_no_questions(talk, capsys):
                                       for line in ("/image", "/clear", "/imagefoo.png")), "a cat"]
 
 
-def test_an_image_that_cannot_be_decoded_is_refused(refusal, script, flags, tmp_path):
-    script("stage1_align", *flags(1, max_steps=0))
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
-    assert "broken.png" in refusal("tools.chat", "--image", "broken.png")
-
-
 def test_the_generated_part_of_a_stopped_answer_stays_in_the_conversation(talk, capsys):
     prompts, _ = talk([("a live",), ("",), "Yes"], "What?", "Hm?", "Go on!")
     assert "a live</s>" in prompts[1] and "a live</s>" in prompts[2]
@@ -110,11 +104,6 @@ def test_the_oldest_turns_are_dropped_but_never_the_image(talk, capsys):
     assert "one" in prompts[0] and "one" not in prompts[3] and "two" not in prompts[3]
     assert "four" in prompts[3] and all(prompt.count("<image>") == N for prompt in prompts)
     assert "The oldest questions and answers were dropped" in capsys.readouterr().out
-
-
-def test_a_question_longer_than_the_context_is_not_asked(talk, capsys):
-    prompts, _ = talk([], "long " * 200, context=112)
-    assert prompts == [] and "ask a shorter question" in capsys.readouterr().out
 
 
 def test_ctrl_c_stops_an_answer_and_at_the_prompt_ends_the_program(tmp_path, flags, script):
@@ -147,11 +136,3 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_ends_the_program(tmp_path, fla
     finally:
         watchdog.cancel()
         process.kill()
-
-
-def test_questions_can_come_from_a_pipe_and_its_end_ends_the_program(tmp_path, flags, script):
-    script("stage1_align", *flags(1, max_steps=0, run=tmp_path / "run"))
-    done = subprocess.run([*CHAT, "--run", tmp_path / "run", "--max-new-tokens", "3"], cwd=tmp_path,
-                          env=ENVIRONMENT, input=b"What?\n\xff\xfe\nWho?", capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr.decode()
-    assert b"\x1b" not in done.stdout and b"> " not in done.stdout

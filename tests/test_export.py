@@ -1,22 +1,12 @@
 """tools.export_hf: the exported folder computes the same as the run, without the code of this repository."""
 
-import base64
-import io
-import json
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from contextlib import contextmanager
-from pathlib import Path
+import json
 
 import pytest
 import torch
 from conftest import N, draw, make_llm
 from huggingface_hub import metadata_load
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, pipeline
@@ -33,8 +23,7 @@ QUESTION = "What object is shown?"
 PROMPT = [{"role": "user", "content": f"<image>\n{QUESTION}"}]
 TEXT = {"type": "text", "text": QUESTION}
 # (stage, projector, D, activation of the export). The tiny CLIP has D_v = 32, so a GELU needs D >= 64.
-RUNS = [(1, "linear", 48, "linear"), (1, "linear", 64, "gelu"), (1, "mlp", 48, "gelu"),
-        (2, "linear", 48, "linear"), (2, "linear", 80, "gelu"), (2, "mlp", 48, "gelu")]
+RUNS = [(1, "linear", 64, "gelu"), (2, "linear", 48, "linear"), (2, "mlp", 48, "gelu")]
 
 
 @pytest.fixture
@@ -106,10 +95,10 @@ def test_ids_pixels_logits_and_greedy_text_of_the_export_are_those_of_the_run(
             == template.tokenizer.decode(answer, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("d", [64, 70])  # 2·D_v, and six rows of padding
 @pytest.mark.parametrize("gelu", [nn.GELU(), nn.GELU("tanh"), lambda v: v * torch.sigmoid(1.702 * v)])
-def test_a_linear_projector_is_exact_behind_any_gelu(d, gelu):
+def test_a_linear_projector_is_exact_behind_any_gelu(gelu):
     torch.manual_seed(0)
+    d = 70  # 2·D_v, and six rows of padding
     ours = nn.Linear(32, d)
     theirs = nn.ModuleDict({"linear_1": nn.Linear(32, d), "linear_2": nn.Linear(d, d)})
     assert not export_hf.needs_linear_activation(ours)
@@ -178,18 +167,6 @@ def test_half_precision_is_rounded_once_from_fp32(script, trained, tmp_path):
             assert torch.equal(half[name], tensor.to(DTYPES[dtype])), name
 
 
-def test_the_adapter_alone_loads_with_plain_peft(trained, parts, template):
-    folder = trained(2) / "stage2"
-    model = load_trained(folder, CPU, torch.float32)[0]
-    base = AutoModelForCausalLM.from_pretrained(parts.llm, dtype=torch.float32)
-    ids = torch.tensor([template.encode_prompt([{"role": "user", "content": "What is it?"}], N)])
-    with torch.no_grad():
-        before = base(ids).logits
-        plain = PeftModel.from_pretrained(base, folder / "adapter").eval()(ids).logits
-        torch.testing.assert_close(plain, model.llm(ids).logits, atol=1e-4, rtol=0)
-    assert (plain - before).abs().max() > 0.1
-
-
 # -- the model card ----------------------------------------------------------------------------------------
 
 
@@ -223,68 +200,8 @@ def test_the_card_names_base_models_of_the_hub_and_known_licenses(trained, tmp_p
     assert "MIT" in licenses and "Apache 2.0" in licenses and "CC3M" in licenses and "unknown" not in licenses
 
 
-@pytest.mark.parametrize("change, expected", [({}, True), ({"checksums": {}}, False)])
-def test_an_eval_json_of_another_stage_or_training_is_left_out(trained, tmp_path, change, expected):
-    run = read_run(trained(1) / "stage1")
-    evaluation = {"stage": 1, "checksums": run["checksums"], "captions_loss": 1.0,
-                  "captions_loss_different": 1.0, "captions_loss_blank": 1.23456}
-    write_model_card(tmp_path, [run], evaluation | change)
-    assert ("1.235" in read_card(tmp_path)) == expected
-
-
 def read_card(folder):
     return (folder / "README.md").read_text(encoding="utf-8")
-
-
-# -- transformers serve ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def serve(folder, log):
-    """Runs `transformers serve` on a free port and yields its address. The server is always killed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [shutil.which("transformers", path=Path(sys.executable).parent), "serve", str(folder)]
-    with open(log, "w") as output:
-        server = subprocess.Popen([*words, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
-                                  stdout=output, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:  # it does not listen yet
-                assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.kill()
-        server.wait()
-
-
-def test_transformers_serve_answers_the_openai_client_as_the_run_does(exported, tmp_path, monkeypatch):
-    for package in ("fastapi", "uvicorn", "openai"):
-        pytest.importorskip(package, reason="needs pip install 'transformers[serving]' openai")
-    import openai
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    folder, model, template, image_processor = exported(stage=2)
-    with serve(folder, tmp_path / "serve.log") as address:
-        client = openai.OpenAI(base_url=address, api_key="none", timeout=60, max_retries=0)
-        answers = set()
-        for color in COLORS:
-            file = io.BytesIO()
-            draw(color).save(file, "PNG")
-            url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-            content = [{"type": "image_url", "image_url": {"url": url}}, TEXT]
-            reply = client.chat.completions.create(model=str(folder), temperature=0, max_tokens=32,
-                                                   messages=[{"role": "user", "content": content}])
-            answer = reply.choices[0].message.content
-            ours = our_answer(model, template, image_processor, color)
-            assert answer == template.tokenizer.decode(ours, skip_special_tokens=True)
-            answers.add(answer)
-    assert len(answers) > 1  # otherwise a lost image would not be noticed
 
 
 # -- what is refused ---------------------------------------------------------------------------------------
@@ -303,6 +220,17 @@ def test_an_export_that_differs_from_the_run_is_found_and_not_kept(refusal, trai
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_missing_run_and_an_output_that_cannot_be_written_are_refused(refusal, trained, tmp_path):
+    sentence = refusal("tools.export_hf", "--run", tmp_path / "none", "--out", tmp_path / "exported")
+    assert "stage1_align.py" in sentence and sentence.endswith(" first")
+    assert not (tmp_path / "exported").exists()
+    (tmp_path / "file").touch()
+    run = trained(1)
+    for out, complaint in ((tmp_path / "file" / "exported", "cannot write"), (run, "exists already")):
+        assert complaint in refusal("tools.export_hf", "--run", run, "--out", out)
+    assert (run / "stage1" / "run.json").exists()
+
+
 def test_named_chat_templates_a_date_and_all_end_tokens_are_exported(script, flags, parts, tmp_path):
     llm = shutil.copytree(parts.llm, tmp_path / "named")
     template = (llm / "chat_template.jinja").read_text()
@@ -318,14 +246,3 @@ def test_named_chat_templates_a_date_and_all_end_tokens_are_exported(script, fla
     generation = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [2, 300, 301]
     assert "26 Jul 2024" in (tmp_path / "exported" / "chat_template.jinja").read_text()
-
-
-def test_a_missing_run_and_an_output_that_cannot_be_written_are_refused(refusal, trained, tmp_path):
-    sentence = refusal("tools.export_hf", "--run", tmp_path / "none", "--out", tmp_path / "exported")
-    assert "stage1_align.py" in sentence and sentence.endswith(" first")
-    assert not (tmp_path / "exported").exists()
-    (tmp_path / "file").touch()
-    run = trained(1)
-    for out, complaint in ((tmp_path / "file" / "exported", "cannot write"), (run, "exists already")):
-        assert complaint in refusal("tools.export_hf", "--run", run, "--out", out)
-    assert (run / "stage1" / "run.json").exists()

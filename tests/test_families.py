@@ -1,18 +1,19 @@
 """Other language models, chat templates and vision towers: the same scripts and the same guarantees."""
 
 import json
+from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHAT_TEMPLATE, CORPUS, SMALL, batch_of, build, draw, make_tokenizer, preprocess
+from conftest import CHAT_TEMPLATE, CORPUS, EXAMPLES, SMALL, batch_of, build, draw, make_tokenizer, preprocess
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, CLIPConfig, CLIPVisionModel,
+from transformers import (AutoModelForCausalLM, ByT5Tokenizer, CLIPConfig, CLIPVisionModel,
                           Gemma2Config, Gemma3TextConfig, GemmaConfig, GPTNeoXConfig, GraniteConfig,
-                          LlamaConfig, MistralConfig, Phi3Config, PhiConfig, PreTrainedTokenizerFast,
+                          LlamaConfig, MistralConfig, Phi3Config, PreTrainedTokenizerFast,
                           Qwen2Config, Qwen3Config, SiglipConfig, SiglipModel, SiglipVisionModel)
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -104,34 +105,7 @@ def llm(request, tmp_path_factory):
 
 # -- labels ------------------------------------------------------------------------------------------------
 
-CONVERSATION = [
-    {"role": "user", "content": f"{IMAGE_TOKEN}\nWhat object is shown?"},
-    {"role": "assistant", "content": "the olives : 是的, 🫒 ."},
-    {"role": "user", "content": "Is the answer Yes or No?"},
-    {"role": "assistant", "content": "Yes"},
-]
-
-
-def test_labels_are_each_answer_and_its_end_token_under_every_familys_template(llm):
-    template = ChatTemplate(llm)
-    ids, labels = template.encode(CONVERSATION, 4)
-    trained = [label for label in labels if label != IGNORE_INDEX]
-    assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels))
-    first = trained.index(template.end_token_id) + 1
-    assert trained.count(template.end_token_id) == 2 and trained[-1] == template.end_token_id
-    assert template.decode(trained[:first]) == CONVERSATION[1]["content"]
-    thoughts = "<think>\n\n</think>\n\n" if "qwen3" in llm.name else ""
-    assert template.tokenizer.decode(trained[first:-1]).lstrip(" ") == thoughts + "Yes"
-    assert template.decode(trained[first:]) == "Yes"
-    for k in (1, 3):
-        prompt = template.encode_prompt(CONVERSATION[:k], 4)
-        assert ids[:len(prompt)] == prompt and prompt.count(template.image_token_id) == 4
-        assert labels[len(prompt)] != IGNORE_INDEX == labels[len(prompt) - 1]
-    bos = template.tokenizer.bos_token_id
-    assert bos is None or (ids[0], ids.count(bos)) == (bos, 1)
-    assert template.tokenizer.pad_token_id is not None
-
-
+QUESTION = [{"role": "user", "content": f"{IMAGE_TOKEN}\nWhat object is shown?"}]
 # What each template writes, by hand: before the first question, before a question, between question and
 # answer, before the answer (trained, because the prompt does not contain it), the end token, after it.
 WRITTEN = {
@@ -151,19 +125,26 @@ WRITTEN = {
 LETTERS = "s</>deimnoprtu_|[]IST xq.\n"
 ANSWERS = st.one_of(st.sampled_from([letter for letter in LETTERS if letter.strip()]),
                     st.text(LETTERS, min_size=1, max_size=3).filter(str.strip),
-                    st.sampled_from(["end", "im", "of", "turn", "user", "model", "</", "s>", "<<", "|>"]),
+                    st.sampled_from(["是的, 🫒", "end", "im", "of", "turn", "user", "model", "</", "s>", "<<",
+                                     "|>"]),
                     st.sampled_from(["</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<think>"]))
 
 
-@settings(max_examples=2000, deadline=None, derandomize=True)
+@cache
+def template_of(folder):
+    return ChatTemplate(folder)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(turns=st.lists(st.tuples(ANSWERS, ANSWERS), min_size=1, max_size=3))
 def test_labels_of_short_answers_are_exactly_the_answer_and_its_end_token(llm, turns):
     """A search for the answer "s" would also find it in "</s>", and the newline after it would be trained."""
     template = template_of(llm)
     texts = [text for turn in turns for text in turn]
+    texts[0] += "\n<image>"
     record = {"id": 1, "conversations": [{"from": ("human", "gpt")[i % 2], "value": text}
                                          for i, text in enumerate(texts)]}
-    messages = template.to_messages(record, has_image=False)
+    messages = template.to_messages(record, has_image=True)
     begin, before, between, opening, end, after = WRITTEN[llm.name.rstrip("0")]
     text, trained = begin, []  # trained: first character and end of what should be trained
     for i in range(0, len(messages), 2):
@@ -176,6 +157,11 @@ def test_labels_of_short_answers_are_exactly_the_answer_and_its_end_token(llm, t
     assert template.render(messages) == text
 
     ids, labels = template.encode(messages, 4)
+    bos = template.tokenizer.bos_token_id
+    assert ids.count(template.image_token_id) == 4 and (bos is None or ids.count(bos) == 1)
+    for k in range(1, len(messages), 2):
+        prompt = template.encode_prompt(messages[:k], 4)
+        assert ids[:len(prompt)] == prompt and labels[len(prompt)] != IGNORE_INDEX
     offsets = template.tokenize(text, 4)[1]
     runs = []  # the characters of each run of trained tokens
     for t, label in enumerate(labels):
@@ -187,14 +173,6 @@ def test_labels_of_short_answers_are_exactly_the_answer_and_its_end_token(llm, t
     assert [tuple(run) for run in runs] == trained
 
 
-TEMPLATES = {}
-
-
-def template_of(folder):
-    """Returns the ChatTemplate of a folder, loaded once."""
-    return TEMPLATES.setdefault(folder, TEMPLATES.get(folder) or ChatTemplate(folder))
-
-
 def test_a_template_that_ends_no_answer_or_changes_texts_is_refused(tmp_path):
     broken = {
         "no end token": CHATML.replace("<|im_end|>", " "),
@@ -202,13 +180,11 @@ def test_a_template_that_ends_no_answer_or_changes_texts_is_refused(tmp_path):
         "renders a prompt differently": CHATML.replace(
             "message['role'] + '", "(message['role'] if loop.last else 'past') + '"),
         "cannot be used": "{{ raise_exception('only one turn') }}",
-        "cannot be used: ": "{% for message in messages %}",
     }
     for i, (message, chat_template) in enumerate(broken.items()):
         folder = tmp_path / str(i)
         byte_level_tokenizer(folder, chat_template)
-        for name in ("config.json", "model.safetensors"):  # so that it looks like a complete model
-            (folder / name).write_text("{}")
+        looks_complete(folder)
         with pytest.raises(UserError, match=message) as error:
             ChatTemplate(folder)
         assert "\n" not in str(error.value)
@@ -221,47 +197,29 @@ def looks_complete(folder):
     return folder
 
 
-@pytest.mark.parametrize("loss", ["tokenizer.json", "capitals", "accents", "spaces", "punctuation"])
+@pytest.mark.parametrize("loss", ["capitals", "accents", "spaces"])
 def test_a_tokenizer_that_loses_text_is_refused(tmp_path, loss):
-    make_tokenizer(tmp_path)
-    if loss == "tokenizer.json":  # transformers then builds a tokenizer with four tokens
-        (tmp_path / "tokenizer.json").unlink()
-        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-        config["tokenizer_class"] = "LlamaTokenizer"
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-        tokenizer.backend_tokenizer.normalizer = {
-            "capitals": normalizers.Lowercase(), "spaces": normalizers.Replace("  ", " "),
-            "accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
-            "punctuation": normalizers.Replace("?", "")}[loss]
-        tokenizer.save_pretrained(tmp_path)
+    tokenizer = make_tokenizer(tmp_path)
+    tokenizer.backend_tokenizer.normalizer = {
+        "capitals": normalizers.Lowercase(), "spaces": normalizers.Replace("  ", " "),
+        "accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])}[loss]
+    tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="its tokenizer turns .* into") as error:
         ChatTemplate(looks_complete(tmp_path))
     assert "\n" not in str(error.value)
 
 
-def test_a_slow_tokenizer_is_named_as_such(tmp_path):
-    tokenizer = ByT5Tokenizer()
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="slow tokenizer .ByT5Tokenizer."):
-        ChatTemplate(looks_complete(tmp_path))
-
-
-@pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", 'strftime_now( "%Y-%m-%d" )'])
-def test_the_prompt_is_the_same_on_every_day(tmp_path, call):
+def test_the_prompt_is_the_same_on_every_day(tmp_path):
     """Llama 3.2's template writes today's date into the system message."""
-    byte_level_tokenizer(tmp_path, "{% if strftime_now is defined %}{{ 'Today: ' + " + call + " }}{% endif %}"
-                         + CHATML)
+    byte_level_tokenizer(tmp_path, "{{ 'Today: ' + strftime_now('%d %b %Y') }}" + CHATML)
     template = ChatTemplate(looks_complete(tmp_path))
-    assert template.render(CONVERSATION).startswith(("Today: 26 Jul 2024<", "Today: 2024-07-26<"))
+    assert template.render(QUESTION).startswith("Today: 26 Jul 2024<")
     assert "strftime_now(" not in template.tokenizer.chat_template  # nor in an export
 
 
 def test_the_opening_that_the_template_writes_is_trained_but_not_part_of_an_answer(tmp_path, capsys):
     template = ChatTemplate(make_family(tmp_path, *FAMILIES["qwen3"]))
-    messages = CONVERSATION[:1] + [{"role": "assistant", "content": "Yes ,\n是的"}]
+    messages = QUESTION + [{"role": "assistant", "content": "Yes ,\n是的"}]
     _, labels = template.encode(messages, 4)
     labeled = [label for label in labels if label != IGNORE_INDEX]
     assert template.tokenizer.decode(labeled).startswith("<think>\n\n</think>\n\nYes")
@@ -301,7 +259,6 @@ def test_generation_stops_at_every_end_token_of_the_models_own_files(parts, tmp_
 
 
 @pytest.mark.parametrize("config_class, layers", [(Phi3Config, "gate_up_proj, o_proj, qkv_proj"),
-                                                  (PhiConfig, "dense, fc1, fc2, k_proj"),
                                                   (GPTNeoXConfig, "dense_h_to_4h, query_key_value")])
 def test_an_llm_with_other_layers_than_lora_knows_is_refused_before_stage_1(
         flags, refusal, tmp_path, config_class, layers):
@@ -313,21 +270,13 @@ def test_an_llm_with_other_layers_than_lora_knows_is_refused_before_stage_1(
     assert layers in sentence and "other consist of the layers" in sentence
 
 
-def test_an_llm_that_overflows_in_fp16_is_named_as_such(flags, refusal, tmp_path):
-    llm = make_family(tmp_path / "llm", *FAMILIES["llama"])
-    model = AutoModelForCausalLM.from_pretrained(llm)
-    model.lm_head.weight.data *= 3e5 / model.lm_head.weight.abs().max()
-    model.save_pretrained(llm)
-    arguments = [word if word != "fp32" else "fp16" for word in flags(1, llm=llm)]
-    assert "overflows in fp16: pass --precision bf16 or fp32" in refusal("stage1_align", *arguments)
-
-
 def test_the_loss_is_the_familys_own(llm, parts):
     """The losses of a padded batch are those of the family's own forward() on each row alone."""
     model, template = build(parts.clip, llm)
     rows = []
-    for question, answer in (("Sure?", CONVERSATION[3]), ("What is it?", CONVERSATION[1])):
-        rows.append(template.encode([{"role": "user", "content": question}, answer], 0))
+    for question, answer in (("Sure?", "Yes"), ("What is it?", "the olives : 是的, 🫒 .")):
+        rows.append(template.encode([{"role": "user", "content": question},
+                                     {"role": "assistant", "content": answer}], 0))
     samples = [{"input_ids": ids, "labels": labels, "pixel_values": None} for ids, labels in rows]
     batch = batch_of(samples, template)
     with torch.no_grad():
@@ -414,18 +363,7 @@ def test_both_stages_the_sanity_check_and_the_export_run_on_siglip(siglip, flags
     script("tools.export_hf", "--run", tmp_path / "run", "--out", tmp_path / "exported", *SMALL[2:4])
 
 
-def test_a_vision_tower_alone_gives_the_features_of_a_whole_clip(parts, tmp_path):
-    CLIPVisionModel.from_pretrained(parts.clip, dtype=torch.float32).save_pretrained(tmp_path)
-    preprocessor = (parts.clip / "preprocessor_config.json").read_bytes()
-    (tmp_path / "preprocessor_config.json").write_bytes(preprocessor)
-    alone, whole = (build(folder, parts.llm)[0] for folder in (tmp_path, parts.clip))
-    alone.projector.load_state_dict(whole.projector.state_dict())
-    pixel_values = preprocess(load_image_processor(tmp_path), draw("red"))[None]
-    assert torch.equal(pixel_values, preprocess(load_image_processor(parts.clip), draw("red"))[None])
-    assert torch.equal(alone.encode_images(pixel_values), whole.encode_images(pixel_values))
-
-
-@pytest.mark.parametrize("size", [(40, 30), (31, 64), (28, 28), (200, 37)])
+@pytest.mark.parametrize("size", [(40, 30), (28, 28), (200, 37)])
 def test_siglips_pixels_are_those_of_its_own_processor(siglip, size):
     image = Image.effect_noise(size, 80).convert("RGB")
     expected = preprocess(SiglipImageProcessorPil.from_pretrained(siglip), image)
@@ -439,3 +377,30 @@ def test_a_preprocessor_for_another_size_than_the_vision_towers_is_refused(parts
     assert "another size than 28 × 28" in refusal("stage1_align", *flags(1, vision_tower=tmp_path / "clip"))
     (tmp_path / "clip" / "preprocessor_config.json").write_text("{}")
     assert "preprocessor_config.json" in refusal("stage1_align", *flags(1, vision_tower=tmp_path / "clip"))
+
+
+def test_a_slow_tokenizer_is_named_as_such(tmp_path):
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="slow tokenizer .ByT5Tokenizer."):
+        ChatTemplate(looks_complete(tmp_path))
+
+
+def test_an_llm_that_overflows_in_fp16_is_named_as_such(flags, refusal, tmp_path):
+    llm = make_family(tmp_path / "llm", *FAMILIES["llama"])
+    model = AutoModelForCausalLM.from_pretrained(llm)
+    model.lm_head.weight.data *= 3e5 / model.lm_head.weight.abs().max()
+    model.save_pretrained(llm)
+    arguments = [word if word != "fp32" else "fp16" for word in flags(1, llm=llm)]
+    assert "overflows in fp16: pass --precision bf16 or fp32" in refusal("stage1_align", *arguments)
+
+
+def test_a_missing_tokenizer_json_is_named_as_a_tokenizer_that_loses_text(tmp_path):
+    """transformers builds a tokenizer with four tokens then."""
+    make_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "LlamaTokenizer"}))
+    with pytest.raises(UserError, match="its tokenizer turns .* into .*tokenizer.json"):
+        ChatTemplate(looks_complete(tmp_path))

@@ -1,7 +1,5 @@
 """The model against transformers' own LLaVA with the same weights, and faults that would stay silent."""
 
-import json
-import logging
 import shutil
 
 import pytest
@@ -10,8 +8,8 @@ import torch.nn.functional as F
 from conftest import N, batch_of, build, draw, forget_checksums, make_llm, preprocess
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import (AutoModelForCausalLM, AutoTokenizer, CLIPModel, CLIPVisionModel, LlavaConfig,
-                          LlavaForConditionalGeneration, TextStreamer)
+from transformers import (AutoModelForCausalLM, CLIPModel, CLIPVisionModel, LlavaConfig,
+                          LlavaForConditionalGeneration)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data import IGNORE_INDEX, collate
@@ -59,17 +57,16 @@ def sample(template, image_processor, place, answer, color="red"):
 
 
 BATCHES = {
-    "image first": [("first", "a red circle .", "red"), ("first", "blue", "blue")],
-    "image in the middle": [("middle", "olive oil on a table", "green"), ("middle", "a cat", "blue")],
     "mixed": [("none", "Yes", None), ("first", "a red circle .", "red"), ("none", "No , it is solid .", None),
               ("middle", "cold", "blue")],
     "only text": [("none", "Yes", None), ("none", "No , it is solid .", None)],
 }
 
 
-@pytest.fixture(params=BATCHES)
+@pytest.fixture
 def batch(request, template, image_processor):
-    samples = [sample(template, image_processor, *what) for what in BATCHES[request.param]]
+    kind = getattr(request, "param", "mixed")
+    samples = [sample(template, image_processor, *what) for what in BATCHES[kind]]
     assert len({len(s["input_ids"]) for s in samples}) > 1  # otherwise nothing would be padded
     return batch_of(samples, template)
 
@@ -99,7 +96,8 @@ def randomize_adapter(model, std=0.1):
 # -- the same numbers as transformers' LLaVA ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("projector", ["linear", "mlp"])
+@pytest.mark.parametrize("projector, batch", [("linear", "mixed"), ("mlp", "mixed"), ("linear", "only text")],
+                         indirect=["batch"])
 def test_logits_and_losses_are_those_of_transformers_llava(tiny, parts, batch, projector):
     model, _, _ = tiny(projector)
     llava, images = reference(model, parts, projector), batch["pixel_values"]
@@ -118,10 +116,9 @@ def test_logits_and_losses_are_those_of_transformers_llava(tiny, parts, batch, p
     torch.testing.assert_close(losses, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("projector", ["linear", "mlp"])
-def test_greedy_answers_to_a_padded_batch_are_those_of_transformers_llava(tiny, parts, prompts, projector):
-    model, _, _ = tiny(projector)
-    llava = reference(model, parts, projector)
+def test_greedy_answers_to_a_padded_batch_are_those_of_transformers_llava(tiny, parts, prompts):
+    model, _, _ = tiny("mlp")
+    llava = reference(model, parts, "mlp")
     llava.lm_head.weight.data[model.llm.config.vocab_size:] = 0  # a row that our model does not have
     theirs = llava.generate(**{**prompts, "attention_mask": prompts["attention_mask"].long()},
                             do_sample=False, max_new_tokens=12, eos_token_id=[2], pad_token_id=2)
@@ -130,7 +127,7 @@ def test_greedy_answers_to_a_padded_batch_are_those_of_transformers_llava(tiny, 
     assert len(set(ours.flatten().tolist())) > 5  # not the same token again and again
 
 
-@pytest.mark.parametrize("vision_layer", [-1, -2, -3])
+@pytest.mark.parametrize("vision_layer", [-1, -3])
 def test_deleting_clips_last_blocks_changes_no_feature(tiny, parts, image_processor, vision_layer):
     model, _, _ = tiny(vision_layer=vision_layer)
     whole = CLIPModel.from_pretrained(parts.clip, dtype=torch.float32).vision_model.eval()
@@ -186,27 +183,6 @@ def test_greedy_answers_are_those_of_the_llms_own_generate(tiny, prompts, adapte
         assert torch.equal(ours, generated_by_the_llm(model, prompts, ends, 12))
 
 
-def test_a_row_that_has_ended_is_filled_up_with_end_tokens(tiny, prompts):
-    model, _, _ = tiny()
-    free = model.generate(**prompts, end_token_ids=[2], max_new_tokens=10)
-    last = free[0, 3].item()
-    end_token_ids = [2, last]  # the first one fills, though the row ended with the second
-    rows = model.generate(**prompts, end_token_ids=end_token_ids, max_new_tokens=10).tolist()
-    length = rows[0].index(last) + 1
-    assert rows[0][:length] == free[0, :length].tolist() and rows[0][length:] == [2] * (10 - length)
-    for row, unlimited in zip(rows, free.tolist()):
-        length = next((t + 1 for t, token in enumerate(row) if token in end_token_ids), 10)
-        assert row[:length] == unlimited[:length] and set(row[length:]) <= {2}
-
-
-def test_generation_stops_at_the_end_token_when_all_rows_have_ended(tiny, prompts):
-    model, _, _ = tiny()
-    one = {name: tensor[:1] for name, tensor in prompts.items()}
-    free = model.generate(**one, end_token_ids=[2], max_new_tokens=8)[0].tolist()
-    assert len(free) == 8 and free[1] != free[0]
-    assert model.generate(**one, end_token_ids=[free[1]], max_new_tokens=8)[0].tolist() == free[:2]
-
-
 def test_an_answer_does_not_depend_on_the_padding_of_its_batch(tiny, prompts):
     model, _, _ = tiny()
     together = model.generate(**prompts, end_token_ids=[2], max_new_tokens=8)
@@ -219,10 +195,9 @@ def test_an_answer_does_not_depend_on_the_padding_of_its_batch(tiny, prompts):
         assert together[row, :len(alone)].tolist() == alone
 
 
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_sampled_tokens_follow_the_softmax_of_the_logits_over_the_temperature(tiny, prompts, temperature):
+def test_sampled_tokens_follow_the_softmax_of_the_logits_over_the_temperature(tiny, prompts):
     model, _, _ = tiny()
-    rows = 2000
+    rows, temperature = 2000, 0.5
     prompt = {name: tensor[:1].expand(rows, *tensor.shape[1:]) for name, tensor in prompts.items()}
     with torch.no_grad():
         logits = logits_of(model, {name: tensor[:1] for name, tensor in prompts.items()})[0, -1]
@@ -258,15 +233,6 @@ def test_a_streamer_receives_the_returned_ids_one_by_one(tiny, prompts):
     streamer.ids.clear()
     ids = model.generate(**one, end_token_ids=[end], max_new_tokens=8, streamer=streamer)
     assert streamer.ids == ids[0].tolist() and streamer.ids[-1] == end and streamer.ended == 2
-
-
-def test_transformers_text_streamer_prints_the_answer(tiny, prompts, template, capsys):
-    model, _, _ = tiny()
-    one = {name: tensor[:1] for name, tensor in prompts.items()}
-    streamer = TextStreamer(template.tokenizer, skip_special_tokens=True)
-    ids = model.generate(**one, end_token_ids=[2], max_new_tokens=8, streamer=streamer)
-    expected = template.tokenizer.decode(ids[0], skip_special_tokens=True)
-    assert expected and capsys.readouterr().out.rstrip("\n") == expected.rstrip("\n")
 
 
 # -- what is trained ---------------------------------------------------------------------------------------
@@ -313,15 +279,6 @@ def test_frozen_dropout_is_never_active(parts, tmp_path, template, image_process
     assert torch.equal(model(**batch), model(**batch)) and model.llm.config.attention_dropout == 0.5
 
 
-def test_the_parameter_table_counts_what_is_frozen_and_what_is_trained(tiny):
-    model, _, _ = tiny()
-    model.projector.requires_grad_(True)
-    rows = {row.split()[0]: row.split()[1:] for row in model.parameter_table().splitlines()}
-    total = {name: f"{sum(p.numel() for p in part.parameters()):,}" for name, part in model.named_children()}
-    assert rows["projector"] == ["0", total["projector"], "torch.float32"]
-    assert rows["vision_tower"] == [total["vision_tower"], "0"] and rows["llm"] == [total["llm"], "0"]
-
-
 # -- saving and loading ------------------------------------------------------------------------------------
 
 
@@ -348,7 +305,7 @@ def load(folder):
     return load_trained(folder, torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize("projector, stage", [("linear", 1), ("mlp", 1), ("linear", 2), ("mlp", 2)])
+@pytest.mark.parametrize("projector, stage", [("linear", 1), ("mlp", 2)])
 def test_a_loaded_model_is_the_saved_one(saved, batch, projector, stage):
     model, folder = saved(projector, stage)
     torch.manual_seed(99)  # a new projector or A would be another than the saved one
@@ -375,10 +332,6 @@ def without_one(tensors):
     del tensors[sorted(tensors)[-1]]
 
 
-def with_one_more(tensors):
-    tensors["unknown.weight"] = torch.zeros(3)
-
-
 def with_another_shape(tensors):
     name = sorted(tensors)[-1]
     tensors[name] = tensors[name][:-1].clone()
@@ -390,39 +343,15 @@ def spoil(path, change):
     save_file(tensors, path, {"format": "pt"})
 
 
-@pytest.mark.parametrize("change", [without_one, with_one_more, with_another_shape])
-@pytest.mark.parametrize("file", ["projector.safetensors", "adapter/adapter_model.safetensors"])
+@pytest.mark.parametrize("file, change", [("projector.safetensors", with_another_shape),
+                                          ("adapter/adapter_model.safetensors", without_one),
+                                          ("adapter/adapter_model.safetensors", with_another_shape)])
 def test_a_projector_or_adapter_that_does_not_fit_is_refused(saved, file, change):
     _, folder = saved()
     forget_checksums(folder)
     spoil(folder / file, change)
     with pytest.raises(UserError, match="fit"):
         load(folder)
-
-
-@pytest.mark.parametrize("change", [
-    {"target_modules": ["lm_head"]}, {"target_modules": None}, {"target_modules": "q_proj"}, {"r": 16},
-    {"r": -1}, {"lora_alpha": None}], ids=str)
-def test_an_adapter_configuration_that_does_not_fit_is_one_sentence(saved, change):
-    _, folder = saved()
-    forget_checksums(folder)
-    path = folder / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(UserError, match="adapter in .* fit the LLM"):
-        load(folder)
-
-
-def test_other_fields_of_an_adapter_configuration_change_nothing(saved, batch):
-    """pissa would change the base weights, and layer_replication would build a larger model."""
-    _, folder = saved()
-    expected = logits_of(load(folder)[0], batch)
-    forget_checksums(folder)
-    path = folder / "adapter" / "adapter_config.json"
-    change = {"init_lora_weights": "pissa", "layer_replication": [[0, 2], [0, 2]],
-              "megatron_config": {"a": 1}, "exclude_modules": "^(([a-z_.0-9]+)+)+!$", "lora_dropout": 7,
-              "unknown": True}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    assert torch.equal(logits_of(load(folder)[0], batch), expected)
 
 
 def test_half_precision_merges_the_adapter_in_fp32_and_leaves_the_positions_in_fp32(saved, parts):
@@ -437,17 +366,7 @@ def test_half_precision_merges_the_adapter_in_fp32_and_leaves_the_positions_in_f
     assert (weight == expected).float().mean() > 0.999 and not torch.equal(expected, frozen.bfloat16())
 
 
-def test_half_a_projector_file_is_refused(saved):
-    _, folder = saved(stage=1)
-    forget_checksums(folder)
-    path = folder / "projector.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match="projector.safetensors"):
-        load(folder)
-
-
 @pytest.mark.parametrize("which, name", [
-    ("llm", "lm_head.weight"),
     ("llm", "model.layers.1.mlp.up_proj.weight"),
     ("clip", "vision_model.encoder.layers.1.mlp.fc1.weight"),
 ])
@@ -460,76 +379,22 @@ def test_pretrained_weights_with_a_missing_tensor_are_refused_and_not_filled_at_
         build(broken.clip, broken.llm)
 
 
-def test_half_a_download_is_refused_in_one_sentence(parts, tmp_path):
-    folder = shutil.copytree(parts.llm, tmp_path / "llm")
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(UserError, match="cannot load the weights"):
-        build(parts.clip, folder)
-
-
-def with_narrow_weights(folder):
-    def narrow(tensors):
-        tensors["lm_head.weight"] = tensors["lm_head.weight"][:, :-1].clone()
-
-    spoil(folder / "model.safetensors", narrow)
-
-
-def written(name, content):
-    return lambda folder: (folder / name).write_text(content)
-
-
-DAMAGES = {  # name: (which folder, what to do to it, what the sentence names)
-    "CLIP's configuration is a list": ("clip", written("config.json", "[]"), "config.json"),
-    "CLIP's sizes do not fit": ("clip", written("config.json", '{"model_type": "clip_vision_model", '
-                                                '"num_attention_heads": 5}'), "config.json"),
-    "CLIP's sizes are texts": ("clip", written("config.json", '{"model_type": "clip_vision_model", '
-                                               '"hidden_size": "a"}'), "config.json"),
-    "the preprocessing is a list": ("clip", written("preprocessor_config.json", "[]"),
-                                    "preprocessor_config.json"),
-    "the preprocessing is missing": ("clip", lambda folder: (folder / "preprocessor_config.json").unlink(),
-                                     "preprocessor_config.json"),
-    "the LLM's configuration is a list": ("llm", written("config.json", "[]"), "llm"),
-    "the tokenizer is half a file": ("llm", written("tokenizer.json", '{"version"'), "tokenizer"),
-    "the tokenizer is empty": ("llm", written("tokenizer.json", "{}"), "tokenizer"),
-    "the tokenizer is missing": ("llm", lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
-    "the template has a syntax error": ("llm", written("chat_template.jinja", "{% for"), "chat template"),
-    "the template divides by zero": ("llm", written("chat_template.jinja", "{{ 1/0 }}"), "chat template"),
-    "a weight has another shape": ("llm", with_narrow_weights, "another shape, for example lm_head.weight"),
+DAMAGES = {  # name: (which folder, which file, its new content or None, what the sentence names)
+    "the preprocessing is missing": ("clip", "preprocessor_config.json", None, "preprocessor_config.json"),
+    "the LLM's configuration is a list": ("llm", "config.json", "[]", "llm"),
+    "the tokenizer is half a file": ("llm", "tokenizer.json", '{"version"', "tokenizer"),
+    "the weights are half a file": ("llm", "model.safetensors", "half", "cannot load the weights"),
+    "the template is missing": ("llm", "chat_template.jinja", None, "chat template"),
+    "the template has a syntax error": ("llm", "chat_template.jinja", "{% for", "chat template"),
 }
 
 
-@pytest.mark.parametrize("which, damage, named", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_pretrained_folder_is_one_sentence(parts, tmp_path, which, damage, named):
+@pytest.mark.parametrize("which, file, content, named", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_pretrained_folder_is_one_sentence(parts, tmp_path, which, file, content, named):
     folder = shutil.copytree(getattr(parts, which), tmp_path / which)
-    damage(folder)
+    (folder / file).unlink() if content is None else (folder / file).write_text(content)
     broken = parts._replace(**{which: folder})
     with pytest.raises(UserError, match=named) as error:
         load_image_processor(broken.clip)
         build(broken.clip, broken.llm)
     assert str(folder) in str(error.value) and len(str(error.value)) < 500
-
-
-def test_loading_half_of_clip_prints_no_complaint(tiny, caplog):
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    try:
-        tiny()
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert caplog.messages == []
-
-
-def test_the_vision_half_has_clips_weights(tiny, parts):
-    model, _, _ = tiny()
-    tensors = load_file(parts.clip / "model.safetensors")
-    for name, parameter in model.vision_tower.named_parameters():
-        assert torch.equal(parameter, tensors[f"vision_model.{name}"]), name
-
-
-def test_a_tokenizer_without_a_chat_template_is_refused(parts, tmp_path):
-    folder = shutil.copytree(parts.llm, tmp_path / "llm")
-    (folder / "chat_template.jinja").unlink()
-    assert AutoTokenizer.from_pretrained(folder).chat_template is None
-    with pytest.raises(UserError, match="chat template"):
-        build(parts.clip, folder)

@@ -14,9 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import N, make_clip, make_llm, metrics
+from conftest import N, metrics
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from data import ChatDataset
 from support.evaluation import generate_answers
@@ -176,7 +175,8 @@ def test_the_page_is_one_small_file_that_loads_nothing(make_page, capsys):
     assert [stage["name"] for stage in described["stages"]] == ["stage 1", "stage 2"]
     for i, stage in enumerate(described["stages"], start=1):
         _, evaluations = metrics(path.parent / f"stage{i}")
-        assert [line["nearest"] for line in stage["evaluations"]] == [line["nearest_tokens"] for line in evaluations]
+        assert [line["nearest"] for line in stage["evaluations"]] == [
+            line["nearest_tokens"] for line in evaluations]
         assert [line["loss"] for line in stage["evaluations"]] == [
             line["heldout_loss"] for line in evaluations]
         answer = [text for text, labeled in stage["tokens"] if labeled]
@@ -186,51 +186,6 @@ def test_the_page_is_one_small_file_that_loads_nothing(make_page, capsys):
     for question in described["questions"]:
         assert len(question["erased"]) == len(question["copied"]) == N
         assert len(question["attention"]) == len(question["effect"]) == len(question["tokens"])
-
-
-def test_a_run_with_stage_1_only_and_the_same_page_twice(make_page, script):
-    path = make_page(stages=(1,))
-    assert results_of(path)["stage"] == 1
-    before = path.read_bytes()
-    script("tools.page", "--run", path.parent, "--device", "cpu", "--max-new-tokens", 4)
-    assert path.read_bytes() == before
-
-
-def test_a_record_cannot_end_the_script_or_add_html(make_page, drawn, tmp_path):
-    records = json.loads((drawn / "chat.json").read_text())
-    for record in records:
-        record["conversations"] = [{"from": "human", "value": HOSTILE}, {"from": "gpt", "value": HOSTILE}]
-    (tmp_path / "hostile.json").write_text(json.dumps(records))
-    path = make_page(stages=(1,), data=tmp_path / "hostile.json", heldout_data=tmp_path / "hostile.json")
-    text = path.read_text(encoding="utf-8")
-    assert text.count("</script>") == 2 and "\\u003cb>" in text and "<b>" not in text
-    assert results_of(path)["questions"][0]["question"].startswith("</script>")
-
-
-def test_256_patches_are_changed_in_64_regions_and_the_page_stays_small(make_page, tmp_path):
-    clip = make_clip(tmp_path / "clip")
-    config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-                              num_attention_heads=4, image_size=224, patch_size=14)
-    shutil.rmtree(clip)
-    CLIPVisionModel(config).save_pretrained(clip)
-    make_clip(tmp_path / "other")
-    preprocessor = json.loads((tmp_path / "other" / "preprocessor_config.json").read_text())
-    preprocessor |= {"size": 224, "crop_size": 224}
-    (clip / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    llm = make_llm(tmp_path / "llm", max_position_embeddings=1024)
-    path = make_page(stages=(1,), words=["--questions", 1], vision_tower=clip, llm=llm, max_length=1024)
-    described = results_of(path)
-    assert (described["patches"], described["regions"]) == (256, 64)
-    [question] = described["questions"]
-    assert len(question["erased"]) == len(question["copied"]) == 64
-    assert len(described["stages"][0]["evaluations"][0]["nearest"]) == 256
-    assert path.stat().st_size < 5_000_000
-
-
-def test_wrong_paths_are_refused(make_page, refusal, tmp_path):
-    assert "python stage1_align.py" in refusal("tools.page", "--run", tmp_path / "none")
-    make_page((1,))
-    assert "cannot write a page" in refusal("tools.page", "--run", tmp_path / "run", "--out", tmp_path)
 
 
 # -- in a browser ------------------------------------------------------------------------------------------

@@ -1,22 +1,18 @@
 """Tests of toy/world.py, toy/pretrain.py and the two committed toy models."""
 
-import errno
 import io
 import json
 import random
-import re
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
 from toy import pretrain, world
 from toy.world import BRIEF, PLACES, draw, heldout_scenes, objects_in, random_scene
 
@@ -28,17 +24,6 @@ def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world") / "data"
     draw(folder, **COUNTS)
     return folder
-
-
-@pytest.fixture
-def tokenizer():
-    return AutoTokenizer.from_pretrained(REPOSITORY / "toy" / "llama-chat")
-
-
-@pytest.fixture
-def tokenizer_with_image(tokenizer):
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    return tokenizer
 
 
 def load(folder, name):
@@ -64,10 +49,8 @@ def test_world_needs_neither_torch_nor_transformers():
 def test_same_seed_gives_same_bytes_and_other_seed_gives_other_bytes(drawn, tmp_path):
     draw(tmp_path / "again", **COUNTS)
     draw(tmp_path / "other", **COUNTS, seed=1)
-    first, again, other = (
-        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        for folder in (drawn, tmp_path / "again", tmp_path / "other")
-    )
+    first, again, other = ({path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+                           for folder in (drawn, tmp_path / "again", tmp_path / "other"))
     assert len(first) == 6 + COUNTS["instruct"]
     assert first == again
     assert not any(other.get(name) == content for name, content in first.items())
@@ -88,15 +71,8 @@ def test_heldout_data_shows_the_combinations_that_pretraining_avoids(drawn):
     assert heldout == list(heldout_scenes(random.Random(0), COUNTS["heldout"]))  # as in pretrain.pretrain()
 
 
-@pytest.mark.parametrize(
-    "name, turns",
-    [
-        ("chat.json", (1, 1)),
-        ("instruct.json", (2, 5)),
-        ("heldout_chat.json", (1, 1)),
-        ("heldout_instruct.json", (2, 5)),
-    ],
-)
+@pytest.mark.parametrize("name, turns", [("chat.json", (1, 1)), ("instruct.json", (2, 5)),
+                                         ("heldout_instruct.json", (2, 5))])
 def test_records_have_llava_format(drawn, name, turns):
     records = load(drawn, name)
     assert len(records) == COUNTS["heldout" if name.startswith("heldout") else name.removesuffix(".json")]
@@ -120,10 +96,8 @@ def test_image_files_are_exactly_those_named_in_the_records(drawn):
     def named(name):
         return {record["image"] for record in load(drawn, name)}
 
-    for archive, names in {
-        "images.zip": ["chat.json"],
-        "heldout.zip": ["heldout_chat.json", "heldout_instruct.json"],
-    }.items():
+    for archive, names in (("images.zip", ["chat.json"]),
+                           ("heldout.zip", ["heldout_chat.json", "heldout_instruct.json"])):
         with zipfile.ZipFile(drawn / archive) as opened:
             assert all(named(name) == set(opened.namelist()) for name in names)
             image = Image.open(io.BytesIO(opened.read(opened.namelist()[0])))
@@ -132,10 +106,8 @@ def test_image_files_are_exactly_those_named_in_the_records(drawn):
 
 
 def test_kinds_match_the_answers_and_the_answers_match_the_scene(drawn):
-    scenes = [
-        {place: (color, shape) for color, shape, place in objects_in(text)}
-        for text in captions(drawn, "heldout_chat.json")
-    ]
+    scenes = [{place: (color, shape) for color, shape, place in objects_in(text)}
+              for text in captions(drawn, "heldout_chat.json")]
     for scene, record in zip(scenes, load(drawn, "heldout_instruct.json"), strict=True):
         turns = [turn["value"] for turn in record["conversations"]]
         for kind, question, answer in zip(record["kinds"], turns[::2], turns[1::2], strict=True):
@@ -157,55 +129,11 @@ def test_kinds_match_the_answers_and_the_answers_match_the_scene(drawn):
                 pytest.fail(f"unexpected kind: {kind}")
 
 
-def test_questions_used_only_in_pretraining_match_the_scene():
-    rng = random.Random(0)
-    for _ in range(200):
-        scene = random_scene(rng)
-        question, answer = world.question(scene, "where", rng)
-        assert " ".join(scene[answer.removeprefix("At the ").rstrip(".")]) in question
-        question, answer = world.question(scene, "has_colour", rng)
-        assert answer == ("Yes." if any(color in question for color, _ in scene.values()) else "No.")
-
-
-def test_yes_and_no_are_equally_frequent():
-    rng = random.Random(0)
-    answers = [world.question(random_scene(rng), "yes_no", rng)[1] for _ in range(2000)]
-    assert set(answers) == {"Yes.", "No."} and 0.45 < answers.count("Yes.") / len(answers) < 0.55
-
-
 def test_objects_in_recovers_the_scene_from_every_caption():
     rng = random.Random(0)
     for _ in range(500):
         scene = random_scene(rng)
         assert objects_in(world.caption_of(scene)) == {(*thing, place) for place, thing in scene.items()}
-
-
-@pytest.mark.parametrize(
-    "text, found",
-    [
-        ("", set()),
-        ("a red a red at the top left", set()),
-        ("a reddish circle, a red circles", set()),
-        ("a red circle at the top", {("red", "circle", "")}),
-        ("an orange star at the bottom left and a blue at the", {("orange", "star", "bottom left")}),
-        ("a red circle at the top left and a red circle at the top left .", {("red", "circle", "top left")}),
-    ],
-)
-def test_objects_in_ignores_incomplete_phrases(text, found):
-    assert objects_in(text) == found
-
-
-def test_interrupted_draw_leaves_no_folder_and_the_next_draw_succeeds(monkeypatch, tmp_path):
-    def fail(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(world, "picture", fail)
-        with pytest.raises(KeyboardInterrupt):
-            draw(tmp_path / "data", chat=2, instruct=2, heldout=2)
-    assert not (tmp_path / "data").exists()
-    draw(tmp_path / "data", chat=2, instruct=2, heldout=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_draw_if_missing_draws_only_a_missing_folder_and_announces_it(monkeypatch, tmp_path, capsys):
@@ -215,16 +143,6 @@ def test_draw_if_missing_draws_only_a_missing_folder_and_announces_it(monkeypatc
     assert (tmp_path / "data").is_dir() and capsys.readouterr().out == "drawing the toy world\n"
     world.draw_if_missing()  # a second mkdir would fail
     assert capsys.readouterr().out == ""
-
-
-def test_a_folder_that_is_not_writable_is_one_sentence(monkeypatch, tmp_path):
-    def fail(folder):
-        raise OSError(errno.EROFS, "Read-only file system", str(folder))
-
-    monkeypatch.setattr(world, "DATA", tmp_path / "data")
-    monkeypatch.setattr(world, "draw", fail)
-    with pytest.raises(SystemExit, match="cannot draw .*/data: Read-only file system; copy this repository"):
-        world.draw_if_missing()
 
 
 def test_draw_if_missing_lets_other_local_ranks_wait(monkeypatch, tmp_path):
@@ -238,58 +156,20 @@ def test_draw_if_missing_lets_other_local_ranks_wait(monkeypatch, tmp_path):
 # -- toy/pretrain.py and the committed models --------------------------------------------------------------
 
 
-def test_a_fact_becomes_the_sum_of_its_token_embeddings(tokenizer_with_image):
-    scene = {"top left": ("red", "star"), "bottom right": ("blue", "heart")}
-    embedding = torch.nn.Embedding(len(tokenizer_with_image), pretrain.WIDTH)
-    red_star = tokenizer_with_image.convert_tokens_to_ids(["▁red", "▁star", "▁top", "▁left"])
-    for seed in range(5):
-        rng = random.Random(seed)
-        examples = [pretrain.llama_example(scene, form, tokenizer_with_image, rng) for form in (True, False)]
-        ids, fact_ids, _, is_padding = pretrain.collate(examples)
-        assert (~is_padding).sum(1).tolist() == [len(example[0]) for example in examples]
-        assert red_star in fact_ids[0].tolist() and not fact_ids[1].any()
-        clean = pretrain.embed_with_facts(embedding, ids, fact_ids, noise=0)
-        is_fact = fact_ids[..., 0] > 0
-        for row, position in is_fact.nonzero():
-            tokens = fact_ids[row, position]
-            torch.testing.assert_close(clean[row, position], embedding.weight[tokens[tokens > 0]].sum(0))
-        assert torch.equal(clean[~is_fact], embedding(ids)[~is_fact])
-        noisy = pretrain.embed_with_facts(embedding, ids, fact_ids, noise=1)
-        assert torch.equal((noisy != clean).any(-1), is_fact)
-
-
-def test_every_answer_has_the_same_weight_in_the_loss(tokenizer_with_image):
-    rng = random.Random(0)
-    for number in range(20):
-        ids, fact_ids, weights = pretrain.llama_example(
-            random_scene(rng), number % 2 == 0, tokenizer_with_image, rng
-        )
-        assert len(ids) == len(fact_ids) == len(weights)
-        answers = re.findall(r"<\|assistant\|>\n(.*?</s>)", tokenizer_with_image.decode(ids))
-        assert sum(weights) == pytest.approx(len(answers))
-        supervised = [i for i, weight in zip(ids, weights) if weight]
-        assert tokenizer_with_image.decode(supervised) == "".join(answers)
-
-
 def test_committed_models_load_like_the_real_ones():
     toy = REPOSITORY / "toy"
-    clip, report = CLIPVisionModel.from_pretrained(
-        toy / "clip-vit", dtype=torch.float32, output_loading_info=True
-    )
+    clip, report = CLIPVisionModel.from_pretrained(toy / "clip-vit", output_loading_info=True)
     assert not report["missing_keys"] and not report["mismatched_keys"]
     image = torch.zeros(1, 3, world.SIDE, world.SIDE)
     features = clip(image, output_hidden_states=True).hidden_states[-2]
     assert features.shape == (1, 1 + len(PLACES), pretrain.WIDTH)  # the class token and one patch per cell
-    llama, report = AutoModelForCausalLM.from_pretrained(
-        toy / "llama-chat", dtype=torch.float32, output_loading_info=True
-    )
+    llama, report = AutoModelForCausalLM.from_pretrained(toy / "llama-chat", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert (llama.config.bos_token_id, llama.config.eos_token_id) == (1, 2)
-    files = [path for name in ("clip-vit", "llama-chat") for path in (toy / name).iterdir()]
-    assert sum(path.stat().st_size for path in files) < 8e6
 
 
-def test_tokenizer_round_trips_every_text_and_starts_lines_like_tinyllamas(tokenizer):
+def test_tokenizer_round_trips_every_text_and_starts_lines_like_tinyllamas():
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "toy" / "llama-chat")
     assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>", "<0x00>"]) == [0, 1, 2, 3]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     rng = random.Random(0)
@@ -298,12 +178,6 @@ def test_tokenizer_round_trips_every_text_and_starts_lines_like_tinyllamas(token
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer.decode(tokenizer('A "Zebra", naïve?\n 日本').input_ids) == 'A "Zebra", naïve?\n 日本'
     # A word at the start of a line has a different token from the same word after a space.
-    assert tokenizer.tokenize("<|assistant|>\nred circle.</s>")[2:] == [
-        "\n",
-        "re",
-        "d",
-        "▁circle",
-        ".",
-        "</s>",
-    ]
+    line = tokenizer.tokenize("<|assistant|>\nred circle.</s>")
+    assert line[2:] == ["\n", "re", "d", "▁circle", ".", "</s>"]
     assert tokenizer.tokenize("a red circle") == ["▁a", "▁red", "▁circle"]

@@ -3,9 +3,9 @@
 Both stages are started once as commands, for all tests. The other runs are in this process.
 """
 
-import importlib
 import json
 import shutil
+import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,12 +19,13 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import stage1_align
+import stage2_instruct
 from data import collate
 from model import LORA_TARGETS
 from support import metrics_log
-from support.errors import UserError
+from support.checkpoints import STOP_SIGNALS
 from support.settings import print_settings
-from support.step_batches import plan_events, try_longest_batch
+from support.step_batches import try_longest_batch
 
 NAMES = {1: "stage1_align", 2: "stage2_instruct"}
 
@@ -85,7 +86,7 @@ def test_accumulation_gives_the_gradient_of_the_large_batch(script, flags, watch
     different lengths."""
     script("stage1_align", *flags(1, max_steps=0))
     gradients, losses = [], []
-    for batch_size, grad_accum in [(8, 1), (4, 2), (2, 4), (1, 8)]:
+    for batch_size, grad_accum in [(8, 1), (4, 2), (1, 8)]:
         seen = watched(stage)
         more = {"lora_dropout": 0} if stage == 2 else {}
         more |= dict(max_steps=1, batch_size=batch_size, grad_accum=grad_accum)
@@ -125,14 +126,11 @@ def test_stage_1_writes_a_projector_and_stage_2_an_adapter_too(trained):
     assert (run["stage"], run["steps"], run["settings"]["lr"]) == (2, 40, 1e-2)
 
 
-@pytest.mark.parametrize("device, loud", [("auto", True), ("cpu", False)])
-def test_a_real_model_on_a_cpu_is_pointed_out_before_it_starts(capsys, device, loud):
-    settings = SimpleNamespace(preset="tinyllama", device=device)
-    print_settings(settings, torch.device("cpu"), torch.float32)
+@pytest.mark.parametrize("preset, device, loud", [
+    ("tinyllama", "auto", True), ("tinyllama", "cpu", False), ("toy", "auto", False)])
+def test_a_real_model_on_a_cpu_is_pointed_out_before_it_starts(capsys, preset, device, loud):
+    print_settings(SimpleNamespace(preset=preset, device=device), torch.device("cpu"), torch.float32)
     assert ("WARNING: no GPU was found" in capsys.readouterr().out) == loud
-    settings.preset = "toy"
-    print_settings(settings, torch.device("cpu"), torch.float32)
-    assert "WARNING" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stage, steps", [(1, 30), (2, 40)])
@@ -156,15 +154,13 @@ def test_the_learning_rate_rises_in_the_warm_up_and_falls_along_a_cosine(trained
     assert rates[0] == pytest.approx(2e-2)  # 3% of 30 steps is one step of warm-up, which has the full rate
     assert rates == sorted(rates, reverse=True) and 0 < rates[-1] < 1e-3
     assert rates[15] == pytest.approx(1e-2, rel=0.15)
-
-
-def test_both_learning_rates_of_stage_2_are_logged(trained):
     lines, _ = metrics(trained[0] / "runs" / "toy" / "stage2")
-    assert lines[0]["lr"] == pytest.approx(1e-2) and lines[0]["projector_lr"] == pytest.approx(5e-3)
+    assert lines[0]["lr"] == pytest.approx(1e-2)
     assert all(line["projector_lr"] == pytest.approx(line["lr"] / 2) for line in lines)
 
 
-def test_a_stage_prints_its_plan_and_what_is_trained(trained):
+def test_a_stage_prints_its_plan_what_is_trained_and_its_first_steps(trained):
+    assert "step 1 of 30: loss " in trained[1][1].stdout and " left\n" in trained[1][1].stdout
     out = trained[1][2].stdout
     assert "8 (micro-batch) × 1 (accumulation) × 1 (processes) = 8 samples" in out
     assert f"<image>×{N}" in out and "</s>]]" in out  # a sample, its answers marked with their end tokens
@@ -172,10 +168,9 @@ def test_a_stage_prints_its_plan_and_what_is_trained(trained):
     assert "UNEXPECTED" not in trained[1][1].stderr and "MISSING" not in trained[1][1].stderr
 
 
-def test_the_sanity_check_answers_a_held_out_sample(trained):
-    done = command("sanity_check", "--sample", 1, "--device", "cpu", cwd=trained[0])
-    assert done.returncode == 0, done.stderr
-    out = done.stdout
+def test_the_sanity_check_answers_a_held_out_sample(trained, script, capsys):
+    script("sanity_check", "--run", trained[0] / "runs" / "toy", "--sample", 1, "--device", "cpu")
+    out = capsys.readouterr().out
     for words in ("PROMPT", f"<image>×{N}", "GENERATED", "REFERENCE", "correct image", "blank image",
                   "different image"):
         assert words in out
@@ -227,25 +222,22 @@ def test_records_of_only_text_are_trained_and_evaluated(script, flags, drawn, tm
         assert ("different image" in capsys.readouterr().out) == (i == 1)
 
 
-def test_no_steps_save_the_untrained_projector(script, flags, watched, tmp_path):
-    seen = watched(1)
-    script("stage1_align", *flags(1, max_steps=0))
-    saved = load_file(tmp_path / "runs" / "toy" / "stage1" / "projector.safetensors")
-    assert torch.equal(saved["weight"], seen["before"]["projector.weight"]) and seen["gradients"] == []
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_trains_and_keeps_what_is_trained_in_fp32(script, flags, watched, tmp_path, precision):
-    script("stage1_align", *flags(1, max_steps=4, lr=2e-2, precision=precision))
-    seen = watched(2)
-    script("stage2_instruct", *flags(2, max_steps=8, lr=1e-2, precision=precision))
-    half = torch.bfloat16 if precision == "bf16" else torch.float16
-    for name, parameter in seen["model"].named_parameters():
-        assert parameter.dtype == (torch.float32 if parameter.requires_grad else half), name
-    assert all(gradient.isfinite().all() for gradient in seen["gradients"][-1])
-    lines, _ = metrics(tmp_path / "runs" / "toy" / "stage2")
-    assert lines[-1]["loss"] < lines[0]["loss"]
-    script("sanity_check", "--precision", precision, "--max-new-tokens", 4)
+def test_half_precision_learns_what_fp32_learns_and_keeps_what_is_trained_in_fp32(script, flags, watched):
+    after, seen = {}, watched(2)
+    for precision, frozen in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        changes = dict(precision=precision, run=precision, max_steps=12)
+        script("stage1_align", *flags(1, lr=2e-2, **changes))
+        script("stage2_instruct", *flags(2, lr=1e-2, **changes))
+        for name, parameter in seen["model"].named_parameters():
+            assert parameter.dtype == (torch.float32 if parameter.requires_grad else frozen), name
+        assert all(gradient.isfinite().all() for gradient in seen["gradients"][-1])
+        for stage in (1, 2):
+            _, [before, *_, last] = metrics(Path(f"{precision}/stage{stage}"))
+            after.setdefault(stage, []).append(last["heldout_loss"])
+            assert last["heldout_loss"] < 0.9 * before["heldout_loss"]
+        script("sanity_check", "--run", precision, "--precision", precision, "--max-new-tokens", 4)
+    for losses in after.values():
+        assert losses[1:] == pytest.approx(2 * losses[:1], rel=0.2)
 
 
 def test_the_same_seed_gives_the_same_projector(script, flags, tmp_path):
@@ -256,14 +248,13 @@ def test_the_same_seed_gives_the_same_projector(script, flags, tmp_path):
     assert saved[0] == saved[1] != saved[2]
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_trying_the_longest_batch_changes_no_bit_of_the_run(script, flags, watched, tmp_path, stage,
-                                                             monkeypatch, capsys):
+def test_trying_the_longest_batch_changes_no_bit_of_the_run(script, flags, watched, tmp_path, monkeypatch,
+                                                             capsys):
     """In stage 2 dropout draws random numbers. On a CPU the stages leave this step out, so the test adds it
     where the stage makes its loader."""
     script("stage1_align", *flags(1, max_steps=0))
-    module, outcomes, seen = importlib.import_module(NAMES[stage]), [], watched(stage)
-    load_steps, folder = module.load_steps, tmp_path / "runs" / "toy" / f"stage{stage}"
+    outcomes, seen = [], watched(2)
+    load_steps, folder = stage2_instruct.load_steps, tmp_path / "runs" / "toy" / "stage2"
 
     def try_and_load(dataset, steps, pad_token_id, workers, device):
         settings = SimpleNamespace(batch_size=3, grad_accum=1, activation_checkpointing=False)
@@ -274,35 +265,21 @@ def test_trying_the_longest_batch_changes_no_bit_of_the_run(script, flags, watch
         return load_steps(dataset, steps, pad_token_id, workers, device)
 
     for load in (load_steps, try_and_load):
-        monkeypatch.setattr(module, "load_steps", load)
-        script(NAMES[stage], *flags(stage, max_steps=2, batch_size=4), "--restart")
+        monkeypatch.setattr(stage2_instruct, "load_steps", load)
+        script("stage2_instruct", *flags(2, max_steps=2, batch_size=4), "--restart")
         outcomes.append([(folder / "projector.safetensors").read_bytes(),
                          [(line["loss"], line["grad_norm"]) for line in metrics(folder)[0]]])
     assert outcomes[0] == outcomes[1]
     assert "longest micro-batch: 3 samples of up to " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("batch_size, recompute, advice", [
-    (16, False, "--batch-size 8 --grad-accum 16"), (9, False, "--batch-size 3 --grad-accum 24"),
-    (1, False, "add --activation-checkpointing"), (1, True, "lower --max-length")])
-def test_a_longest_batch_that_does_not_fit_names_the_flags_in_numbers(batch_size, recompute, advice):
-    def model(**batch):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    samples = [{"input_ids": [1] * n, "labels": [1] * n, "pixel_values": None} for n in range(1, 31)]
-    settings = SimpleNamespace(batch_size=batch_size, grad_accum=8, activation_checkpointing=recompute)
-    with pytest.raises(UserError, match="up to 30 tokens") as error:
-        try_longest_batch(model, samples, np.arange(30), 0, torch.device("cpu"), nullcontext, settings)
-    assert advice in str(error.value)
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_activation_checkpointing_changes_no_loss(script, flags, tmp_path, stage):
-    script("stage1_align", *flags(1, max_steps=3))
-    losses = []
+def test_activation_checkpointing_changes_no_loss(script, flags, watched, tmp_path):
+    script("stage1_align", *flags(1, max_steps=0))
+    losses, seen = [], watched(2)
     for switch in ([], ["--activation-checkpointing"]):
-        script(NAMES[stage], *flags(stage, max_steps=3), "--restart", *switch)
-        losses.append([line["loss"] for line in metrics(tmp_path / "runs" / "toy" / f"stage{stage}")[0]])
+        script("stage2_instruct", *flags(2, max_steps=3), "--restart", *switch)
+        assert seen["model"].llm.is_gradient_checkpointing == bool(switch)
+        losses.append([line["loss"] for line in metrics(tmp_path / "runs" / "toy" / "stage2")[0]])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(losses[0]) == 3
 
 
@@ -314,30 +291,17 @@ def test_a_norm_of_zero_means_no_clipping(script, flags, tmp_path):
     assert saved[0] == saved[1] != saved[2]
 
 
-def test_main_takes_flags_and_returns_the_trained_model(flags, tmp_path, monkeypatch):
+def test_main_takes_flags_returns_the_trained_model_and_leaves_the_signal_handlers_alone(
+        flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     model = stage1_align.main(flags(1, max_steps=1))
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
     saved = load_file(tmp_path / "runs" / "toy" / "stage1" / "projector.safetensors")
     assert torch.equal(model.projector.weight, saved["weight"])
 
 
 # -- what a run shows --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("total_steps", [1, 3, 37, 157, 14_800])
-def test_evaluations_and_checkpoints_follow_the_length_of_the_run(total_steps):
-    settings = SimpleNamespace(eval_every=None, save_every=None, log_every=5)
-    log_at, eval_at, save_at = plan_events(settings, total_steps)
-    assert min(total_steps - 1, 18) <= len(eval_at) <= 36 and total_steps not in eval_at
-    assert eval_at <= save_at or total_steps > 2000
-    saves = [0, *sorted(save_at)]
-    assert max(later - earlier for earlier, later in zip(saves, saves[1:])) <= 100
-    assert saves[-1] == total_steps == max(log_at)
-
-
-def test_explicit_intervals_are_kept():
-    settings = SimpleNamespace(eval_every=4, save_every=6, log_every=5)
-    assert plan_events(settings, 13) == ({5, 10, 13}, {4, 8, 12}, {6, 12, 13})
 
 
 class Clock(float):
@@ -397,10 +361,6 @@ def test_the_line_without_a_terminal_says_loss_speed_waiting_and_time_left(timed
     assert "tokens/s" not in capsys.readouterr().out
 
 
-def test_a_command_without_a_terminal_shows_its_first_steps(trained):
-    assert "step 1 of 30: loss " in trained[1][1].stdout and " left\n" in trained[1][1].stdout
-
-
 # -- trackers ----------------------------------------------------------------------------------------------
 
 
@@ -421,11 +381,6 @@ def test_a_tracker_gets_the_training_and_the_held_out_metrics(script, flags, tmp
     assert logged == expected
     assert [line["step"] for line in logged if "loss" in line] == [1, 2]
     assert [line["step"] for line in logged if "heldout_loss" in line] == [0, 1, 2]
-
-
-def test_a_tracker_that_is_missing_or_cannot_log_is_refused(refusal, flags):
-    assert "--tracker json" in refusal("stage1_align", *flags(1, max_steps=1, tracker="json"))
-    assert "--tracker nothing" in refusal("stage1_align", *flags(1, max_steps=1, tracker="nothing"))
 
 
 # -- what is wrong, in one sentence ------------------------------------------------------------------------
@@ -451,15 +406,11 @@ def test_stage_2_refuses_a_projector_made_for_other_models(refusal, script, flag
 @pytest.mark.parametrize("change, names", [
     ({"data": "nowhere.json"}, "nowhere.json"),
     ({"images": "nowhere"}, "nowhere"),
-    ({"heldout_data": "nowhere.json"}, "nowhere.json"),
     ({"llm": "nobody/nothing"}, "nobody/nothing"),
-    ({"vision_tower": "no such folder"}, "no such folder"),
     ({"vision_tower": "{llm}"}, "CLIP"),
     ({"llm": "{clip}"}, "clip"),
     ({"data": "{images}"}, "images.zip"),
     ({"device": "cuda:99"}, "cuda:99"),
-    ({"device": "meta"}, "meta"),
-    ({"vision_layer": 7}, "vision"),
     ({"vision_layer": -9}, "vision"),
 ])
 def test_a_wrong_flag_is_refused_in_one_sentence(refusal, flags, parts, drawn, change, names):
@@ -468,22 +419,12 @@ def test_a_wrong_flag_is_refused_in_one_sentence(refusal, flags, parts, drawn, c
     assert names in refusal("stage1_align", *flags(1, **values))
 
 
-@pytest.mark.parametrize("flag, value", [
-    ("--lr", "nan"), ("--lr", "inf"), ("--lr", "-1"), ("--warmup", "nan"), ("--warmup", "2"),
-    ("--seed", "-1"), ("--seed", str(2**64)), ("--allow-bad", "nan"), ("--max-grad-norm", "nan"),
-    ("--batch-size", "0"), ("--batch-size", str(10**20)), ("--max-steps", str(10**12)), ("--heldout", "0"),
-    ("--projector", "cubic"), ("--clip", "1"),
-])
-def test_an_impossible_value_or_flag_is_refused_by_the_command_line(script, flags, capsys, flag, value):
-    with pytest.raises(SystemExit) as error:
-        script("stage1_align", *flags(1), flag, value)
-    assert error.value.code == 2 and flag in capsys.readouterr().err
-
-
-def test_too_small_a_max_length_is_refused_with_its_reason(refusal, flags, capsys):
-    assert "12 of 12 records" in refusal("stage1_align", *flags(1, max_length=6))
-    out = capsys.readouterr().out
-    assert "8 unusable: too long for --max-length" in out and "'drawn_0'" in out
+def test_an_impossible_value_or_flag_is_refused_by_the_command_line(script, flags, capsys):
+    for flag, value in (("--lr", "nan"), ("--lr", "-1"), ("--warmup", "2"), ("--batch-size", "0"),
+                        ("--projector", "cubic"), ("--clip", "1"), ("--resume", "--restart")):
+        with pytest.raises(SystemExit) as error:
+            script("stage1_align", *flags(1), flag, value)
+        assert error.value.code == 2 and flag in capsys.readouterr().err
 
 
 def test_a_folder_without_the_images_is_refused(refusal, flags, drawn, tmp_path):
@@ -500,11 +441,10 @@ def test_own_data_with_the_toy_preset_is_held_out_of_own_data(script, flags, dra
     assert out.count(f"checked 3 records of {drawn / 'chat.json'}") == 1 and "toy/data" not in out
 
 
-@pytest.mark.parametrize("change", [{"heldout_data": ""}, {"heldout_images": ""}], ids=str)
-@pytest.mark.parametrize("preset", ["toy", "tinyllama"])
-def test_half_a_pair_of_held_out_flags_is_one_sentence(refusal, flags, change, preset):
-    sentence = refusal("stage1_align", "--preset", preset, *flags(1, **change))
-    assert "--heldout-data and --heldout-images belong together" in sentence
+def test_half_a_pair_of_held_out_flags_is_one_sentence(refusal, flags):
+    for change in ({"heldout_data": ""}, {"heldout_images": ""}):
+        sentence = refusal("stage1_align", *flags(1, **change))
+        assert "--heldout-data and --heldout-images belong together" in sentence
 
 
 def test_training_on_held_out_records_is_warned_of(script, flags, drawn, tmp_path, capsys):
@@ -516,29 +456,22 @@ def test_training_on_held_out_records_is_warned_of(script, flags, drawn, tmp_pat
     assert "WARNING" not in capsys.readouterr().out
 
 
-def test_a_run_that_cannot_be_written_is_refused_before_any_work(refusal, flags, tmp_path):
-    (tmp_path / "taken").write_text("a file, where the folder should go")
-    assert "--run" in refusal("stage1_align", *flags(1, run="taken", llm="nobody/nothing"))
-
-
-def test_missing_data_are_named_with_the_script_that_fetches_them_and_missing_models_too(refusal, flags):
+def test_missing_data_are_named_with_the_script_that_fetches_them(refusal, flags):
     sentence = refusal("stage1_align", "--preset", "tinyllama", "--device", "cpu")
     assert "chat.json" in sentence and "tools/download.sh" in sentence
-    for flag, name in (("llm", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
-                       ("vision_tower", "openai/clip-vit-large-patch14")):
-        sentence = refusal("stage1_align", *flags(1, **{flag: name}))
-        assert f"cannot fetch the model {name}" in sentence and "HF_HUB_OFFLINE=1" in sentence
 
 
-def test_a_broken_adapter_and_a_sample_out_of_range_are_refused(refusal, trained, tmp_path):
+def test_a_sample_out_of_range_a_missing_image_and_half_a_run_json_are_refused(refusal, trained, tmp_path):
     run = shutil.copytree(trained[0] / "runs", tmp_path / "runs") / "toy"
     assert "0 to 3" in refusal("sanity_check", "--sample", 99)
     assert "nothing.png" in refusal("sanity_check", "--image", "nothing.png")
     assert "--image" in refusal("sanity_check", "--question", "What?")
-    (run / "stage2" / "adapter" / "adapter_model.safetensors").unlink()
-    assert "adapter" in refusal("sanity_check")
-    (run / "stage2" / "projector.safetensors").write_bytes(b"half")
-    assert "projector.safetensors" in refusal("sanity_check")
-    for damaged in ("{", "{}", "[]", '{"stage": 3}'):
-        (run / "stage2" / "run.json").write_text(damaged)
-        assert "run.json" in refusal("sanity_check")
+    (run / "stage2" / "run.json").write_text("{")
+    assert "run.json" in refusal("sanity_check")
+
+
+def test_main_takes_flags_and_returns_the_trained_model(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = stage1_align.main(flags(1, max_steps=1))
+    saved = load_file(tmp_path / "runs" / "toy" / "stage1" / "projector.safetensors")
+    assert torch.equal(model.projector.weight, saved["weight"])

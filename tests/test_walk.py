@@ -14,7 +14,7 @@ import time
 
 import pytest
 from conftest import REPOSITORY, draw, make_clip, make_llm
-from hub_server import CHAT, CLIP, INSTRUCT, LLM, serve
+from hub_server import CHAT, CLIP, LLM, serve
 
 pytestmark = pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 
@@ -63,12 +63,19 @@ def on(hub, tmp_path):
     return run
 
 
-def find(on, name, **changes):
-    """Returns what find_pretrained(name) prints or raises, in a process of its own."""
-    also = {CLIP: "preprocessor_config.json"}.get(name, "tokenizer_config.json")
-    code = ("from support.errors import run_script; from support.hub import *; "
-            f"run_script(lambda: print(find_pretrained({name!r}, {also!r})))")
-    done = on(sys.executable, "-c", code, **changes)
+def find(on, *names, **changes):
+    """Returns what find_pretrained() prints or raises for each name, in a process of its own."""
+    also = {CLIP: "preprocessor_config.json"}
+    wanted = [(name, also.get(name, "tokenizer_config.json")) for name in names]
+    done = on(sys.executable, "-c", f"""
+from support.errors import UserError
+from support.hub import find_pretrained
+for name, file in {wanted}:
+    try:
+        print(find_pretrained(name, file))
+    except UserError as error:
+        print(error)
+""", **changes)
     return done.stdout + done.stderr
 
 
@@ -143,22 +150,20 @@ def test_download_sh_continues_a_zip_that_broke_off(on, hub):
 def test_download_sh_fetches_the_models_beforehand(on, hub):
     assert on("bash", "tools/download.sh", "models").returncode == 0
     hub.requested.clear()
-    for name in (CLIP, LLM):
-        assert find(on, name, HF_HUB_OFFLINE="1").startswith(str(on.folder / "home"))
+    assert find(on, CLIP, LLM, HF_HUB_OFFLINE="1").count(str(on.folder / "home")) == 2
 
 
 @pytest.mark.parametrize("how", ["snapshot_download", "from_pretrained", "an older client"])
 def test_a_model_that_others_have_put_into_the_cache_is_found(on, hub, how):
-    calls = {"snapshot_download": f"from huggingface_hub import *; snapshot_download({LLM!r})",
-             "from_pretrained": f"from transformers import *; AutoTokenizer.from_pretrained({LLM!r}); "
+    calls = {"from_pretrained": f"from transformers import *; AutoTokenizer.from_pretrained({LLM!r}); "
                                 f"AutoModelForCausalLM.from_pretrained({LLM!r})"}
-    done = on(sys.executable, "-c", calls.get(how, calls["snapshot_download"]))
+    everything = f"from huggingface_hub import *; snapshot_download({LLM!r})"
+    done = on(sys.executable, "-c", calls.get(how, everything))
     assert done.returncode == 0, done.stderr
     if how == "an older client":  # before version 1.23, the client stored no list of files
         shutil.rmtree(on.folder / "home" / "hub" / f"models--{LLM.replace('/', '--')}" / "trees")
     hub.requested.clear()
-    assert find(on, LLM).startswith(str(on.folder / "home"))
-    assert hub.requested == []
+    assert find(on, LLM).startswith(str(on.folder / "home")) and hub.requested == []
 
 
 @pytest.mark.parametrize("what", ["files of its own choice", "another revision", "a download that broke off"])
@@ -171,19 +176,19 @@ def test_an_incomplete_model_is_completed_or_what_is_missing_is_named(on, hub, w
         revision = "--revision 0123" if what == "another revision" else ""
         done = on("bash", "-c", f"hf download {CLIP} config.json preprocessor_config.json {revision}")
         assert done.returncode == 0, done.stderr
-    sentence = find(on, CLIP, HF_HUB_OFFLINE="1")
     missing = "config.json" if what == "another revision" else "model.safetensors"
-    assert f"HF_HUB_OFFLINE=1 forbids it, and the hub's cache has no {missing} of this model" in sentence
+    assert (f"HF_HUB_OFFLINE=1 forbids it, and the hub's cache has no {missing} of this model"
+            in find(on, CLIP, HF_HUB_OFFLINE="1"))
     hub.requested.clear()
     assert f"fetching {CLIP}" in find(on, CLIP)
     assert ("model.safetensors", 0) in hub.requested
 
 
 def test_a_model_that_cannot_be_fetched_is_refused_in_one_sentence(on, hub):
-    assert "nobody/nothing: it is neither a folder here nor a public model" in find(on, "nobody/nothing")
-    assert "correct the name" in find(on, "no such name")
     hub.gated.add(LLM)
-    assert "it is gated: accept its license" in find(on, LLM)
+    sentences = find(on, "nobody/nothing", "no such name", LLM)
+    assert "nobody/nothing: it is neither a folder here nor a public model" in sentences
+    assert "correct the name" in sentences and "it is gated: accept its license" in sentences
     sentence = find(on, CLIP, HF_ENDPOINT="http://127.0.0.1:9")
     assert sentence.count("\n") == 1 and "ConnectError" in sentence and "Traceback" not in sentence
 
@@ -206,9 +211,3 @@ def test_a_folder_that_is_not_complete_is_refused_by_naming_what_is_missing(part
     (tmp_path / "llm" / "tokenizer_config.json").unlink()
     sentence = refusal("stage1_align", *flags(1, llm=tmp_path / "llm"))
     assert "it has no tokenizer_config.json" in sentence
-
-
-def test_small_made_models_stand_in_for_the_real_files_where_they_are_missing(tmp_path):
-    with serve(tmp_path, records=4, shared=tmp_path / "nothing") as hub:
-        assert {"config.json", "model.safetensors", "tokenizer.json"} <= hub.repositories[LLM].keys()
-        assert hub.repositories[INSTRUCT]

@@ -1,0 +1,115 @@
+"""Which samples each optimizer step uses, when a run evaluates and saves, and whether a step fits."""
+
+import itertools
+import random
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from support import step_batches
+from support.checkpoints import Progress
+from support.errors import UserError
+from support.step_batches import load_steps, plan_events, plan_steps, try_longest_batch
+
+
+def plan(length, rank=0, world_size=1, samples_done=0, steps_done=0, lengths=None, **changes):
+    """Returns the steps: lists of micro-batches, which are lists of sample numbers."""
+    settings = {**dict(batch_size=2, grad_accum=3, epochs=2, max_steps=None, seed=0), **changes}
+    lengths = np.zeros(length) if lengths is None else np.array(lengths)
+    steps, sizes = plan_steps(lengths, SimpleNamespace(**settings),
+                              SimpleNamespace(rank=rank, world_size=world_size),
+                              Progress(step=steps_done, samples=samples_done))
+    assert len(sizes) == len(steps) and (world_size > 1 or sizes == [len(flat([step])) for step in steps])
+    return steps
+
+
+def flat(steps):
+    return [number for step in steps for batch in step for number in batch]
+
+
+def test_every_epoch_sees_every_sample_once_and_keeps_its_last_partial_step():
+    steps = plan(20)  # steps of 6: three whole ones and one of two, twice
+    assert [sum(map(len, step)) for step in steps] == [6, 6, 6, 2] * 2
+    assert all(len(batch) <= 2 for step in steps for batch in step)
+    assert sorted(flat(steps[:4])) == sorted(flat(steps[4:])) == list(range(20))
+
+
+def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
+    steps = plan(20)
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    assert plan(20) == steps
+    assert flat(plan(20, batch_size=6, grad_accum=1)) == flat(steps)  # nor on how a step is cut
+    assert flat(steps[:4]) != flat(steps[4:]) and plan(20, seed=1) != steps
+
+
+def test_max_steps_counts_optimizer_steps_and_may_exceed_the_epochs():
+    assert plan(20, max_steps=3) == plan(20)[:3]
+    assert plan(20, max_steps=0) == []
+    assert len(plan(20, max_steps=11, epochs=1)) == 11
+
+
+def test_processes_share_a_step_without_overlap():
+    alone = plan(20, batch_size=2, grad_accum=2, epochs=1)
+    parts = [plan(20, world_size=2, rank=rank, batch_size=1, grad_accum=2, epochs=1) for rank in range(2)]
+    assert [sorted(flat([step])) for step in alone] == [
+        sorted(flat([one, other])) for one, other in zip(*parts, strict=True)]
+
+
+def test_micro_batches_hold_samples_of_similar_length_and_no_sample_changes_its_step():
+    lengths = np.random.default_rng(3).integers(1, 700, 20)
+    steps, unsorted = plan(20, lengths=lengths), plan(20)
+    assert [sorted(flat([step])) for step in steps] == [sorted(flat([step])) for step in unsorted]
+    for step in steps:
+        assert np.all(np.diff(lengths[flat([step])]) <= 0)  # the longest first
+    assert steps[0] != unsorted[0]
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_steps": 7}])
+def test_a_resumed_run_sees_the_rest_of_the_same_order(limits):
+    steps = plan(20, **limits)
+    for done in range(len(steps) + 1):
+        samples = len(flat(steps[:done]))
+        assert plan(20, samples_done=samples, steps_done=done, **limits) == steps[done:]
+
+
+@pytest.mark.parametrize("total_steps", [3, 157, 14_800])
+def test_evaluations_and_checkpoints_follow_the_length_of_the_run(total_steps):
+    settings = SimpleNamespace(eval_every=None, save_every=None, log_every=5)
+    log_at, eval_at, save_at = plan_events(settings, total_steps)
+    assert min(total_steps - 1, 18) <= len(eval_at) <= 36 and total_steps not in eval_at
+    assert eval_at <= save_at or total_steps > 2000
+    saves = [0, *sorted(save_at)]
+    assert max(later - earlier for earlier, later in zip(saves, saves[1:])) <= 100
+    assert saves[-1] == total_steps == max(log_at)
+
+
+def test_explicit_intervals_are_kept():
+    settings = SimpleNamespace(eval_every=4, save_every=6, log_every=5)
+    assert plan_events(settings, 13) == ({5, 10, 13}, {4, 8, 12}, {6, 12, 13})
+
+
+@pytest.mark.parametrize("batch_size, recompute, advice", [
+    (9, False, "--batch-size 3 --grad-accum 24"),
+    (1, False, "add --activation-checkpointing"), (1, True, "lower --max-length")])
+def test_a_longest_batch_that_does_not_fit_names_the_flags_in_numbers(batch_size, recompute, advice):
+    def model(**batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    samples = [{"input_ids": [1] * n, "labels": [1] * n, "pixel_values": None} for n in range(1, 31)]
+    settings = SimpleNamespace(batch_size=batch_size, grad_accum=8, activation_checkpointing=recompute)
+    with pytest.raises(UserError, match="up to 30 tokens") as error:
+        try_longest_batch(model, samples, np.arange(30), 0, torch.device("cpu"), nullcontext, settings)
+    assert advice in str(error.value)
+
+
+@pytest.mark.parametrize("accumulation, prefetched", [(1, 2), (8, 8), (128, 16)])
+def test_a_worker_prepares_at_most_16_micro_batches(accumulation, prefetched, monkeypatch):
+    """With pinned memory only the worker's files are open, four for each micro-batch."""
+    settings = {}
+    loader = ({"skipped": []} for _ in itertools.count())
+    monkeypatch.setattr(step_batches, "DataLoader", lambda *_, **named: settings.update(named) or loader)
+    next(load_steps([], [[[0]] * accumulation] * 2, 0, 1, torch.device("cpu")))
+    assert settings["prefetch_factor"] == prefetched
