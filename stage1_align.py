@@ -18,16 +18,15 @@ from pathlib import Path
 
 import torch
 
-from data import ChatDataset, ChatTemplate
+from data import ChatTemplate
 from model import IGNORE_INDEX, Llava, count_patches
 from support import checkpoints
-from support.check_records import drop_unusable_records, note_skipped_images
+from support.check_records import make_datasets, note_skipped_images
 from support.devices import choose_dtype
 from support.errors import UserError, explain_errors, run_script
 from support.evaluation import evaluate_heldout, make_heldout_batches, mark_labeled
 from support.metrics_log import MetricsLog, format_grounding, import_tracker
-from support.pretrained import (load_image_processor, load_language_model, load_vision_config,
-                                load_vision_tower)
+from support.pretrained import load_language_model, load_vision_config, load_vision_tower
 from support.processes import Processes
 from support.records import describe_records, open_records
 from support.results import save_result
@@ -87,19 +86,15 @@ def main(argv=None):
         args.data, args.images, args.heldout_data, args.heldout_images, args.heldout, args.limit, args.seed)
     template = ChatTemplate(args.llm)
     num_image_tokens = count_patches(load_vision_config(args.vision_tower))  # N
-    # lengths[i] is the approximate number of tokens of training record i.
-    train_records, lengths, heldout_records = drop_unusable_records(
+    # lengths[i] is the approximate number of tokens of training sample i.
+    train_dataset, heldout_dataset, lengths = make_datasets(
         train_records, heldout_records, template, num_image_tokens, args, processes)
     if args.check_data:
         return None
-    image_processor = load_image_processor(args.vision_tower)
-    train_dataset, heldout_dataset = (
-        ChatDataset(records, template, image_processor, num_image_tokens, args.max_length)
-        for records in (train_records, heldout_records))
     pad_token_id = template.tokenizer.pad_token_id
     heldout_batches = make_heldout_batches(heldout_dataset, pad_token_id, args.batch_size)
     print("a sample; the tokens in [[ ]] are labeled:")
-    print(mark_labeled(*train_dataset.encode(train_records[0]), template, color=False))
+    print(mark_labeled(*train_dataset.encode(train_dataset.records[0]), template, color=False))
 
     # -- 3. model ------------------------------------------------------------------------------------------
 
@@ -133,7 +128,7 @@ def main(argv=None):
 
     # -- 5. the loop ---------------------------------------------------------------------------------------
 
-    records_hash = train_records.records_hash()  # a resumed run must see the same records
+    records_hash = train_dataset.records.records_hash()  # a resumed run must see the same records
     progress = checkpoints.restore_or_begin(
         checkpoint, folder, model, optimizer, scaler, records_hash, processes)
     # steps[k] lists the micro-batches of one optimizer step of this process, and each micro-batch lists its
@@ -193,7 +188,7 @@ def main(argv=None):
             loss = processes.sum(loss)
             scaler.unscale_(optimizer)  # so that the true gradient is clipped
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-            checkpoints.stop_if_diverged(progress, loss, grad_norm, scaler, train_records, step)
+            checkpoints.stop_if_diverged(progress, loss, grad_norm, scaler, train_dataset.records, step)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -223,7 +218,7 @@ def main(argv=None):
         raise UserError("the held-out loss is not finite, so the result was not saved; try a lower --lr")
     if processes.rank == 0:
         save_result(folder, 1, model, template, settings, progress.step, after, len(progress.skipped),
-                    describe_records(train_records, heldout_records))
+                    describe_records(train_dataset.records, heldout_dataset.records))
         checkpoints.discard_checkpoint(folder)
     processes.barrier()
     print(f"before: {format_grounding(progress.before)}\nafter:  {format_grounding(after)}\n"

@@ -16,6 +16,7 @@ from data import ChatDataset
 from support.checkpoints import ignore_signals_in_worker
 from support.errors import BadRecord, UserError, explain_errors
 from support.hub import find_pretrained
+from support.pretrained import load_image_processor
 from support.records import RecordSet, image_of
 
 
@@ -29,9 +30,9 @@ class Checked(NamedTuple):
     found_by_id: int  # how many of these lack "image", and are found by their id
 
 
-def drop_unusable_records(train_records, heldout_records, template, num_image_tokens, settings, processes):
-    """Checks both RecordSets, prints what it finds, and returns the usable records: (train_records, lengths,
-    heldout_records). lengths[i] is the approximate number of tokens of training record i.
+def make_datasets(train_records, heldout_records, template, num_image_tokens, settings, processes):
+    """Checks both RecordSets and prints what it finds. Returns (train_dataset, heldout_dataset, lengths): two
+    ChatDatasets of the usable records, and the approximate number of tokens of each training sample.
 
     Without --decode, training images are only looked up, because opening 595,375 of them takes long. Held-out
     images are always opened. Raises UserError if more than the fraction --allow-bad of all records is
@@ -69,7 +70,9 @@ def drop_unusable_records(train_records, heldout_records, template, num_image_to
     if heldout.with_image < 2:
         raise UserError(f"{heldout_records.file.path}: fewer than two usable held-out records have an image, "
                         "so none can be evaluated with a different image; raise --heldout")
-    return train.usable, train.lengths, heldout.usable
+    image_processor = load_image_processor(settings.vision_tower)
+    return (*(ChatDataset(records, template, image_processor, num_image_tokens, max_length)
+              for records in (train.usable, heldout.usable)), train.lengths)
 
 
 class RecordChecks(ChatDataset):
