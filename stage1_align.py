@@ -5,7 +5,7 @@ turn each of CLIP's features into a vector that the LLM can read like a token's 
 frozen, as in the paper. The projector starts at random, so its first vectors mean nothing to the LLM, and
 updates computed from them could damage it.
 
-    python stage1_align.py                      the toy: about 1.5 minutes on 2 CPU cores, final loss 0.02
+    python stage1_align.py                      the toy: about 1 minute on 2 CPU cores, final loss 0.02
     python stage1_align.py --preset tinyllama   the real models and data, see docs/real_data.md
 
 Writes projector.safetensors, run.json and metrics.jsonl to <run>/stage1/. Continue with stage2_instruct.py.
