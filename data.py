@@ -61,7 +61,8 @@ class ChatTemplate:
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         special = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self.special_token = re.compile("|".join(map(re.escape, special.values())))
-        self.special_ids = special.keys() - {self.image_token_id}  # the first one after an answer ends it
+        # encode() labels up to the first of these after an answer.
+        self.special_ids = special.keys() - {self.image_token_id}
         if self.tokenizer.pad_token_id is None:  # any token will do, because padding is known by its position
             self.tokenizer.pad_token = self.tokenizer.eos_token
         # run.json stores this hash, because a model must be prompted with the template it was trained with.
@@ -179,7 +180,7 @@ class ChatTemplate:
                 text = f"{IMAGE_TOKEN}\n{self.escape(text.replace(IMAGE_TOKEN, ''))}"
             else:
                 text = self.escape(text)
-            if i % 2:
+            if i % 2:  # some data contain what the template writes before an answer, and would have it twice
                 text = self.without_opening(text) or text
             messages.append({"role": "assistant" if i % 2 else "user", "content": text})
         return messages
@@ -198,6 +199,7 @@ class ChatTemplate:
         return self.without_opening(text.strip())
 
     def without_opening(self, text):
+        """Returns the text without what the template writes before an answer."""
         for opening in self.openings:
             text = text.removeprefix(self.special_token.sub("", opening).strip())
         return text.strip()

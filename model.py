@@ -98,7 +98,7 @@ class Llava(nn.Module):
         A and B are fp32. If W is in half precision, the model must be called under autocast.
         """
         self.llm = get_peft_model(self.llm, config)
-        for module in self.llm.modules():  # peft would convert x to fp32, and autocast would convert it back
+        for module in self.llm.modules():  # or peft would convert x to fp32 in each layer, and autocast back
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = False
 

@@ -1,9 +1,9 @@
 """The sanity check: does the trained model answer a question about an image, and does the image matter?
 
-    python sanity_check.py --sample 0       the first question of a held-out record and the model's answer
-    python sanity_check.py --image photo.jpg --question "What is this?"
-    python sanity_check.py --show-mask 0    a held-out record with its labeled tokens marked
-    python sanity_check.py --nearest-tokens 0        the vocabulary tokens that are nearest to each image patch
+    python sanity_check.py --sample 0            the first question of a held-out record and the model's answer
+    python sanity_check.py --image photo.jpg     a question about your own image; --question "What is this?"
+    python sanity_check.py --show-mask 0         a held-out record with its labeled tokens marked
+    python sanity_check.py --nearest-tokens 0    the vocabulary tokens that are nearest to each image patch
 
 It takes a few seconds for the toy. It loads stage 2 of the run if that is finished, else stage 1. (--stage 1
 loads stage 1 in any case.) --sample also prints the loss of the reference answers with the correct image, a
@@ -96,7 +96,8 @@ def main():
     what.add_argument("--sample", type=COUNT, metavar="N", help="answer held-out record N (default: 0)")
     what.add_argument("--image", metavar="FILE", help="answer a question about this image")
     what.add_argument("--show-mask", type=COUNT, metavar="N", help="mark the labeled tokens of record N")
-    what.add_argument("--nearest-tokens", type=COUNT, metavar="N", help="nearest tokens of the patches of record N")
+    what.add_argument("--nearest-tokens", type=COUNT, metavar="N",
+                      help="nearest tokens of the patches of record N")
     parser.add_argument("--question", help="question about --image; default: ask for a brief description")
     parser.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="longest answer in tokens")
     parser.add_argument("--temperature", type=REAL, default=0.0,

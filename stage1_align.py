@@ -5,7 +5,7 @@ turn each of CLIP's features into a vector that the LLM can read like a token's 
 frozen, as in the paper. The projector starts at random, so its first vectors mean nothing to the LLM, and
 updates computed from them could damage it.
 
-    python stage1_align.py                      the toy: about 1 minute on 2 CPU cores, final loss 0.02
+    python stage1_align.py                      the toy: about 1 minute on 2 CPU cores, held-out loss 0.02
     python stage1_align.py --preset tinyllama   the real models and data, see docs/real_data.md
 
 Writes projector.safetensors, run.json and metrics.jsonl to <run>/stage1/. Continue with stage2_instruct.py.
@@ -71,10 +71,12 @@ def main(argv=None):
     device, dtype = processes.device, choose_dtype(args.precision, processes.device)
     print_settings(args, device, dtype)
     folder = Path(args.run) / "stage1"
-    # run.json and every checkpoint store all settings, and --resume compares them.
+    # run.json and checkpoints store all settings. --resume refuses to change those that alter the result.
     settings = {**vars(args), "effective_batch": args.batch_size * args.grad_accum * processes.world_size}
     tracker = import_tracker(args.tracker) if args.tracker else None
-    checkpoint = None if args.check_data else checkpoints.lock_and_find(folder, settings, processes)
+    checkpoint = None  # begin at step 0
+    if not args.check_data:
+        checkpoint = checkpoints.lock_and_find_checkpoint(folder, settings, processes)
     torch.manual_seed(args.seed)  # every process must start with the same random weights
 
     # -- 2. data -------------------------------------------------------------------------------------------
@@ -203,7 +205,7 @@ def main(argv=None):
                              samples=progress.samples)
             if progress.step in eval_at and (args.eval_every or log.may_evaluate()):
                 evaluate()
-            stop = processes.max(stop_signal.number)
+            stop = processes.max(stop_signal.number)  # not 0 if any process has got a signal: all stop together
             if stop or progress.step in save_at:
                 checkpoints.save(folder, progress, model, optimizer, scaler, settings, records_hash, processes)
             if stop:

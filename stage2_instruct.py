@@ -2,9 +2,9 @@
 
 CLIP stays frozen. This stage continues to train the projector of stage 1, and also trains the LLM, on
 conversations about images. The paper trains all weights of the LLM. Here the LLM gets a LoRA adapter, so that
-one small GPU is enough (the original code has the same in scripts/v1_5/finetune_lora.sh).
+one small GPU is enough (as in the original code's scripts/v1_5/finetune_lora.sh).
 
-    python stage2_instruct.py                      the toy: about 1 minute on 2 CPU cores, final loss 0.01
+    python stage2_instruct.py                      the toy: about 1 minute on 2 CPU cores, held-out loss 0.01
     python stage2_instruct.py --preset tinyllama   the real models and data, see docs/real_data.md
 
 Reads <run>/stage1/. Writes projector.safetensors, adapter/, run.json and metrics.jsonl to <run>/stage2/.
@@ -81,7 +81,9 @@ def main(argv=None):
     settings = {**vars(args), "effective_batch": args.batch_size * args.grad_accum * processes.world_size,
                 "stage1_checksum": result_checksums(stage1_folder).get("projector.safetensors")}
     tracker = import_tracker(args.tracker) if args.tracker else None
-    checkpoint = None if args.check_data else checkpoints.lock_and_find(folder, settings, processes)
+    checkpoint = None  # begin at step 0
+    if not args.check_data:
+        checkpoint = checkpoints.lock_and_find_checkpoint(folder, settings, processes)
     torch.manual_seed(args.seed)  # every process must start with the same random weights
 
     # -- 2. data -------------------------------------------------------------------------------------------

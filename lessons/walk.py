@@ -4,8 +4,8 @@
     python -m lessons.walk --stage 1 --record 3
     python -m lessons.walk --run runs/tinyllama
 
-It takes a few seconds for the toy. Each line names the function that makes the step, so it is a guide to the
-five files: keep model.py and data.py open beside it.
+It takes a few seconds for the toy. Each line names the function that makes the step, so it is a guide to
+model.py and data.py: keep both open.
 """
 
 import argparse

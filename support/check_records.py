@@ -1,6 +1,6 @@
 """Checks the data before the first step, so that a missing image does not stop the run hours later.
 
-Uses data.py.
+This file depends on data.py.
 """
 
 from itertools import chain
@@ -58,14 +58,15 @@ def make_datasets(train_records, heldout_records, template, num_image_tokens, se
     print_checked(heldout_records, heldout)
     both = np.isin(heldout.usable.record_hashes, train.usable.record_hashes).sum()
     if both:
-        print(f"WARNING: {both} of {len(heldout.usable)} held-out records are also trained on: choose others")
+        print(f"WARNING: {both} of {len(heldout.usable)} held-out records are also trained on: pass other "
+              "--heldout-data")
     total = len(train_records) + len(heldout_records)
     bad = total - len(train.usable) - len(heldout.usable)
     if bad > allow_bad * total or not len(train.usable):
         hint = " (is --images wrong?)" if "image missing" in train.failures else ""
         which = f"more than --allow-bad {allow_bad} allows"
         if not len(train.usable):
-            which = "among them all to train on"
+            which = "and no training record is left"
         raise UserError(f"{bad:,} of {total:,} records cannot be used, {which}{hint}")
     if heldout.with_image < 2:
         raise UserError(f"{heldout_records.file.path}: fewer than two usable held-out records have an image, "
@@ -110,14 +111,14 @@ class RecordChecks(ChatDataset):
 
 
 def check_records(records, template, num_image_tokens, max_length, decode=False, workers=0, processes=None):
-    """Looks at every record of a RecordSet and returns a Checked. Opens the images if `decode` is true.
+    """Checks every record of a RecordSet and returns a Checked. Opens the images if `decode` is true.
     Each of several processes checks a part of the records, and all return the same."""
     rank, world_size = (processes.rank, processes.world_size) if processes else (0, 1)
     part = records.subset(np.arange(len(records))[rank::world_size])
     checks = RecordChecks(part, template, None, num_image_tokens, max_length, decode=decode)
     loader = DataLoader(checks, batch_size=64, collate_fn=list, num_workers=workers,
                         worker_init_fn=ignore_signals_in_worker,
-                        generator=torch.Generator())  # see stage1_align.py
+                        generator=torch.Generator())  # see load_steps() in step_batches.py
     results = [None] * len(records)
     results[rank::world_size] = tqdm(chain.from_iterable(loader), "checking the data", len(part),
                                      unit="record", leave=False, disable=None)

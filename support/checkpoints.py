@@ -1,6 +1,6 @@
 """A stage's folder: what an earlier run left there, checkpoints, resuming, and stopping on Ctrl-C.
 
-Beside data.py: neither uses the other.
+This file and data.py do not depend on each other.
 
     <run>/stage1/metrics.jsonl           one line per logged step and per evaluation
     <run>/stage1/checkpoint.pt           all that the next step depends on; deleted at the end
@@ -21,8 +21,8 @@ import torch
 from support.errors import UserError, explain_errors
 from support.files import atomic_write, delete, lock_folder, make_writable_folder, read_json
 
-# Settings that a resumed run may change, because they do not change what is computed. batch_size and
-# grad_accum may change if the number of samples per step stays the same, which is checked separately.
+# Settings that a resumed run may change, because the same samples are trained on in the same order. batch_size
+# and grad_accum may change if the number of samples per step stays the same, which is checked separately.
 MAY_CHANGE = {"preset", "run", "device", "workers", "eval_every", "log_every", "save_every", "batch_size",
               "grad_accum", "allow_bad", "tracker", "activation_checkpointing", "resume", "restart",
               "check_data", "effective_batch"}
@@ -39,7 +39,7 @@ class Progress:
     skipped: list = field(default_factory=list)  # sentences about images that could not be decoded
 
 
-def lock_and_find(folder, settings, processes):
+def lock_and_find_checkpoint(folder, settings, processes):
     """Locks a stage's folder for this process and returns its checkpoint, or None to begin at step 0.
 
     Ends the process if --resume finds a run that is finished. Raises UserError if another process trains in
@@ -92,7 +92,7 @@ def check_same_settings(folder, before, settings):
         if name not in MAY_CHANGE and before.get(name) != value:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"--resume: the run in {folder} has {flag} {before.get(name)}, not {value}; use "
-                            "the same value, or start another run with --run")
+                            "the same flags, or start another run with --run")
     if settings["effective_batch"] != before["effective_batch"]:
         raise UserError(f"--resume: the run in {folder} has {before['effective_batch']} samples per step, "
                         f"not {settings['effective_batch']}; change --batch-size and --grad-accum together")
@@ -101,8 +101,8 @@ def check_same_settings(folder, before, settings):
 def discard_results(folder):
     """Deletes what an earlier run wrote here. run.json goes first, because without it the rest does not count
     as finished."""
-    for name in ("run.json", "checkpoint.pt", "projector.safetensors", "adapter", "metrics.jsonl",
-                 "skipped.txt"):
+    for name in ("run.json", "eval.json", "checkpoint.pt", "projector.safetensors", "adapter",
+                 "metrics.jsonl", "skipped.txt"):
         delete(folder / name)
 
 

@@ -1,6 +1,6 @@
 """Which device to compute on, in which precision, and with which attention kernel.
 
-Used by data.py.
+data.py depends on this file.
 """
 
 import torch
@@ -26,8 +26,8 @@ def choose_device(name):
 
 
 def choose_dtype(name, device):
-    """Returns the dtype of frozen weights and matrix products. "auto" takes bf16 on a GPU that computes in
-    it, fp16 on other CUDA GPUs, and fp32 elsewhere."""
+    """Returns the dtype of frozen weights and matrix products. "auto" takes bf16 on a GPU with bf16
+    hardware, fp16 on other CUDA GPUs, and fp32 elsewhere."""
     if name != "auto":
         return DTYPES[name]
     if device.type != "cuda":

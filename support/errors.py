@@ -1,6 +1,6 @@
 """Errors that a user can fix, and how a script ends with them: in one sentence and an exit code.
 
-Used by data.py.
+data.py depends on this file.
 """
 
 import re

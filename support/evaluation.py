@@ -1,7 +1,7 @@
 """Measures a model on held-out records: its loss with the correct, a different and a blank image, the answers
 that it generates, and the vocabulary tokens nearest to its projected patches.
 
-Uses data.py.
+This file depends on data.py.
 
 Both stages call evaluate_heldout(). The tools call the functions that it uses on a finished run.
 """
@@ -80,7 +80,7 @@ def measure_grounding(model, batches, device, blank=False, map=map):
     A falling loss does not show that a model uses the image, because it also falls while the model learns the
     style of the captions. So every record is evaluated with the correct image and with a different one, the
     image of the previous record in the batch. Only a model that uses the image does worse with a different
-    one. If the previous record has the same image, the record counts in "loss" only.
+    one. If the previous record has the same image, the record counts only in "loss" and "loss_blank".
 
     Args:
         batches: from make_heldout_batches().
@@ -129,8 +129,8 @@ def records_with_other_images(records, i, count=1):
 
 
 def evaluate_heldout(model, template, dataset, batches, device, map):
-    """Returns (measured, generated, reference, nearest tokens): what measure_grounding() returns for all held-out
-    batches, and for the first record the generated answer, the reference answer and the nearest tokens."""
+    """Returns what measure_grounding() returns for all held-out batches and, for the first record, the
+    generated answer, the reference answer and the nearest tokens."""
     prompt, reference = dataset.make_prompt(0)
     measured = measure_grounding(model, batches, device, map=map)
     [generated] = generate_answers(model, template, [prompt], device, max_new_tokens=64)

@@ -1,6 +1,6 @@
 """Files: where the inputs are, and writing outputs so that a killed run never leaves half a file.
 
-Used by data.py.
+data.py depends on this file.
 """
 
 import json

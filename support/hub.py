@@ -1,6 +1,6 @@
 """Finds a pretrained model: in a folder, in the cache of the hub's client, or on the hub.
 
-Used by data.py.
+data.py depends on this file.
 
 A model of the hub that is not in the cache is fetched on first use, as transformers does. The client's
 environment variables work here too: HF_HOME moves the cache, and HF_HUB_OFFLINE=1 forbids every request.
@@ -25,11 +25,11 @@ FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "m
          "added_tokens.json", "vocab.json", "merges.txt", "chat_template*"]
 
 
-def find_pretrained(name, also="config.json"):
+def find_pretrained(name, required_file="config.json"):
     """Returns the folder of a pretrained model: `name` itself if it is a folder, else that of the hub's model
     `name`, which is fetched if it is not complete in the cache.
 
-    Args: also: a file that the folder must have, beside config.json and the weights.
+    Args: required_file: a file that the folder must have, beside config.json and the weights.
     Raises UserError if the folder is not complete, or if the model cannot be fetched.
     """
     for folder in (Path(name), REPOSITORY / name):
@@ -37,9 +37,9 @@ def find_pretrained(name, also="config.json"):
             break
     else:
         folder = find_in_cache(name)
-        if folder is None or missing_file(folder, also):
-            folder = fetch(name, also)
-    if missing := missing_file(folder, also):
+        if folder is None or missing_file(folder, required_file):
+            folder = fetch(name, required_file)
+    if missing := missing_file(folder, required_file):
         raise UserError(f"{folder} is not a complete pretrained model: it has no {missing}")
     return str(folder)
 
@@ -53,7 +53,7 @@ def find_in_cache(name):
         return None
 
 
-def missing_file(folder, also):
+def missing_file(folder, required_file):
     """Returns the name of a file that a folder of a pretrained model lacks, or None."""
     weights, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if index.exists():  # the weights are split into several files
@@ -61,14 +61,14 @@ def missing_file(folder, also):
             weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, LookupError, AttributeError, TypeError):
             return f"readable {index.name}"
-    for file in ("config.json", *weights, also):
+    for file in ("config.json", *weights, required_file):
         if not (folder / file).exists():
             pickles = [path.name for path in folder.glob("*.bin")] if file in weights else []
             return f"{file} ({pickles[0]} is a pickle: convert it to safetensors)" if pickles else file
     return None
 
 
-def fetch(name, also):
+def fetch(name, required_file):
     """Fetches a model from the hub, with the client's progress bar, and returns its folder in the cache.
 
     If a download breaks off, complete files stay in the cache. The next attempt fetches the others.
@@ -78,7 +78,7 @@ def fetch(name, also):
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):  # of several processes, one fetches; the others wait, and then find the model
             folder = find_in_cache(name)
-            missing = missing_file(folder, also) if folder else "config.json"
+            missing = missing_file(folder, required_file) if folder else "config.json"
             if not missing:
                 return folder
             disable_progress_bars()  # of the next request, which only asks for the sizes

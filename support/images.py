@@ -1,6 +1,6 @@
 """Images by name, from a folder or from a .zip file that is never unpacked.
 
-Used by data.py.
+data.py depends on this file.
 """
 
 import io

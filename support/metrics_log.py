@@ -1,7 +1,7 @@
 """The log of a stage: a progress bar, metrics.jsonl with one JSON object per line, and optionally a
 tracker.
 
-Beside data.py: neither uses the other.
+This file and data.py do not depend on each other.
 """
 
 import importlib

@@ -1,6 +1,6 @@
 """Loads pretrained models: the vision tower with its preprocessing, the language model and its tokenizer.
 
-Used by data.py.
+data.py depends on this file.
 
 Loading is strict. A missing tensor is an error and never a warning, because a model with random weights in
 one place still answers fluently.
@@ -65,8 +65,8 @@ def load_vision_tower(name, dtype):
     """Returns a CLIPVisionModel or SiglipVisionModel with its pretrained weights."""
     config = load_vision_config(name)
     vision_class = VISION_MODELS[config.model_type]
-    # The files of CLIP hold its text half too. To name those weights here keeps the load silent, so that any
-    # other unexpected weight is still reported.
+    # The files of CLIP hold its text half too. Listing its weights here keeps transformers from reporting them,
+    # so that any other unexpected weight stands out.
     vision_class._keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"projection\.", "logit_scale",
                                                        "logit_bias", "position_ids"]
     vision_tower = _load_strictly(vision_class, name, dtype, config=config)

@@ -1,6 +1,6 @@
 """The processes that train together: one, or as many as torchrun started.
 
-Beside data.py: neither uses the other.
+This file and data.py do not depend on each other.
 """
 
 import os
@@ -13,7 +13,7 @@ from support.devices import choose_device
 
 
 class Processes:
-    """This process and the others that train with it. With a single process every method returns at once.
+    """This process and the others that train with it. With a single process, no method communicates.
 
     Attributes: rank (0 is the one that prints and saves), world_size, device (the one of this process), and
     attempt (how often torchrun has restarted the processes).

@@ -1,6 +1,6 @@
 """Reads the records of a JSON file one at a time, with their images, and splits off held-out records.
 
-Used by data.py.
+data.py depends on this file.
 
 595,375 records as Python dicts take 0.7 GB. Each DataLoader worker would also copy them page by page, because
 reading an object changes its reference count. So RecordFile keeps only the position of each record in the
@@ -25,7 +25,7 @@ class RecordFile:
     Attributes: spans (records, 2), first byte and end of each record. image_hashes and record_hashes, both
     (records,), see hash_record(). sha256, of the file.
 
-    Args: spans: given if they are known. Then the file is not parsed, and there are no hashes.
+    Args: spans: given if they are known. Then the file is not parsed, and there are no hashes and no sha256.
     """
 
     def __init__(self, path, spans=None):
@@ -163,9 +163,9 @@ class RecordSet:
 def open_records(data, images, heldout_data, heldout_images, heldout, limit, seed):
     """Returns (training, held-out) RecordSets.
 
-    Without `heldout_data`, records of `data` are held out. The order is that of a seeded hash of their image,
-    which does not change if records are added, deleted or sorted. The first `heldout` images are held out,
-    with one record each. No other record of these images is trained on.
+    Without `heldout_data`, records of `data` are held out. Images are sorted by a seeded hash of their name, so
+    the choice does not change if records are added, deleted or sorted. The first `heldout` images are held
+    out, with one record each. No other record of these images is trained on.
     `limit` counts training records, so the held-out records are the same for every limit. 0 is no limit.
     """
     file, store = RecordFile(find_file(data)), ImageStore(find_file(images))
@@ -179,7 +179,7 @@ def open_records(data, images, heldout_data, heldout_images, heldout, limit, see
     first_of_image = np.unique(hashes[order], return_index=True)[1]  # positions in `order`
     if len(first_of_image) <= heldout:
         raise UserError(f"--heldout {heldout} leaves none of the {len(file)} records of {data} to train "
-                        "on (records of a held-out image are left out too): lower --heldout")
+                        "on, because all records of a held-out image are left out: lower --heldout")
     train = order[first_of_image[heldout]:]
     return (RecordSet(file, store, train[:limit or None]),
             RecordSet(file, store, order[first_of_image[:heldout]]))

@@ -1,6 +1,6 @@
 """Saves and loads what the stages have trained: projector, adapter and run.json.
 
-Uses data.py.
+This file depends on data.py.
 
 Loading is strict, as in pretrained.py. Weights are safetensors and the rest is JSON. (Only checkpoint.pt is a
 pickle, which is loaded with weights_only=True.)
@@ -31,8 +31,8 @@ RESULT_FILES = ("projector.safetensors", "adapter/adapter_config.json", "adapter
 def save_result(folder, stage, model, template, settings, steps, heldout, skipped, records):
     """Writes projector.safetensors, adapter/ (if there is one, as plain peft writes it), and last run.json.
 
-    heldout: what measure_grounding() returned at the end. skipped: number of images that could not be
-    decoded. records: what describe_records() returned.
+    heldout: what measure_grounding() returned at the end. skipped: number of images that process 0 could
+    not decode. records: what describe_records() returned.
     """
     with atomic_write(folder / "projector.safetensors") as temporary:
         save_file(model.projector.state_dict(), temporary)

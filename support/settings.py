@@ -1,6 +1,6 @@
 """The command line: every setting of a stage's presets is a flag.
 
-Beside data.py: neither uses the other.
+This file and data.py do not depend on each other.
 """
 
 import argparse
@@ -54,10 +54,10 @@ FLAGS = {  # name: (type or choices, help)
     "precision": (("auto", "fp32", "bf16", "fp16"), "of frozen weights and matrix products"),
     "device": (str, "auto, cpu, cuda, cuda:1, mps, …"),
     "seed": (COUNT, "seed of all random numbers"),
-    "eval_every": (POSITIVE, "optimizer steps between two evaluations on the held-out records; None: up to "
-                   "20 evaluations per run, in at most a tenth of its time"),
-    "save_every": (POSITIVE, "optimizer steps between two checkpoints; None: about 20 per run, and at least "
-                   "one every 100 steps"),
+    "eval_every": (POSITIVE, "optimizer steps between two evaluations on the held-out records; if not "
+                   "set: up to 20 between the first and the last step, in at most a tenth of the time"),
+    "save_every": (POSITIVE, "optimizer steps between two checkpoints; if not set: about 20 per run, and at "
+                   "least one every 100 steps"),
     "log_every": (POSITIVE, "optimizer steps between two lines of metrics.jsonl"),
     "tracker": (str, "also log to this module, which has init() and log(): trackio, wandb, swanlab, …"),
 }

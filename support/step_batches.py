@@ -1,6 +1,6 @@
 """Which samples each optimizer step uses, in which micro-batches, and whether the longest of them fits.
 
-Uses data.py.
+This file depends on data.py.
 """
 
 import time
@@ -53,7 +53,7 @@ def plan_steps(lengths, settings, processes, progress):
 def plan_events(settings, total_steps):
     """Returns three sets of steps: after which to log, to evaluate, and to save a checkpoint. The last step
     is not in the second set, because an evaluation follows it in any case."""
-    automatic = max(1, total_steps // 20)
+    automatic = max(1, ceil(total_steps / 20))
     eval_every, save_every = settings.eval_every or automatic, settings.save_every or min(100, automatic)
     log_at, eval_at, save_at = (set(range(every, total_steps, every))
                                 for every in (settings.log_every, eval_every, save_every))
@@ -70,7 +70,7 @@ def print_plan(settings, world_size, step_sizes, training, heldout, total_steps)
 def load_steps(dataset, steps, pad_token_id, workers, device):
     """Yields (micro-batches, sentences about skipped images, seconds spent waiting) of each step. `steps` is
     from plan_steps(). See collate() for what a micro-batch contains."""
-    # Every tensor that a worker has prepared is an open file, so workers prepare 16 micro-batches at most.
+    # Every tensor that a worker has prepared is an open file, so each worker prepares at most 16 micro-batches.
     loader = DataLoader(dataset, batch_sampler=[indices for step in steps for indices in step],
                         collate_fn=partial(collate, pad_token_id=pad_token_id), num_workers=workers,
                         prefetch_factor=min(max([2, *map(len, steps)]), 16) if workers else None,
@@ -89,8 +89,8 @@ def load_steps(dataset, steps, pad_token_id, workers, device):
 
 
 def try_longest_batch(model, dataset, lengths, pad_token_id, device, autocast, settings):
-    """Takes one forward and backward pass of the longest possible micro-batch and prints its peak memory, so
-    that a run that does not fit ends at once and not after hours.
+    """Takes one forward and backward pass of a micro-batch of the samples that are probably the longest, and
+    prints its peak memory, so that a run that does not fit ends at once and not after hours.
 
     Changes nothing in the run: weights and random numbers stay as they are, and gradients are None
     afterwards. Raises UserError if the memory is too small.

@@ -61,8 +61,8 @@ def test_each_module_of_support_says_whether_data_uses_it_or_it_uses_data():
 
     for name in SOURCES:
         if name.startswith("support."):
-            line = ("Used by data.py." if name in below("data") else "Uses data.py." if "data" in below(name)
-                    else "Beside data.py: neither uses the other.")
+            line = ("data.py depends on this file." if name in below("data") else "This file depends on data.py." if "data" in below(name)
+                    else "This file and data.py do not depend on each other.")
             assert line in ast.get_docstring(SOURCES[name]).splitlines(), f"{name}: {line}"
 
 

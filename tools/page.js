@@ -143,7 +143,7 @@ function showTraining() {
   });
 }
 
-// -- 2. what a patch says --------------------------------------------------------------------------------
+// -- 2. nearest tokens of a patch -------------------------------------------------------------------------
 
 function showWords() {
   const output = find("#nearest .output");
