@@ -20,7 +20,8 @@ def shift_twice(self, input_ids, labels, pixel_values, attention_mask):
 
 
 def run(seed):
+    after = train_baseline(1, seed)  # before anything is replaced
     with replaced(Llava, forward=shift_twice):
-        changed = train(2, seed, "double-shift", after=train_baseline(1, seed))
+        changed = train(2, seed, "double-shift", after=after)
     return {name: {"training loss": training_loss(trained)} | measure(trained)
             for name, trained in (("baseline", train_baseline(2, seed)), ("shifted twice", changed))}

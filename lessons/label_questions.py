@@ -24,9 +24,10 @@ def collate_with_labeled_padding(samples, pad_token_id):
 
 
 def run(seed):
+    after = train_baseline(1, seed)  # before anything is replaced
     with labels_changed(label_all_text):
-        questions = train(2, seed, "label-questions", after=train_baseline(1, seed))
+        questions = train(2, seed, "label-questions", after=after)
     with replaced(step_batches, collate=collate_with_labeled_padding):
-        padding = train(2, seed, "label-padding", after=train_baseline(1, seed))
+        padding = train(2, seed, "label-padding", after=after)
     return {"baseline": measure(train_baseline(2, seed)), "loss on all text": measure(questions),
             "loss on padding too": measure(padding)}

@@ -11,6 +11,7 @@ import toy.world
 from data import ChatDataset, ChatTemplate
 from lessons import change_patches, experiment, run
 from model import Llava
+from support import step_batches
 
 RESULTS = json.loads((REPOSITORY / "lessons" / "results.json").read_text(encoding="utf-8"))
 README = (REPOSITORY / "lessons" / "README.md").read_text(encoding="utf-8")
@@ -45,6 +46,22 @@ def test_a_lesson_runs_and_leaves_the_project_unchanged(small, name, monkeypatch
     if name in RESULTS:  # the committed results have the conditions and measures of this lesson
         assert {c: list(numbers) for c, numbers in results.items()} == {
             c: list(numbers) for c, numbers in RESULTS[name].items()}
+
+
+@pytest.mark.parametrize("name", ["double_shift", "label_questions", "tokenize_pieces"])
+def test_a_lesson_that_is_run_alone_trains_its_baseline_before_it_replaces_anything(small, name, monkeypatch):
+    def all_functions():
+        return [dict(vars(part)) for part in (Llava, ChatDataset, ChatTemplate, step_batches)]
+
+    def train_unchanged(*args, **settings):
+        assert all_functions() == before
+        return train(*args, **settings)
+
+    importlib.import_module(f"lessons.{name}")  # the lesson's own train() is not replaced below
+    experiment.train_baseline.cache_clear()  # as if no other lesson had run before
+    before, train = all_functions(), experiment.train
+    monkeypatch.setattr(experiment, "train", train_unchanged)  # which train_baseline() calls
+    run.run_lesson(name, [0])
 
 
 def test_every_lesson_is_in_the_list_and_says_what_it_expects_and_what_came_out():
