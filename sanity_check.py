@@ -1,7 +1,7 @@
 """The sanity check: does the trained model answer a question about an image, and does the image matter?
 
     python sanity_check.py --sample 0            the first question of a held-out record and the model's answer
-    python sanity_check.py --image photo.jpg     a question about your own image; --question "What is this?"
+    python sanity_check.py --image photo.jpg     a question about any image; --question "What is this?"
     python sanity_check.py --show-mask 0         a held-out record with its labeled tokens marked
     python sanity_check.py --nearest-tokens 0    the vocabulary tokens that are nearest to each image patch
 

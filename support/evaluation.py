@@ -85,7 +85,7 @@ def measure_grounding(model, batches, device, blank=False, map=map):
     Args:
         batches: from make_heldout_batches().
         blank: if true, every record is evaluated with a blank image too.
-        map: Processes.map shares the batches out among several processes.
+        map: Processes.map distributes the batches over several processes.
     Returns: a dict.
         loss, loss_different, loss_blank: nats per token with the correct, a different and a blank image.
         correct_more_likely: fraction of records whose answers are more likely with the correct image. A tie

@@ -5,7 +5,6 @@ data.py depends on this file.
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from contextlib import contextmanager, suppress
@@ -29,7 +28,7 @@ def find_file(name):
     raise UserError(f"{name} does not exist{hint}")
 
 
-FORMATS = {  # how files begin that people take for another format
+FORMATS = {  # first bytes of files that are often mistaken for JSON or for an image
     b"version https://git-lfs": "a Git LFS pointer instead of the file: run git lfs pull",
     b"PAR1": "a Parquet file: save it as JSON", b"\x1f\x8b": "compressed by gzip: unpack it",
     b"PK\3\4": "a .zip file: unpack it", b"\xff\xfe": "UTF-16 text: save it as UTF-8",
@@ -39,8 +38,6 @@ FORMATS = {  # how files begin that people take for another format
 
 def name_format(content):
     """Returns what a file is, by its first bytes, and what to do; or None if it may be JSON or an image."""
-    if re.match(rb"[^\n\0-\x08\[{<]*[,;\t][^\n\0-\x08]*\n", content):
-        return "a table (CSV or TSV): save it as JSON"
     return next((kind for start, kind in FORMATS.items() if content[:1000].lstrip().startswith(start)), None)
 
 

@@ -33,7 +33,10 @@ class RecordFile:
         if spans is None:
             with explain_errors(f"read {path}"):
                 content = self.path.read_bytes()
-            if kind := name_format(content):
+            kind = name_format(content)
+            if re.match(rb"[^\n\0-\x08\[{<]*[,;\t][^\n\0-\x08]*\n", content):
+                kind = "a table (CSV or TSV): save it as JSON"
+            if kind:
                 raise UserError(f"{path} is {kind}")
             try:
                 text = content.decode("utf-8")

@@ -203,3 +203,9 @@ def test_symbolic_links_below_the_image_folder_are_followed(tmp_path):
         store.open(RECORD, "loop.png")
     with pytest.raises(BadRecord, match="outside"):
         store.open(RECORD, "coco/../../coco/a.png")
+
+
+def test_a_text_file_is_no_image_and_no_table(tmp_path):
+    (tmp_path / "notes.txt").write_text("Cats, dogs and birds.\n")
+    with pytest.raises(ValueError, match="it is not an image in a supported format$"):
+        decode_image(tmp_path / "notes.txt", "notes.txt")
