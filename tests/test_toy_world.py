@@ -181,3 +181,15 @@ def test_tokenizer_round_trips_every_text_and_starts_lines_like_tinyllamas():
     line = tokenizer.tokenize("<|assistant|>\nred circle.</s>")
     assert line[2:] == ["\n", "re", "d", "▁circle", ".", "</s>"]
     assert tokenizer.tokenize("a red circle") == ["▁a", "▁red", "▁circle"]
+
+
+def test_two_processes_that_need_the_pictures_at_once_draw_them_once(tmp_path):
+    code = ("import sys, toy.world as world, functools; from pathlib import Path; "
+            "world.DATA = Path(sys.argv[1]); "
+            "world.draw = functools.partial(world.draw, chat=200, instruct=200, heldout=9); "
+            "world.draw_if_missing()")
+    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "data")], cwd=REPOSITORY, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    printed = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    assert sorted(printed) == ["", "drawing the toy world\n"] and (tmp_path / "data" / "chat.json").exists()

@@ -18,16 +18,15 @@ the same code does on photos. toy/pretrain.py says how the toy models differ fro
 import argparse
 import json
 import math
-import os
 import random
 import re
 import shutil
 import sys
-import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image, ImageDraw
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -253,16 +252,17 @@ def draw(folder=DATA, chat=6000, instruct=6000, heldout=240, seed=0):
 
 
 def draw_if_missing():
-    """Draws toy/data if it does not exist. With torchrun, local rank 0 draws and the other processes wait."""
-    if not DATA.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
-        print("drawing the toy world", flush=True)
-        try:
-            draw(DATA)
-        except OSError as error:
-            sys.exit(f"cannot draw the toy's pictures into {DATA}: {error.strerror}; copy this repository to "
-                     "a folder that you can write to")
-    while not DATA.exists():
-        time.sleep(.2)
+    """Draws toy/data if it does not exist. Of several processes, the first one draws and the others wait."""
+    if DATA.exists():
+        return
+    try:
+        with FileLock(DATA.with_name("data.lock")):
+            if not DATA.exists():
+                print("drawing the toy world", flush=True)
+                draw(DATA)
+    except OSError as error:
+        sys.exit(f"cannot draw the toy's pictures into {DATA}: {error.strerror}; copy this repository to a folder "
+                 "that you can write to")
 
 
 if __name__ == "__main__":
