@@ -145,14 +145,6 @@ def test_draw_if_missing_draws_only_a_missing_folder_and_announces_it(monkeypatc
     assert capsys.readouterr().out == ""
 
 
-def test_draw_if_missing_lets_other_local_ranks_wait(monkeypatch, tmp_path):
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(world, "DATA", tmp_path / "data")
-    monkeypatch.setattr(world, "draw", lambda folder: pytest.fail("local rank 1 must not draw"))
-    monkeypatch.setattr(world.time, "sleep", lambda seconds: world.DATA.mkdir())  # rank 0 finishes now
-    world.draw_if_missing()
-
-
 # -- toy/pretrain.py and the committed models --------------------------------------------------------------
 
 
