@@ -41,6 +41,8 @@ from support.pretrained import load_tokenizer
 from support.records import check_turns
 
 IMAGE_TOKEN = "<image>"
+EXAMPLE = [{"role": role, "content": 'Is it 2 × "Größe"  (10%)?\nNo. , yes !'}  # to check chat templates
+           for role in ("user", "assistant")] * 3
 
 # -- text: the chat template and the label mask ------------------------------------------------------------
 
@@ -50,11 +52,10 @@ class ChatTemplate:
 
     An LLM answers worse with role markers other than those it was tuned with, so we use its own template.
     Training and inference call the same functions, so their prompts are equal.
-    Raises UserError if the tokenizer or the template cannot be used; see _check().
     """
 
     def __init__(self, llm):
-        self.tokenizer, end_token_ids = load_tokenizer(llm)
+        self.tokenizer, end_token_ids, self.context_length = load_tokenizer(llm)
         # The tokenizer gets one more token. The LLM's embedding table does not: Llava.embed() puts an image
         # feature wherever this id stands, so the id is never looked up.
         self.tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
@@ -67,47 +68,49 @@ class ChatTemplate:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         # run.json stores this hash, because a model must be prompted with the template it was trained with.
         self.template_hash = hashlib.sha256(self.tokenizer.chat_template.encode()).hexdigest()[:16]
-        self.end_token_id = self._check()  # the one that is trained; generation stops at all end tokens
+        try:
+            self.answer_prefixes = self._find_answer_prefixes()
+            self.end_token_id = self._find_end_token()  # the one that is trained
+        except Exception as error:  # a template is a program, which may raise anything
+            folder = self.tokenizer.name_or_path
+            raise UserError(f"the chat template in {folder} cannot be used: {error}") from error
+        # Generation stops at all end tokens.
         self.end_token_ids = list(dict.fromkeys([self.end_token_id, *end_token_ids]))
 
-    def _check(self):
-        """Returns the id of the end token. Raises UserError if the label mask would be wrong.
-
-        encode() relies on three properties. Adding an answer leaves the tokens of its prompt unchanged, every
-        answer ends in a special token, and the tokenizer keeps every character. This also finds what the
-        template writes between prompt and answer: Mistral a space, and Qwen3 an empty thinking block before
-        the last answer.
-        """
-        text = 'Is it 2 × "Größe"  (10%)?\nNo. , yes !'
-        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}] * 3
-        try:
-            rendered = self.render(messages)
-            prompts = [self.render(messages[:i], prompt=True) for i in (1, 3, 5)]
-            prompt_ids = [self.tokenize(prompt, num_image_tokens=0)[0] for prompt in prompts]
-            ids = self.tokenize(rendered, num_image_tokens=0)[0]
-            if not all(rendered.startswith(prompt) and ids[:len(begin)] == begin
-                       for prompt, begin in zip(prompts, prompt_ids)):
+    def _find_answer_prefixes(self):
+        """Returns what the template writes between prompt and answer, the longest first: Mistral a space, and
+        Qwen3 an empty thinking block before the last answer. Raises ValueError if adding an answer changes
+        the tokens of its prompt, because encode() relies on them."""
+        rendered, prefixes = self.render(EXAMPLE), set()
+        ids, _ = self.tokenize(rendered, num_image_tokens=0)
+        for i in (1, 3, 5):
+            prompt, prompt_ids = self.render_prompt(EXAMPLE[:i]), self.encode_prompt(EXAMPLE[:i], 0)
+            if not rendered.startswith(prompt) or ids[:len(prompt_ids)] != prompt_ids:
                 raise ValueError("it renders a prompt differently once its answer is added, so the model "
                                  "would be trained on prompts that it never gets")
-            openings = {rendered[len(prompt):rendered.find(text, len(prompt))] for prompt in prompts}
-            self.openings = sorted(openings, key=len, reverse=True)  # the longest that fits is the right one
-            labels = self.encode(messages, num_image_tokens=0)[1]
-            labeled_ids = [label for label in labels if label != IGNORE_INDEX]
-            end = labeled_ids[-1]
-            if end not in self.special_ids or labeled_ids.count(end) != 3:
-                raise ValueError("it writes no end token after an answer, so the model would never learn to "
-                                 "stop")
-            if (decoded := self.decode(ids[len(prompt_ids[2]):])) != text:
-                raise ValueError(f"its tokenizer turns {text!r} into {decoded!r}; fetch the folder again if "
-                                 "a file is missing, such as tokenizer.json")
-        except Exception as error:  # a template is a program, which may raise anything
-            raise UserError(f"the chat template in {self.tokenizer.name_or_path} cannot be used: {error}"
-                            ) from error
-        return end
+            prefixes.add(rendered[len(prompt):rendered.find(EXAMPLE[i]["content"], len(prompt))])
+        return sorted(prefixes, key=len, reverse=True)
 
-    def render(self, messages, prompt=False):
-        """Returns the conversation as one text. With prompt=True it ends where the next answer begins."""
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    def _find_end_token(self):
+        """Returns the id of the special token that ends every answer. Raises ValueError if there is none, or
+        if the tokenizer does not keep every character, because encode() relies on both."""
+        ids, labels = self.encode(EXAMPLE, num_image_tokens=0)
+        labeled_ids = [label for label in labels if label != IGNORE_INDEX]
+        if labeled_ids[-1] not in self.special_ids or labeled_ids.count(labeled_ids[-1]) != 3:
+            raise ValueError("it writes no end token after an answer, so the model would never learn to stop")
+        text, decoded = EXAMPLE[-1]["content"], self.decode(ids[len(self.encode_prompt(EXAMPLE[:5], 0)):])
+        if decoded != text:
+            raise ValueError(f"its tokenizer turns {text!r} into {decoded!r}; fetch the folder again if a "
+                             "file is missing, such as tokenizer.json")
+        return labeled_ids[-1]
+
+    def render(self, messages):
+        """Returns the conversation as one text."""
+        return self.tokenizer.apply_chat_template(messages, tokenize=False)
+
+    def render_prompt(self, messages):
+        """Returns a conversation that ends with a question as one text, up to where its answer begins."""
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def tokenize(self, text, num_image_tokens):
         """Returns (ids, offsets); offsets[t] is the range of characters that token t stands for.
@@ -131,8 +134,7 @@ class ChatTemplate:
         """Returns (ids, labels) of a whole conversation, two lists of the same length.
 
         labels[t] == ids[t] on every answer, on the end token after it, and on what the template writes
-        between prompt and answer, which the model must generate too; IGNORE_INDEX elsewhere. The end token
-        must be trained, because a model that never sees one does not learn to stop.
+        between prompt and answer, because the model must generate all of it; IGNORE_INDEX elsewhere.
         Raises ValueError if the template changes the text of an answer.
         Source: preprocess_v1() in the original code's train.py. It tokenizes the turns separately and adds up
         their lengths, and masks the whole sample if the sum is wrong. Character offsets avoid that.
@@ -142,8 +144,8 @@ class ChatTemplate:
         labels = [IGNORE_INDEX] * len(ids)
         t = 0
         for i in range(1, len(messages), 2):
-            start = len(self.render(messages[:i], prompt=True))  # in characters: where the prompt ends
-            answers = (opening + messages[i]["content"] for opening in self.openings)
+            start = len(self.render_prompt(messages[:i]))  # in characters: where the prompt ends
+            answers = (prefix + messages[i]["content"] for prefix in self.answer_prefixes)
             end = next((start + len(answer) for answer in answers if text.startswith(answer, start)), None)
             if end is None:
                 raise ValueError("the chat template changes the text of an answer")
@@ -157,19 +159,15 @@ class ChatTemplate:
         return ids, labels
 
     def encode_prompt(self, messages, num_image_tokens):
-        """Returns the ids of a conversation that ends with a question.
-
-        They are a prefix of what encode() returns for the conversation with its answer. _check() has tested
-        this on an example.
-        """
-        return self.tokenize(self.render(messages, prompt=True), num_image_tokens)[0]
+        """Returns the ids of a conversation that ends with a question. They are a prefix of what encode()
+        returns for the conversation with its answer."""
+        return self.tokenize(self.render_prompt(messages), num_image_tokens)[0]
 
     def to_messages(self, record, has_image):
         """Returns the record's turns as [{"role", "content"}], with the image at the front of its question.
 
         The original code does the same (preprocess_multimodal()): "<image>\\n" + question, wherever <image>
-        stood. A record without an image is plain text and is trained like any other.
-        Raises BadRecord if the record is not a conversation that can be trained on.
+        stood. Raises BadRecord if the record is not a conversation that can be trained on.
         """
         texts = check_turns(record, has_image)  # [question, answer, question, answer, …]
         # If no question contains <image>, the image is put in the first one.
@@ -181,27 +179,24 @@ class ChatTemplate:
             else:
                 text = self.escape(text)
             if i % 2:  # some data contain what the template writes before an answer, and would have it twice
-                text = self.without_opening(text) or text
+                text = self.remove_answer_prefix(text) or text
             messages.append({"role": "assistant" if i % 2 else "user", "content": text})
         return messages
 
     def escape(self, text):
-        """Returns the text stripped and with special tokens broken up: "</s>" becomes "< /s>".
-
-        The tokenizer would encode a literal "</s>" in a question or answer as the end token.
-        """
+        """Returns the text stripped and with special tokens broken up. "</s>" becomes "< /s>", because the
+        tokenizer would encode a literal "</s>" as the end token."""
         return self.special_token.sub(lambda match: match[0][0] + " " + match[0][1:], text.strip())
 
     def decode(self, ids):
-        """Returns the text of an answer, as it can be compared with a reference answer: without special
-        tokens, and without what the template writes before an answer."""
+        """Returns the text of an answer, without special tokens and without an answer prefix."""
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return self.without_opening(text.strip())
+        return self.remove_answer_prefix(text.strip())
 
-    def without_opening(self, text):
+    def remove_answer_prefix(self, text):
         """Returns the text without what the template writes before an answer."""
-        for opening in self.openings:
-            text = text.removeprefix(self.special_token.sub("", opening).strip())
+        for prefix in self.answer_prefixes:
+            text = text.removeprefix(self.special_token.sub("", prefix).strip())
         return text.strip()
 
 
@@ -209,11 +204,9 @@ class ChatTemplate:
 
 
 class ChatDataset(Dataset):
-    """Training samples. Sample i is {"input_ids", "labels", "pixel_values", "skipped"}.
-
-    `records` is a support.records.RecordSet, `image_processor` the preprocessing of the vision tower,
-    `num_image_tokens` N, and `max_length` the longest sample in tokens, image positions included.
-    """
+    """Training samples. Sample i is {"input_ids", "labels", "pixel_values", "skipped"}. `records` is a
+    RecordSet, `image_processor` the preprocessing of the vision tower, and `num_image_tokens` N. `max_length`
+    is the longest sample in tokens, image positions included."""
 
     def __init__(self, records, template, image_processor, num_image_tokens, max_length):
         self.records, self.template, self.image_processor = records, template, image_processor
@@ -224,8 +217,7 @@ class ChatDataset(Dataset):
 
     def __getitem__(self, i):
         """Returns sample i. If its image cannot be decoded, returns the next usable sample and says why in
-        sample["skipped"]. All other problems were found by check_records().
-        """
+        sample["skipped"]. check_records() has found all other problems."""
         skipped = []
         for j in range(i, i + min(20, len(self))):  # 20 bad records in a row: the image folder is broken
             record = self.records[j % len(self)]
@@ -237,7 +229,7 @@ class ChatDataset(Dataset):
                 skipped.append(str(error))
         raise UserError(f"{len(skipped)} records in a row cannot be used; the last: {skipped[-1]}")
 
-    def to_messages(self, record):
+    def messages_of(self, record):
         return self.template.to_messages(record, has_image=self.records.image_name(record) is not None)
 
     def encode(self, record):
@@ -245,7 +237,7 @@ class ChatDataset(Dataset):
         original code cuts at max_length, which can leave half an answer without its end token.
         Raises BadRecord if no answer fits."""
         try:
-            ids, labels = self.template.encode(self.to_messages(record), self.num_image_tokens)
+            ids, labels = self.template.encode(self.messages_of(record), self.num_image_tokens)
         except ValueError as error:
             raise BadRecord(record, str(error)) from error
         if len(ids) > self.max_length:
@@ -259,21 +251,18 @@ class ChatDataset(Dataset):
         return ids, labels
 
     def load_pixel_values(self, record):
-        """Returns the record's image as (3, S, S) fp32, or None if the record has no image."""
+        """Returns the record's image as (3, S, S) fp32, resized, cropped and normalized as the vision tower
+        expects, or None if the record has no image."""
         image = self.records.open_image(record)
         if image is None:
             return None
-        # Resizes, crops and normalizes as the vision tower expects. (1, 3, S, S) -> (3, S, S)
         return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
 
     def make_prompt(self, i, turn=0):
-        """Returns ({"input_ids", "pixel_values"}, reference answer) for one question of record i.
-
-        turn: 0 for the first question of the record. A later question is asked alone, without the turns
-        before it. Raises BadRecord if the image cannot be decoded.
-        """
+        """Returns ({"input_ids", "pixel_values"}, reference answer) for one question of record i: the first
+        if turn is 0. A later one is asked alone, without the turns before it."""
         record = self.records[i]
-        messages, pixel_values = self.to_messages(record), self.load_pixel_values(record)
+        messages, pixel_values = self.messages_of(record), self.load_pixel_values(record)
         question, answer = (message["content"] for message in messages[2 * turn:2 * turn + 2])
         if pixel_values is not None and not question.startswith(IMAGE_TOKEN):
             question = f"{IMAGE_TOKEN}\n{question}"

@@ -22,7 +22,7 @@ from torch import nn
 from data import IMAGE_TOKEN, collate
 from model import IGNORE_INDEX
 from support.errors import UserError, printable, run_script
-from support.evaluation import (AnswerPrinter, load_heldout_dataset, mark_labeled, nearest_tokens,
+from support.evaluation import (AnswerPrinter, load_heldout_dataset, print_sample, nearest_tokens,
                                 print_answer, record_losses, records_with_other_images, shorten_image)
 from support.pretrained import load_image
 from support.results import add_run_flags, load_run
@@ -46,7 +46,7 @@ def print_losses(model, heldout_dataset, i):
     images["different image"] = heldout_dataset.load_pixel_values(record)[None]
     images["blank image"] = torch.zeros_like(correct)
     tokens = (batch["labels"] != IGNORE_INDEX).sum().item()
-    turns = len(heldout_dataset.to_messages(heldout_dataset.records[i])) // 2
+    turns = len(heldout_dataset.messages_of(heldout_dataset.records[i])) // 2
     print(f"loss of all reference answers of this record ({turns} answers, {tokens} tokens), nats per token, "
           "with the")
     losses = {name: record_losses(model, {**batch, "pixel_values": pixels}, model.llm.device).item() / tokens
@@ -121,9 +121,7 @@ def main():
     if i >= len(heldout_dataset):
         raise UserError(f"there is no held-out record {i}: they are numbered 0 to {len(heldout_dataset) - 1}")
     if args.show_mask is not None:
-        sample = heldout_dataset[i]
-        print(f"labeled tokens are {'green' if sys.stdout.isatty() else 'in [[ ]]'}")
-        print(mark_labeled(sample["input_ids"], sample["labels"], template, sys.stdout.isatty()))
+        print_sample(heldout_dataset, i, color=sys.stdout.isatty())
         return
     record = heldout_dataset.records[i]
     print(printable(f"held-out record {i} of {len(heldout_dataset)}: id {record.get('id')}, "

@@ -19,16 +19,16 @@ from pathlib import Path
 import torch
 
 from data import ChatTemplate
-from model import IGNORE_INDEX, Llava, count_patches
+from model import IGNORE_INDEX, Llava
 from support import checkpoints
-from support.check_records import make_datasets, note_skipped_images
+from support.check_records import check_and_make_datasets, record_skipped_or_stop
 from support.devices import choose_dtype
-from support.errors import UserError, explain_errors, run_script
-from support.evaluation import evaluate_heldout, make_heldout_batches, mark_labeled
-from support.metrics_log import MetricsLog, format_grounding, import_tracker
-from support.pretrained import load_language_model, load_vision_config, load_vision_tower
+from support.errors import explain_errors, run_script
+from support.evaluation import evaluate_heldout, make_heldout_batches, print_sample
+from support.metrics_log import MetricsLog, format_grounding
+from support.pretrained import load_language_model, load_vision_tower
 from support.processes import Processes
-from support.records import describe_records, open_records
+from support.records import open_records
 from support.results import save_result
 from support.settings import next_command, parse_settings, print_settings
 from support.step_batches import load_steps, plan_events, plan_steps, print_plan, try_longest_batch
@@ -48,7 +48,7 @@ PRESETS = {
         # the optimization
         lr=1e-2, batch_size=32, grad_accum=1, epochs=2, max_steps=None, warmup=0.03, max_grad_norm=1.0,
         # the machine and the log
-        precision="auto", device="auto", seed=0, eval_every=20, save_every=100, log_every=5, tracker=None,
+        precision="auto", device="auto", seed=0, eval_every=20, save_every=100, log_every=5,
     ),
     "tinyllama": dict(
         run="runs/tinyllama",
@@ -60,43 +60,39 @@ PRESETS = {
         # The paper has the same learning rate, schedule and effective batch of 128 (here 4 × 32). It does not
         # mention clipping.
         lr=2e-3, batch_size=4, grad_accum=32, epochs=1, max_steps=None, warmup=0.03, max_grad_norm=1.0,
-        precision="auto", device="auto", seed=0, eval_every=None, save_every=None, log_every=5, tracker=None,
+        precision="auto", device="auto", seed=0, eval_every=None, save_every=None, log_every=5,
     ),
 }
 
 
 def main(argv=None):
     args = parse_settings(__doc__, PRESETS, argv)
-    processes = Processes(args.device)  # one process, or several if torchrun has started this script
+    # One process, or several if torchrun has started this script.
+    processes = Processes(args.device)
     device, dtype = processes.device, choose_dtype(args.precision, processes.device)
     print_settings(args, device, dtype)
     folder = Path(args.run) / "stage1"
     # run.json and checkpoints store all settings. --resume refuses to change those that alter the result.
     settings = {**vars(args), "effective_batch": args.batch_size * args.grad_accum * processes.world_size}
-    tracker = import_tracker(args.tracker) if args.tracker else None
-    checkpoint = None  # begin at step 0
-    if not args.check_data:
-        checkpoint = checkpoints.lock_and_find_checkpoint(folder, settings, processes)
-    torch.manual_seed(args.seed)  # every process must start with the same random weights
+    checkpoint = checkpoints.lock_and_find_checkpoint(folder, settings, processes)
+    # Every process must start with the same random weights.
+    torch.manual_seed(args.seed)
 
     # -- 2. data -------------------------------------------------------------------------------------------
 
+    # Before the first run, the toy draws its 12,240 pictures (about 10 s).
     if args.data.startswith("toy/data/"):
         import toy.world
-        toy.world.draw_if_missing()  # draws 12,240 pictures before the first run (about 10 s)
-    train_records, heldout_records = open_records(
-        args.data, args.images, args.heldout_data, args.heldout_images, args.heldout, args.limit, args.seed)
+        toy.world.draw_if_missing()
+    train_records, heldout_records = open_records(args)
     template = ChatTemplate(args.llm)
-    num_image_tokens = count_patches(load_vision_config(args.vision_tower))  # N
-    # lengths[i] is the approximate number of tokens of training sample i.
-    train_dataset, heldout_dataset, lengths = make_datasets(
-        train_records, heldout_records, template, num_image_tokens, args, processes)
+    train_dataset, heldout_dataset, lengths = check_and_make_datasets(
+        train_records, heldout_records, template, args, processes)
     if args.check_data:
         return None
     pad_token_id = template.tokenizer.pad_token_id
     heldout_batches = make_heldout_batches(heldout_dataset, pad_token_id, args.batch_size)
-    print("a sample; the tokens in [[ ]] are labeled:")
-    print(mark_labeled(*train_dataset.encode(train_dataset.records[0]), template, color=False))
+    print_sample(train_dataset)
 
     # -- 3. model ------------------------------------------------------------------------------------------
 
@@ -109,8 +105,7 @@ def main(argv=None):
     # than about 1/500 of the weight would always be rounded away.
     model.projector.requires_grad_(True)
     if args.activation_checkpointing:
-        # "Gradient checkpointing" is an older name of activation checkpointing. use_reentrant=False is the
-        # variant that PyTorch recommends.
+        # "Gradient checkpointing" is an older name. PyTorch recommends the variant use_reentrant=False.
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     print(model.parameter_table())
 
@@ -120,31 +115,28 @@ def main(argv=None):
     # "peak_lr" is our own key, for the schedule below. fused=True updates all tensors in one kernel.
     optimizer = torch.optim.AdamW([{"params": parameters, "peak_lr": args.lr}], weight_decay=0.0, fused=True)
     # fp16 rounds numbers below 3e-8 to zero, so small gradients would vanish on their way back. The scaler
-    # multiplies the loss by a large number, which scales every gradient, and unscale_() divides the gradients
-    # by it before the step. bf16 and fp32 have a larger range. For them the scaler is disabled: scale()
-    # returns the loss unchanged, and step() only calls optimizer.step().
+    # multiplies the loss by a large number, which scales every gradient. unscale_() divides the gradients by
+    # it, so that the true gradient is clipped. bf16 and fp32 have a larger range. For them the scaler is
+    # disabled: scale() returns the loss unchanged, and step() only calls optimizer.step().
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    scaler.scale(torch.zeros((), device=device))  # or unscale_() fails in a process without samples
     # Autocast runs matrix products in half precision, and operations such as the loss in fp32.
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     # -- 5. the loop ---------------------------------------------------------------------------------------
 
-    records_hash = train_dataset.records.records_hash()  # a resumed run must see the same records
     progress = checkpoints.restore_or_begin(
-        checkpoint, folder, model, optimizer, scaler, records_hash, processes)
-    # steps[k] lists the micro-batches of one optimizer step of this process, and each micro-batch lists its
-    # samples. step_sizes[k] is the number of samples of that step in all processes.
-    steps, step_sizes = plan_steps(lengths, args, processes, progress)
-    total_steps = progress.step + len(steps)
+        checkpoint, folder, model, optimizer, scaler, train_dataset.records, processes)
+    # sample_indices[k] lists the micro-batches of one optimizer step of this process. Each micro-batch lists
+    # the indices of its samples. step_sizes[k] is the number of samples of that step in all processes.
+    sample_indices, step_sizes = plan_steps(lengths, args, processes, progress)
+    total_steps = progress.step + len(step_sizes)
     log_at, eval_at, save_at = plan_events(args, total_steps)
-    loaded = load_steps(train_dataset, steps, pad_token_id, args.workers, device)
+    loaded = load_steps(train_dataset, sample_indices, pad_token_id, args.workers, device)
     print_plan(args, processes.world_size, step_sizes, len(train_dataset), len(heldout_dataset), total_steps)
-    log = MetricsLog(folder, processes, checkpoint, total_steps, tracker, settings)
+    log = MetricsLog(folder, processes, checkpoint, total_steps)
 
     def evaluate():
-        """Measures the held-out loss with the correct and with a different image, and logs one answer and
-        the nearest tokens of its image patches."""
+        """Logs the held-out loss with the correct and a different image, an answer, and nearest tokens."""
         with autocast():
             return log.log_heldout(progress.step, *evaluate_heldout(
                 model, template, heldout_dataset, heldout_batches, device, processes.map))
@@ -153,19 +145,20 @@ def main(argv=None):
     if device.type == "cuda":
         try_longest_batch(model, train_dataset, lengths, pad_token_id, device, autocast, args)
     warmup_steps = max(1, round(args.warmup * total_steps))
-    with checkpoints.StopSignal() as stop_signal:  # Ctrl-C or SIGTERM
+    with checkpoints.StopSignal() as stop_signal:
         if progress.step == 0:
             progress.before = evaluate()
-        for step, step_size in zip(steps, step_sizes):
+        for indices, step_size in zip(sample_indices, step_sizes):
             # Linear warm-up, because Adam's first updates are about as large as lr however small the gradient
-            # is. Then half a cosine, towards zero.
-            done = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)  # 0 … 1
+            # is. Then half a cosine, towards zero, while `done` grows from 0 to 1.
+            done = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
             factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * done))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
 
-            micro_batches, skipped, seconds_waiting = next(loaded)  # see collate() for what they contain
-            note_skipped_images(progress.skipped, skipped, folder, args.allow_bad, len(train_dataset))
+            # collate() in data.py says what a micro-batch contains.
+            micro_batches, skipped, seconds_waiting = next(loaded)
+            record_skipped_or_stop(progress.skipped, skipped, folder, args.allow_bad, len(train_dataset))
 
             # The loss is the mean over all n labeled tokens of the effective batch:
             #     L = 1/n · Σ over micro-batches Σ over their labeled tokens  -log p(x_t | x_<t, image)
@@ -188,9 +181,9 @@ def main(argv=None):
             # their gradients are added. (DistributedDataParallel would average them.)
             processes.sum_gradients(parameters)
             loss = processes.sum(loss)
-            scaler.unscale_(optimizer)  # so that the true gradient is clipped
+            scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-            checkpoints.stop_if_diverged(progress, loss, grad_norm, scaler, train_dataset.records, step)
+            checkpoints.stop_if_diverged(progress, loss, grad_norm, scaler, train_dataset.records, indices)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -198,31 +191,24 @@ def main(argv=None):
             progress.step += 1
             progress.samples += step_size
             log.count_step(step_size, micro_batches, seconds_waiting)
-            del micro_batches  # before the next ones are loaded
+            # Frees their memory before the next ones are loaded.
+            del micro_batches
             if progress.step in log_at:
-                [lr] = (group["lr"] for group in optimizer.param_groups)
-                log.log_step(progress.step, loss=loss, lr=lr, grad_norm=grad_norm, labeled_tokens=n,
-                             samples=progress.samples)
+                log.log_step(progress, optimizer, loss=loss, grad_norm=grad_norm, labeled_tokens=n)
             if progress.step in eval_at and (args.eval_every or log.may_evaluate()):
                 evaluate()
-            stop = processes.max(stop_signal.number)  # not 0 if any process has got a signal: all stop together
+            # Not 0 if any process has got Ctrl-C or SIGTERM. Then all processes save and stop.
+            stop = processes.max(stop_signal.number)
             if stop or progress.step in save_at:
-                checkpoints.save(folder, progress, model, optimizer, scaler, settings, records_hash, processes)
+                checkpoints.save(folder, progress, model, optimizer, scaler, settings, processes)
             if stop:
-                log.close()
                 checkpoints.exit_after_stop(stop, folder, progress.step, total_steps)
 
     # -- 6. save -------------------------------------------------------------------------------------------
 
     after = evaluate()
     log.close()
-    if not math.isfinite(after["loss"]):
-        raise UserError("the held-out loss is not finite, so the result was not saved; try a lower --lr")
-    if processes.rank == 0:
-        save_result(folder, 1, model, template, settings, progress.step, after, len(progress.skipped),
-                    describe_records(train_dataset.records, heldout_dataset.records))
-        checkpoints.discard_checkpoint(folder)
-    processes.barrier()
+    save_result(folder, 1, model, settings, progress, after, train_dataset, heldout_dataset, processes)
     print(f"before: {format_grounding(progress.before)}\nafter:  {format_grounding(after)}\n"
           f"saved in {folder}; next: {next_command('stage2_instruct.py', args)}")
     return model

@@ -1,5 +1,7 @@
 """The toy's models and data for the exercises, built as the stages build them. No finished run is needed."""
 
+from argparse import Namespace
+
 import torch
 
 import stage1_align
@@ -26,9 +28,8 @@ def load_model(model_class=Llava, seed=0):
 
 def load_datasets(template, num_image_tokens, stage):
     """Returns the (training, held-out) ChatDatasets of a stage: 6,000 and 240 records."""
-    settings = PRESETS[stage]
+    settings = Namespace(**PRESETS[stage])
     toy.world.draw_if_missing()  # about 10 s, only once
-    names = ("data", "images", "heldout_data", "heldout_images", "heldout", "limit", "seed")
-    image_processor = load_image_processor(settings["vision_tower"])
-    return [ChatDataset(records, template, image_processor, num_image_tokens, settings["max_length"])
-            for records in open_records(**{name: settings[name] for name in names})]
+    image_processor = load_image_processor(settings.vision_tower)
+    return [ChatDataset(records, template, image_processor, num_image_tokens, settings.max_length)
+            for records in open_records(settings)]

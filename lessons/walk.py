@@ -48,7 +48,7 @@ def main():
     record, tokenizer = dataset.records[args.record], template.tokenizer
 
     show("support/records.py, RecordSet.__getitem__: the record", json.dumps(record, indent=1))
-    messages = dataset.to_messages(record)
+    messages = dataset.messages_of(record)
     show("data.py, ChatTemplate.to_messages: <image> moves to the front", "\n".join(map(repr, messages)))
     show("data.py, ChatTemplate.render: the chat template", template.render(messages))
 

@@ -10,17 +10,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from data import ChatDataset
+from model import count_patches
 from support.checkpoints import ignore_signals_in_worker
 from support.errors import BadRecord, UserError, explain_errors
-from support.hub import find_pretrained
-from support.pretrained import load_image_processor
+from support.pretrained import load_image_processor, load_vision_config
 from support.records import RecordSet, image_of
 
 
-class Checked(NamedTuple):
+class CheckResult(NamedTuple):
     """What check_records() found."""
     usable: RecordSet  # the records that can be trained on
     lengths: np.ndarray  # (usable,) approximate number of tokens of each
@@ -30,9 +29,9 @@ class Checked(NamedTuple):
     found_by_id: int  # how many of these lack "image", and are found by their id
 
 
-def make_datasets(train_records, heldout_records, template, num_image_tokens, settings, processes):
+def check_and_make_datasets(train_records, heldout_records, template, settings, processes):
     """Checks both RecordSets and prints what it finds. Returns (train_dataset, heldout_dataset, lengths): two
-    ChatDatasets of the usable records, and the approximate number of tokens of each training sample.
+    ChatDatasets of the usable records. lengths[i] is the approximate number of tokens of training sample i.
 
     Without --decode, training images are only looked up, because opening 595,375 of them takes long. Held-out
     images are always opened. Raises UserError if more than the fraction --allow-bad of all records is
@@ -40,22 +39,18 @@ def make_datasets(train_records, heldout_records, template, num_image_tokens, se
     --max-length is more than the LLM can read.
     """
     max_length, allow_bad = settings.max_length, settings.allow_bad
-    llm_folder = find_pretrained(settings.llm)
-    with explain_errors(f"read {llm_folder}/config.json"):
-        config = AutoConfig.from_pretrained(llm_folder, trust_remote_code=False)
-        context = config.get_text_config().max_position_embeddings
-    if max_length > context:
+    if max_length > template.context_length:
         raise UserError(f"--max-length {max_length} is more than {settings.llm} can read: pass --max-length "
-                        f"{context} or less")
-    workers = settings.workers if settings.decode else 0
-    train = check_records(train_records, template, num_image_tokens, max_length, settings.decode, workers,
-                          processes)
-    print_checked(train_records, train)
+                        f"{template.context_length} or less")
+    num_image_tokens = count_patches(load_vision_config(settings.vision_tower))  # N
+    train = check_records(train_records, template, num_image_tokens, max_length, settings.decode,
+                          settings.workers if settings.decode else 0, processes)
+    print_check_result(train_records, train)
     if not settings.decode:
         print("  The images of these records were looked up but not opened; --decode opens them.")
     heldout = check_records(heldout_records, template, num_image_tokens, max_length, decode=True,
                             processes=processes)
-    print_checked(heldout_records, heldout)
+    print_check_result(heldout_records, heldout)
     both = np.isin(heldout.usable.record_hashes, train.usable.record_hashes).sum()
     if both:
         print(f"WARNING: {both} of {len(heldout.usable)} held-out records are also trained on: pass other "
@@ -64,9 +59,8 @@ def make_datasets(train_records, heldout_records, template, num_image_tokens, se
     bad = total - len(train.usable) - len(heldout.usable)
     if bad > allow_bad * total or not len(train.usable):
         hint = " (is --images wrong?)" if "image missing" in train.failures else ""
-        which = f"more than --allow-bad {allow_bad} allows"
-        if not len(train.usable):
-            which = "and no training record is left"
+        which = f"more than --allow-bad {allow_bad} allows" if len(train.usable) else \
+            "and no training record is left"
         raise UserError(f"{bad:,} of {total:,} records cannot be used, {which}{hint}")
     if heldout.with_image < 2:
         raise UserError(f"{heldout_records.file.path}: fewer than two usable held-out records have an image, "
@@ -94,7 +88,7 @@ class RecordChecks(ChatDataset):
     def __getitem__(self, i):
         record, images, lost = self.records[i], self.records.images, False
         try:
-            name, messages = self.records.image_name(record), self.to_messages(record)
+            name, messages = self.records.image_name(record), self.messages_of(record)
             if name is not None:
                 look = images.open if self.decode else images.check
                 look(record, name)
@@ -111,7 +105,7 @@ class RecordChecks(ChatDataset):
 
 
 def check_records(records, template, num_image_tokens, max_length, decode=False, workers=0, processes=None):
-    """Checks every record of a RecordSet and returns a Checked. Opens the images if `decode` is true.
+    """Checks every record of a RecordSet and returns a CheckResult. Opens the images if `decode` is true.
     Each of several processes checks a part of the records, and all return the same."""
     rank, world_size = (processes.rank, processes.world_size) if processes else (0, 1)
     part = records.subset(np.arange(len(records))[rank::world_size])
@@ -131,16 +125,16 @@ def check_records(records, template, num_image_tokens, max_length, decode=False,
     for result in results:
         if isinstance(result, BadRecord):
             failures.setdefault(result.reason, []).append(str(result))
-    return Checked(records.subset(usable), lengths, failures, *(int(flag.sum()) for flag in flags))
+    return CheckResult(records.subset(usable), lengths, failures, *(int(flag.sum()) for flag in flags))
 
 
-def print_checked(records, checked):
+def print_check_result(records, result):
     """Prints how many of the records are usable, and why the others are not."""
-    print(f"checked {len(records):,} records of {records.file.path}: {len(checked.usable):,} usable, of "
-          f"which {checked.shortened:,} lose turns to --max-length")
-    print(f"  {checked.with_image:,} with an image, of which {checked.found_by_id:,} are found by their id; "
-          f"{len(checked.usable) - checked.with_image:,} without an image")
-    for reason, sentences in checked.failures.items():
+    print(f"checked {len(records):,} records of {records.file.path}: {len(result.usable):,} usable, of "
+          f"which {result.shortened:,} lose turns to --max-length")
+    print(f"  {result.with_image:,} with an image, of which {result.found_by_id:,} are found by their id; "
+          f"{len(result.usable) - result.with_image:,} without an image")
+    for reason, sentences in result.failures.items():
         print(f"  {len(sentences):,} unusable: {reason}")
         for sentence in sentences[:10]:
             print(f"    {sentence}")
@@ -148,17 +142,17 @@ def print_checked(records, checked):
             print(f"    … and {len(sentences) - 10:,} more")
 
 
-def note_skipped_images(skipped, sentences, folder, allow_bad, num_samples):
+def record_skipped_or_stop(skipped, sentences, folder, allow_bad, num_samples):
     """Adds the sentences about images that could not be decoded to the list `skipped` and to
     <folder>/skipped.txt, each record once. Raises UserError if they are more than the fraction `allow_bad` of
     `num_samples`. Each of several processes counts the records that it has seen itself."""
     new = [sentence for sentence in dict.fromkeys(sentences) if sentence not in skipped]
-    if new:
-        skipped += new
-        path = folder / "skipped.txt"
-        with explain_errors(f"write {path}"), open(path, "a", encoding="utf-8") as file:
-            file.writelines(sentence + "\n" for sentence in new)
-        if len(skipped) > allow_bad * num_samples:
-            raise UserError(f"the images of {len(skipped)} records cannot be decoded, more than --allow-bad "
-                            f"{allow_bad} allows of {num_samples:,}; see {folder}/skipped.txt; the last: "
-                            f"{new[-1]}")
+    if not new:
+        return
+    skipped += new
+    path = folder / "skipped.txt"
+    with explain_errors(f"write {path}"), open(path, "a", encoding="utf-8") as file:
+        file.writelines(sentence + "\n" for sentence in new)
+    if len(skipped) > allow_bad * num_samples:
+        raise UserError(f"the images of {len(skipped)} records cannot be decoded, more than --allow-bad "
+                        f"{allow_bad} allows of {num_samples:,}; see {path}; the last: {new[-1]}")

@@ -17,6 +17,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 
 import torch
+from tqdm import tqdm
 
 from support.errors import UserError, explain_errors
 from support.files import atomic_write, delete, lock_folder, make_writable_folder, read_json
@@ -24,7 +25,7 @@ from support.files import atomic_write, delete, lock_folder, make_writable_folde
 # Settings that a resumed run may change, because the same samples are trained on in the same order. batch_size
 # and grad_accum may change if the number of samples per step stays the same, which is checked separately.
 MAY_CHANGE = {"preset", "run", "device", "workers", "eval_every", "log_every", "save_every", "batch_size",
-              "grad_accum", "allow_bad", "tracker", "activation_checkpointing", "resume", "restart",
+              "grad_accum", "allow_bad", "activation_checkpointing", "resume", "restart",
               "check_data", "effective_batch"}
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # of Ctrl-C; of kill and of cluster schedulers
 
@@ -37,15 +38,19 @@ class Progress:
     before: dict = None  # the held-out measurement before the first step
     bad_steps: int = 0  # steps in a row whose loss or gradient was not finite
     skipped: list = field(default_factory=list)  # sentences about images that could not be decoded
+    records_hash: str = ""  # of the training records
 
 
 def lock_and_find_checkpoint(folder, settings, processes):
-    """Locks a stage's folder for this process and returns its checkpoint, or None to begin at step 0.
+    """Locks a stage's folder for this process and returns its checkpoint, or None to begin at step 0. With
+    --check-data it does nothing.
 
     Ends the process if --resume finds a run that is finished. Raises UserError if another process trains in
     the folder, or it holds a run and neither --resume nor --restart was given, or --resume comes with other
     settings.
     """
+    if settings["check_data"]:
+        return None
     folder = make_writable_folder(folder)
     if processes.rank == 0:  # the only one that writes
         lock_folder(folder)
@@ -54,22 +59,15 @@ def lock_and_find_checkpoint(folder, settings, processes):
     restarted = processes.attempt > 0
     if settings["restart"] and not (restarted and path.exists()):
         return None
-    if settings["resume"] or restarted:
-        return read_checkpoint(folder, finished, settings)
-    if finished or path.exists():
-        raise UserError(f"{folder} holds {'a finished' if finished else 'an unfinished'} run: "
-                        f"{'' if finished else 'continue it with --resume, '}discard it with --restart, or "
-                        "choose another folder with --run")
-    return None
-
-
-def read_checkpoint(folder, finished, settings):
-    """Returns the checkpoint in a stage's folder, or None. Ends the process if the run is finished;
-    `finished` is its run.json or None. Raises UserError if its settings are not `settings`."""
-    path = folder / "checkpoint.pt"
+    if not (settings["resume"] or restarted):
+        if finished or path.exists():
+            raise UserError(f"{folder} holds {'a finished' if finished else 'an unfinished'} run: "
+                            f"{'' if finished else 'continue it with --resume, '}discard it with --restart, or "
+                            "choose another folder with --run")
+        return None
     if finished:
         check_same_settings(folder, finished["settings"], settings)
-        discard_checkpoint(folder)  # left if the run was killed just before its end
+        delete(path)  # left if the run was killed just before its end
         print(f"{folder} holds a finished run, so there is nothing to resume", file=sys.stderr)
         sys.exit(0)
     if not path.exists():
@@ -98,20 +96,7 @@ def check_same_settings(folder, before, settings):
                         f"not {settings['effective_batch']}; change --batch-size and --grad-accum together")
 
 
-def discard_results(folder):
-    """Deletes what an earlier run wrote here. run.json goes first, because without it the rest does not count
-    as finished."""
-    for name in ("run.json", "eval.json", "checkpoint.pt", "projector.safetensors", "adapter",
-                 "metrics.jsonl", "skipped.txt"):
-        delete(folder / name)
-
-
-def discard_checkpoint(folder):
-    """Deletes the checkpoint of a run that is finished."""
-    delete(folder / "checkpoint.pt")
-
-
-def save(folder, progress, model, optimizer, scaler, settings, records_hash, processes):
+def save(folder, progress, model, optimizer, scaler, settings, processes):
     """Writes checkpoint.pt. Every process calls this, because each has random numbers of its own; rank 0
     writes."""
     rng = [torch.get_rng_state()]
@@ -123,21 +108,26 @@ def save(folder, progress, model, optimizer, scaler, settings, records_hash, pro
         # With an open file, torch.save() says why a write failed, for example because of a full disk.
         with atomic_write(folder / "checkpoint.pt") as temporary, open(temporary, "wb") as file:
             torch.save({
-                "progress": asdict(progress), "settings": settings,
-                "weights": model.trainable(), "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(), "rng": rngs, "records": records_hash,
+                "progress": asdict(progress), "settings": settings, "weights": model.trainable(),
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rngs,
                 "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0}, file)
     processes.barrier()
 
 
-def restore_or_begin(checkpoint, folder, model, optimizer, scaler, records_hash, processes):
+def restore_or_begin(checkpoint, folder, model, optimizer, scaler, records, processes):
     """Returns the Progress of `checkpoint` and restores its weights, optimizer, scaler and random numbers. If
-    it is None, discards what an earlier run left in the folder, and returns the Progress of step 0."""
+    it is None, deletes what an earlier run left in the folder, and returns the Progress of step 0.
+    `records` is the RecordSet of the training records."""
+    # Without this, scaler.unscale_() would fail in a process without samples.
+    scaler.scale(torch.zeros((), device=processes.device))
     if checkpoint is None:
-        if processes.rank == 0:
-            discard_results(folder)
-        return Progress()
-    if checkpoint["records"] != records_hash:
+        if processes.rank == 0:  # run.json goes first, because without it the rest does not count as finished
+            for name in ("run.json", "eval.json", "checkpoint.pt", "projector.safetensors", "adapter",
+                         "metrics.jsonl", "skipped.txt"):
+                delete(folder / name)
+        return Progress(records_hash=records.records_hash())
+    progress = Progress(**checkpoint["progress"])
+    if progress.records_hash != records.records_hash():
         raise UserError("--resume: the training records have changed since the run was interrupted, so its "
                         "order of samples is lost; restore the data, or start again with --restart")
     with torch.no_grad():
@@ -151,24 +141,24 @@ def restore_or_begin(checkpoint, folder, model, optimizer, scaler, records_hash,
         torch.set_rng_state(rng[0])
         if len(rng) > 1 and processes.device.type == "cuda":
             torch.cuda.set_rng_state(rng[1], processes.device)
-    return Progress(**checkpoint["progress"])
+    return progress
 
 
-def stop_if_diverged(progress, loss, grad_norm, scaler, records, step):
+def stop_if_diverged(progress, loss, grad_norm, scaler, records, indices):
     """Raises UserError if the loss or the gradient is not finite, because the step would spoil all weights.
     In fp16 it allows nine such steps in a row, because scaler.step() skips them and scaler.update() lowers
-    the scale. `step` lists the micro-batches, whose records are named."""
+    the scale. `indices` lists the micro-batches of the step, whose records are named."""
     progress.bad_steps = 0 if math.isfinite(loss + grad_norm) else progress.bad_steps + 1
     if progress.bad_steps >= (10 if scaler.is_enabled() else 1):
-        ids = [str(records[i].get("id")) for indices in step for i in indices]
+        ids = [str(records[i].get("id")) for micro_batch in indices for i in micro_batch]
         raise UserError(f"step {progress.step + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try a lower "
                         f"--lr, or look at the records of this step: {', '.join(ids[:16])}")
 
 
 def exit_after_stop(number, folder, step, total_steps):
     """Says how to continue a run that a stop signal has ended, and ends the process."""
-    print(f"saved {folder} at step {step:,} of {total_steps:,}: continue with the same command and --resume",
-          file=sys.stderr)
+    tqdm.write(f"saved {folder} at step {step:,} of {total_steps:,}: continue with the same command and "
+               "--resume", file=sys.stderr)
     sys.exit(128 + number)
 
 

@@ -86,13 +86,10 @@ def run_script(main):
                      "--workers")
         if not is_out_of_memory(error):
             raise
-        advice = ("Halve --batch-size and double --grad-accum, which keeps the effective batch, or add "
-                  "--activation-checkpointing, or lower --max-length")
-        if not script.startswith("stage"):
-            advice = "Use a GPU with more memory, or --device cpu"
-            if script in ("evaluate.py", "page.py"):
-                advice = f"Lower --batch-size. {advice}"
         details = (str(error).splitlines() or ["no details"])[0]
+        advice = ("Lower --batch-size and raise --grad-accum; see docs/memory_and_speed.md"
+                  if script.startswith("stage") else
+                  "Lower --batch-size, if there is one; or use a GPU with more memory, or --device cpu")
         sys.exit(f"{script}: out of memory ({details}). {advice}")
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(130)

@@ -7,7 +7,7 @@ Both stages call evaluate_heldout(). The tools call the functions that it uses o
 """
 
 from collections import Counter
-from itertools import islice
+from itertools import groupby, islice
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from data import IMAGE_TOKEN, ChatDataset, collate
 from model import IGNORE_INDEX
-from support.check_records import check_records, print_checked
+from support.check_records import check_records, print_check_result
 from support.errors import UserError, printable
 from support.records import reopen_heldout
 
@@ -28,12 +28,12 @@ def load_heldout_dataset(run, template, image_processor, num_image_tokens, count
     records = reopen_heldout(settings[f"{prefix}data"], settings[f"{prefix}images"], run["records"])
     records = records.subset(np.arange(len(records))[:count])
     max_length = settings["max_length"]
-    checked = check_records(records, template, num_image_tokens, max_length, decode=True)
-    if checked.failures:
-        print_checked(records, checked)
-    if not len(checked.usable):
+    result = check_records(records, template, num_image_tokens, max_length, decode=True)
+    if result.failures:
+        print_check_result(records, result)
+    if not len(result.usable):
         raise UserError(f"none of the {len(records)} held-out records of {records.file.path} can be used")
-    return ChatDataset(checked.usable, template, image_processor, num_image_tokens, max_length)
+    return ChatDataset(result.usable, template, image_processor, num_image_tokens, max_length)
 
 
 def make_heldout_batches(dataset, pad_token_id, batch_size):
@@ -153,11 +153,6 @@ def generate_answers(model, template, prompts, device, max_new_tokens=128):
     return [template.decode(row) for row in ids]
 
 
-def context_length(model):
-    """Returns how many tokens the LLM can read, prompt and answer together."""
-    return model.llm.config.get_text_config().max_position_embeddings
-
-
 class AnswerPrinter:
     """Prints the text of an answer while Llava.generate() passes on its ids, and keeps them in `ids`."""
 
@@ -168,7 +163,7 @@ class AnswerPrinter:
         self.ids += ids.flatten().tolist()
         text = self.template.decode(self.ids)
         # The end of the text can be a part of a character, and the beginning a part of what decode() removes.
-        if not text.endswith("\ufffd") and not any(o.startswith(text) for o in self.template.openings):
+        if not text.endswith("\ufffd") and not any(o.startswith(text) for o in self.template.answer_prefixes):
             self._print_rest(text)
 
     def end(self):
@@ -181,7 +176,7 @@ class AnswerPrinter:
 
 def print_answer(model, template, prompt, printer, max_new_tokens, temperature):
     """Lets an AnswerPrinter print the answer to one prompt. Raises UserError if the prompt is too long."""
-    length, context = len(prompt["input_ids"]), context_length(model)
+    length, context = len(prompt["input_ids"]), template.context_length
     if length >= context:
         raise UserError(f"the prompt has {length} tokens, but the LLM can read only {context} tokens, answer "
                         "included: ask a shorter question")
@@ -219,18 +214,16 @@ def nearest_tokens(model, template, pixel_values, count=3):
             for patch in zip(ids.tolist(), cosines.tolist())]
 
 
-def mark_labeled(ids, labels, template, color):
-    """Returns a sample as text with the labeled tokens marked: in green if `color`, else in [[ ]]."""
+def print_sample(dataset, i=0, color=False):
+    """Prints sample i of a ChatDataset with its labeled tokens marked: in green if `color`, else in [[ ]]."""
+    template, (ids, labels) = dataset.template, dataset.encode(dataset.records[i])
     on, off = ("\033[1;32m", "\033[0m") if color else ("[[", "]]")
-    text, t = "", 0
-    while t < len(ids):
-        end = t
-        while end < len(ids) and (labels[end] == IGNORE_INDEX) == (labels[t] == IGNORE_INDEX):
-            end += 1
-        piece = printable(template.tokenizer.decode(ids[t:end]), keep="\n")
-        text += piece if labels[t] == IGNORE_INDEX else f"{on}{piece}{off}"
-        t = end
-    return shorten_image(text, ids.count(template.image_token_id))
+    text = ""
+    for labeled, group in groupby(range(len(ids)), key=lambda t: labels[t] != IGNORE_INDEX):
+        piece = printable(template.tokenizer.decode([ids[t] for t in group]), keep="\n")
+        text += f"{on}{piece}{off}" if labeled else piece
+    print(f"sample {i}; labeled tokens are {'green' if color else 'in [[ ]]'}")
+    print(shorten_image(text, ids.count(template.image_token_id)))
 
 
 def shorten_image(text, count):

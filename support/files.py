@@ -122,22 +122,9 @@ def read_json(path):
         raise UserError(f"cannot read {path}: {error}") from error
 
 
-class WorkerFile:
-    """Reads a file at given positions, with a separate file handle in each process.
-
-    A file handle has one position. If workers inherited it, each would move it while the others read. And a
-    handle cannot be sent to workers that are spawned (macOS, Windows). So each process opens the file on its
-    first read.
-    """
-
-    def __init__(self, path):
-        self.path, self._file, self._process = path, None, None
-
-    def __getstate__(self):
-        return {"path": self.path, "_file": None, "_process": None}
-
-    def read(self, offset, size):
-        if self._process != os.getpid():
-            self._file, self._process = open(self.path, "rb"), os.getpid()
-        self._file.seek(offset)
-        return self._file.read(size)
+def read_part(path, offset, size):
+    """Returns `size` bytes of a file, from `offset` on. Opens the file each time, because DataLoader workers
+    that shared one handle would move its position while others read."""
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        return file.read(size)

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from support.errors import BadRecord, UserError, explain_errors
-from support.files import WorkerFile, name_format
+from support.files import name_format, read_part
 
 # Formats that Pillow decodes by itself. (EPS, for example, would start Ghostscript.)
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO"]
@@ -130,7 +130,6 @@ class ImageStore:
         self.members = np.array([info.filename.encode() for info in members])
         self.places = np.array([(info.header_offset, info.compress_size, info.file_size, info.compress_type,
                                  info.CRC) for info in members], dtype=np.int64).reshape(-1, 5)
-        self._file = WorkerFile(self.root)
 
     def _find_member(self, name):
         """Returns the row of the member called `name`, with or without the top folder, or None."""
@@ -149,8 +148,8 @@ class ImageStore:
             raise ValueError(f"{name} is {size:,} bytes long, too large for an image")
         # A member starts with 30 bytes that end in two lengths, then its name and an extra field of those
         # lengths (PKWARE's APPNOTE.TXT, section 4.3.7).
-        name_length, extra_length = struct.unpack("<26x2H", self._file.read(offset, 30))
-        content = self._file.read(offset + 30 + name_length + extra_length, compressed_size)
+        name_length, extra_length = struct.unpack("<26x2H", read_part(self.root, offset, 30))
+        content = read_part(self.root, offset + 30 + name_length + extra_length, compressed_size)
         if method == zipfile.ZIP_DEFLATED:
             content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
         if len(content) != size or zlib.crc32(content) != crc:

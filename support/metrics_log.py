@@ -1,15 +1,12 @@
-"""The log of a stage: a progress bar, metrics.jsonl with one JSON object per line, and optionally a
-tracker.
+"""The log of a stage: a progress bar, and metrics.jsonl with one JSON object per line.
 
 This file and data.py do not depend on each other.
 """
 
-import importlib
 import json
 import math
 import sys
 import time
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -19,20 +16,15 @@ from support.errors import explain_errors, printable
 
 class MetricsLog:
     """Writes the metrics of one stage to metrics.jsonl in `folder`, in process 0. Lines written after the
-    checkpoint that the run resumes from are removed, because their steps are taken again. `tracker` is None,
-    or has init(...) and log(dict, step=...), as trackio, wandb and swanlab do; it gets the dict
-    `settings`."""
+    checkpoint that the run resumes from are removed, because their steps are taken again."""
 
-    def __init__(self, folder, processes, checkpoint, total_steps, tracker, settings):
-        self.processes, self.file, self.tracker = processes, None, None
+    def __init__(self, folder, processes, checkpoint, total_steps):
+        self.processes, self.file = processes, None
         if processes.rank == 0:
             path = folder / "metrics.jsonl"
             with explain_errors(f"write {path}"):
                 self.file = open(path, "ab")
                 self.file.truncate(min(checkpoint["metrics_bytes"] if checkpoint else 0, self.file.tell()))
-            if tracker:
-                self.tracker = tracker
-                tracker.init(project="llava", config=settings)
         step = checkpoint["progress"]["step"] if checkpoint else 0
         # disable=None: no bar where stderr is not a terminal, because it would fill a log file.
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True,
@@ -56,11 +48,13 @@ class MetricsLog:
         self.step_ended = time.time()
         self.bar.update()
 
-    def log_step(self, step, **metrics):
-        """Logs a training step. Adds samples and tokens per second, the fraction of time spent waiting for
-        data, the seconds until the last step, evaluations included, and the peak memory of a GPU."""
-        seconds = time.time() - self.interval_start
+    def log_step(self, progress, optimizer, **metrics):
+        """Logs a training step. Adds the learning rates, samples and tokens per second, the fraction of time
+        spent waiting for data, the seconds left, evaluations included, and the peak memory of a GPU."""
+        step, seconds = progress.step, time.time() - self.interval_start
+        rates = (group["lr"] for group in optimizer.param_groups)
         metrics = {name: float(value) for name, value in metrics.items()} | {
+            **dict(zip(("lr", "projector_lr"), rates)), "samples": progress.samples,
             "samples_per_s": self.interval_samples / seconds,
             "tokens_per_s": self.processes.sum(self.interval_tokens) / seconds,
             "waiting": self.interval_waiting / seconds,
@@ -112,9 +106,6 @@ class MetricsLog:
             with explain_errors(f"write {self.file.name}"):
                 self.file.write(line.encode("utf-8", "replace") + b"\n")
                 self.file.flush()  # a checkpoint stores the length of this file
-        if self.tracker:
-            texts = ("generated", "nearest_tokens")
-            self.tracker.log({name: values[name] for name in values if name not in texts}, step=step)
 
     def close(self):
         self.bar.close()
@@ -129,10 +120,3 @@ def format_grounding(measured):
     if measured.get("same_image"):
         text += f"; without {measured['same_image']} records whose different image would be the same one"
     return text
-
-
-def import_tracker(name):
-    """Returns the module `name`. Raises UserError if it cannot be used as a tracker."""
-    with explain_errors(f"use --tracker {name}, which must be a module with init() and log()"):
-        module = importlib.import_module(name)
-        return SimpleNamespace(init=module.init, log=module.log)

@@ -103,11 +103,14 @@ def load_language_model(name, dtype, device):
 
 
 def load_tokenizer(name):
-    """Returns (tokenizer, ids of the end tokens that the model's own files list)."""
+    """Returns (tokenizer, ids of the end tokens that the model's own files list, how many tokens the model can
+    read, prompt and answer together)."""
     folder = find_pretrained(name, "tokenizer_config.json")
     with explain_errors(f"load the tokenizer in {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         text = tokenizer.get_chat_template() if tokenizer.chat_template else None
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+        context_length = config.max_position_embeddings
     if not text:
         raise UserError(f"the tokenizer in {folder} has no chat template: --llm must name a chat model")
     if not tokenizer.is_fast:
@@ -121,7 +124,7 @@ def load_tokenizer(name):
     for file in ("generation_config.json", "config.json"):
         ids = (read_json(f"{folder}/{file}") or {}).get("eos_token_id")  # a number, a list or nothing
         end_token_ids += ids if isinstance(ids, list) else [ids]
-    return tokenizer, [i for i in end_token_ids if i is not None]
+    return tokenizer, [i for i in end_token_ids if i is not None], context_length
 
 
 def _load_strictly(model_class, name, dtype, **kwargs):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from support.errors import BadRecord, UserError, explain_errors
-from support.files import WorkerFile, find_file, name_format
+from support.files import find_file, name_format, read_part
 from support.images import ImageStore
 
 
@@ -45,7 +45,6 @@ class RecordFile:
             self.sha256 = hashlib.sha256(content).hexdigest()
             del content  # 175 MB for 595,375 records
             self._find_records(text)
-        self._file = WorkerFile(self.path)
 
     def _find_records(self, text):
         """Fills spans and hashes."""
@@ -91,7 +90,7 @@ class RecordFile:
 
     def __getitem__(self, index):
         start, end = self.spans[index].tolist()
-        record = json.loads(self._file.read(start, end - start))
+        record = json.loads(read_part(self.path, start, end - start))
         if record.get("id") is None:  # so that a message about the record says where it is
             record["id"] = f"number {index + 1} of {self.path.name}"
         return record
@@ -163,28 +162,28 @@ class RecordSet:
         return None if name is None else self.images.open(record, name)
 
 
-def open_records(data, images, heldout_data, heldout_images, heldout, limit, seed):
-    """Returns (training, held-out) RecordSets.
+def open_records(settings):
+    """Returns the (training, held-out) RecordSets that the settings name.
 
-    Without `heldout_data`, records of `data` are held out. Images are sorted by a seeded hash of their name, so
-    the choice does not change if records are added, deleted or sorted. The first `heldout` images are held
+    Without --heldout-data, records of --data are held out. Images are sorted by a seeded hash of their name,
+    so the choice does not change if records are added, deleted or sorted. The first --heldout images are held
     out, with one record each. No other record of these images is trained on.
-    `limit` counts training records, so the held-out records are the same for every limit. 0 is no limit.
+    --limit counts training records, so the held-out records are the same for every limit.
     """
-    file, store = RecordFile(find_file(data)), ImageStore(find_file(images))
-    random = np.random.default_rng(seed)
-    if heldout_data:
-        other = RecordFile(find_file(heldout_data))
-        return (RecordSet(file, store, random.permutation(len(file))[:limit or None]),
-                RecordSet(other, ImageStore(find_file(heldout_images)), np.arange(len(other))[:heldout]))
+    file, store = RecordFile(find_file(settings.data)), ImageStore(find_file(settings.images))
+    random, heldout, limit = np.random.default_rng(settings.seed), settings.heldout, settings.limit or None
+    if settings.heldout_data:
+        other, images = RecordFile(find_file(settings.heldout_data)), find_file(settings.heldout_images)
+        return (RecordSet(file, store, random.permutation(len(file))[:limit]),
+                RecordSet(other, ImageStore(images), np.arange(len(other))[:heldout]))
     hashes = file.image_hashes ^ random.integers(2**64, dtype=np.uint64)  # another order for every seed
     order = np.lexsort((file.record_hashes, hashes))  # by image, and the records of one image by their hash
     first_of_image = np.unique(hashes[order], return_index=True)[1]  # positions in `order`
     if len(first_of_image) <= heldout:
-        raise UserError(f"--heldout {heldout} leaves none of the {len(file)} records of {data} to train "
+        raise UserError(f"--heldout {heldout} leaves none of the {len(file)} records of {settings.data} to train "
                         "on, because all records of a held-out image are left out: lower --heldout")
     train = order[first_of_image[heldout]:]
-    return (RecordSet(file, store, train[:limit or None]),
+    return (RecordSet(file, store, train[:limit]),
             RecordSet(file, store, order[first_of_image[:heldout]]))
 
 

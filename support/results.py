@@ -7,6 +7,7 @@ pickle, which is loaded with weights_only=True.)
 """
 
 import hashlib
+import math
 import os
 import sys
 from pathlib import Path
@@ -20,30 +21,38 @@ from data import ChatTemplate
 from model import Llava
 from support.devices import DTYPES, choose_device, choose_dtype
 from support.errors import UserError, explain_errors
-from support.files import atomic_write, read_json, write_json
+from support.files import atomic_write, delete, read_json, write_json
 from support.pretrained import load_image_processor, load_language_model, load_vision_tower
+from support.records import describe_records
 
 # A projector translates from one layer of one vision tower to one LLM. It works with no others.
 MODEL_SETTINGS = ("vision_tower", "vision_layer", "llm", "projector")
 RESULT_FILES = ("projector.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 
 
-def save_result(folder, stage, model, template, settings, steps, heldout, skipped, records):
+def save_result(folder, stage, model, settings, progress, heldout, train_dataset, heldout_dataset, processes):
     """Writes projector.safetensors, adapter/ (if there is one, as plain peft writes it), and last run.json.
+    Then deletes the checkpoint. Process 0 writes and the others wait for it.
 
-    heldout: what measure_grounding() returned at the end. skipped: number of images that process 0 could
-    not decode. records: what describe_records() returned.
+    Args: heldout: what measure_grounding() returned at the end. Raises UserError if its loss is not finite.
     """
-    with atomic_write(folder / "projector.safetensors") as temporary:
-        save_file(model.projector.state_dict(), temporary)
-    if hasattr(model.llm, "peft_config"):
-        with atomic_write(folder / "adapter") as temporary:
-            model.llm.save_pretrained(temporary)
-    write_json(folder / "run.json", {
-        "stage": stage, **{name: settings[name] for name in MODEL_SETTINGS},
-        "template": template.template_hash, "checksums": result_checksums(folder), "steps": steps,
-        "heldout": heldout, "skipped_images": skipped, "settings": settings, "records": records,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})
+    if not math.isfinite(heldout["loss"]):
+        raise UserError("the held-out loss is not finite, so the result was not saved; try a lower --lr")
+    if processes.rank == 0:
+        with atomic_write(folder / "projector.safetensors") as temporary:
+            save_file(model.projector.state_dict(), temporary)
+        if hasattr(model.llm, "peft_config"):
+            with atomic_write(folder / "adapter") as temporary:
+                model.llm.save_pretrained(temporary)
+        write_json(folder / "run.json", {
+            "stage": stage, **{name: settings[name] for name in MODEL_SETTINGS},
+            "template": train_dataset.template.template_hash, "checksums": result_checksums(folder),
+            "steps": progress.step, "heldout": heldout, "settings": settings,
+            "skipped_images": len(progress.skipped),  # those that process 0 could not decode
+            "records": describe_records(train_dataset.records, heldout_dataset.records),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})
+        delete(folder / "checkpoint.pt")
+    processes.barrier()
 
 
 def result_checksums(folder):
@@ -59,22 +68,25 @@ def read_run(folder):
         script = "stage2_instruct.py" if Path(folder).name == "stage2" else "stage1_align.py"
         raise UserError(f"{folder} holds no finished run: run python {script} --run {Path(folder).parent} "
                         "first")
-    if not {"stage", "template", "settings", "records", *MODEL_SETTINGS} <= set(run):
+    if not {"stage", "template", "settings", "records", "checksums", *MODEL_SETTINGS} <= set(run):
         raise UserError(f"{folder}/run.json is damaged, or an older version of this code wrote it: copy the "
                         "folder again, or train again with --restart")
-    found = result_checksums(Path(folder))
-    if run.get("checksums", found) != found:  # one flipped bit changes the answers and raises no error
+    # One flipped bit changes the answers and raises no error.
+    if run["checksums"] != result_checksums(Path(folder)):
         raise UserError(f"{folder} is damaged: a file is missing or has changed since it was written (one of "
                         f"{', '.join(RESULT_FILES)}): copy the folder again, or train again with --restart")
     return run
 
 
-def check_same_models(run, settings, folder):
-    """Raises UserError if the run used another vision tower, layer, LLM or projector than `settings`."""
+def read_matching_run(folder, settings):
+    """Returns read_run(folder). Raises UserError if the run used another vision tower, layer, LLM or
+    projector than `settings`."""
+    run = read_run(folder)
     for name in MODEL_SETTINGS:
         if run[name] != getattr(settings, name):
             raise UserError(f"{folder} was trained for {name} {run[name]}, not {getattr(settings, name)}: "
                             f"use --{name.replace('_', '-')} {run[name]}, or another --run")
+    return run
 
 
 def check_same_template(run, template, folder):

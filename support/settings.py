@@ -59,7 +59,6 @@ FLAGS = {  # name: (type or choices, help)
     "save_every": (POSITIVE, "optimizer steps between two checkpoints; if not set: about 20 per run, and at "
                    "least one every 100 steps"),
     "log_every": (POSITIVE, "optimizer steps between two lines of metrics.jsonl"),
-    "tracker": (str, "also log to this module, which has init() and log(): trackio, wandb, swanlab, …"),
 }
 SWITCHES = {
     "resume": "continue the unfinished run in the folder from its checkpoint",

@@ -5,6 +5,7 @@ This file depends on data.py.
 
 import time
 from functools import partial
+from itertools import chain
 from math import ceil
 
 import numpy as np
@@ -17,9 +18,9 @@ from support.errors import UserError, is_out_of_memory
 
 
 def plan_steps(lengths, settings, processes, progress):
-    """Returns the rest of the training of one process as (steps, sizes). steps[k] lists the micro-batches of
-    an optimizer step, and each micro-batch lists its samples. sizes[k] is the number of samples of that step
-    over all processes. lengths[i] is the approximate number of tokens of sample i.
+    """Returns the rest of the training of one process as (sample_indices, sizes). sample_indices[k] lists the
+    micro-batches of an optimizer step. Each micro-batch lists the indices of its samples. sizes[k] is the
+    number of samples of that step over all processes. lengths[i]: approximate number of tokens of sample i.
 
     The samples of all epochs form one long sequence, each epoch in a random order drawn from (seed, epoch). A
     step takes the next batch_size × grad_accum × world_size of them; the last step of an epoch takes what is
@@ -67,19 +68,19 @@ def print_plan(settings, world_size, step_sizes, training, heldout, total_steps)
           f"data: {training:,} samples to train on, {heldout:,} held out; {total_steps:,} steps")
 
 
-def load_steps(dataset, steps, pad_token_id, workers, device):
-    """Yields (micro-batches, sentences about skipped images, seconds spent waiting) of each step. `steps` is
-    from plan_steps(). See collate() for what a micro-batch contains."""
+def load_steps(dataset, sample_indices, pad_token_id, workers, device):
+    """Yields (micro-batches, sentences about skipped images, seconds spent waiting) of each step.
+    `sample_indices` is from plan_steps(). See collate() for what a micro-batch contains."""
     # Every tensor that a worker has prepared is an open file, so each worker prepares at most 16 micro-batches.
-    loader = DataLoader(dataset, batch_sampler=[indices for step in steps for indices in step],
+    loader = DataLoader(dataset, batch_sampler=list(chain(*sample_indices)),
                         collate_fn=partial(collate, pad_token_id=pad_token_id), num_workers=workers,
-                        prefetch_factor=min(max([2, *map(len, steps)]), 16) if workers else None,
+                        prefetch_factor=min(max([2, *map(len, sample_indices)]), 16) if workers else None,
                         worker_init_fn=ignore_signals_in_worker, pin_memory=device.type == "cuda",
                         # Without its own generator, the loader draws a seed from the global one. A resumed
                         # run of stage 2 would then draw different dropout masks.
                         generator=torch.Generator())
     batches = iter(loader)
-    for step in steps:
+    for step in sample_indices:
         started = time.perf_counter()
         micro_batches = [next(batches) for _ in step]
         seconds = time.perf_counter() - started

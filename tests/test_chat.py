@@ -28,7 +28,7 @@ def talk(tiny, monkeypatch, tmp_path):
 
     def run(answers, *lines, image="red.png", context=512, max_new_tokens=128):
         prompts, images, remaining = [], [], list(answers)
-        model.llm.config.max_position_embeddings = context
+        template.context_length = context
 
         def generate(input_ids, attention_mask, pixel_values, end_token_ids, max_new_tokens, temperature,
                      streamer):

@@ -71,7 +71,7 @@ def test_a_model_whose_last_step_made_it_useless_is_not_saved_as_a_result(refusa
 LOST = {  # name: (script, error, what the sentence says)
     "memory of the GPU": ("stage1_align.py", torch.OutOfMemoryError("CUDA out of memory. 2 GiB.\nmore"), (
         "out of memory (CUDA out of memory. 2 GiB.)", "--batch-size", "--grad-accum",
-        "--activation-checkpointing", "--max-length")),
+        "docs/memory_and_speed.md")),
     "memory of the CPU": ("stage1_align.py", RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore"),
                           ("out of memory", "--batch-size")),
     "memory of a tool": ("sanity_check.py", MemoryError(), ("out of memory", "--device cpu")),

@@ -1,11 +1,12 @@
 """The model against transformers' own LLaVA with the same weights, and faults that would stay silent."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import N, batch_of, build, draw, forget_checksums, make_llm, preprocess
+from conftest import N, batch_of, build, draw, refresh_checksums, make_llm, preprocess
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, CLIPModel, CLIPVisionModel, LlavaConfig,
@@ -14,8 +15,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data import IGNORE_INDEX, collate
 from model import LORA_TARGETS, count_patches
+from support import results
+from support.checkpoints import Progress
 from support.errors import UserError
 from support.pretrained import load_image_processor
+from support.processes import Processes
 from support.results import load_trained, save_result
 
 LORA = dict(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
@@ -283,7 +287,7 @@ def test_frozen_dropout_is_never_active(parts, tmp_path, template, image_process
 
 
 @pytest.fixture
-def saved(tiny, parts, tmp_path):
+def saved(tiny, parts, tmp_path, monkeypatch):
     """saved(projector, stage) returns (model, folder): a model as a stage leaves it, with a projector and in
     stage 2 an adapter that does something."""
     def make(projector="linear", stage=2):
@@ -294,8 +298,11 @@ def saved(tiny, parts, tmp_path):
         settings = {"vision_tower": str(parts.clip), "vision_layer": -2, "llm": str(parts.llm),
                     "projector": projector, "data": "chat.json", "images": "images", "heldout_data": None,
                     "heldout_images": None, "heldout": 4, "limit": 0, "seed": 0, "max_length": 99}
-        save_result(tmp_path, stage, model.eval(), template, settings, 0, {"loss": 1.0}, 0,
-                    {})
+        with monkeypatch.context() as patches:
+            patches.setattr(results, "describe_records", lambda *_: {})
+            dataset = SimpleNamespace(records=None, template=template)
+            save_result(tmp_path, stage, model.eval(), settings, Progress(), {"loss": 1.0}, dataset, dataset,
+                        Processes("cpu"))
         return model, tmp_path
 
     return make
@@ -348,8 +355,8 @@ def spoil(path, change):
                                           ("adapter/adapter_model.safetensors", with_another_shape)])
 def test_a_projector_or_adapter_that_does_not_fit_is_refused(saved, file, change):
     _, folder = saved()
-    forget_checksums(folder)
     spoil(folder / file, change)
+    refresh_checksums(folder)
     with pytest.raises(UserError, match="fit"):
         load(folder)
 

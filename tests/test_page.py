@@ -51,8 +51,9 @@ def make_page(script, flags, tmp_path):
 def asked(tiny, drawn):
     """A model, a held-out question with its image, and what the page shows of it."""
     model, template, image_processor = tiny()
-    _, records = open_records(drawn / "instruct.json", drawn / "images.zip", drawn / "instruct.json",
-                              drawn / "images.zip", 8, 0, 0)
+    data, images = drawn / "instruct.json", drawn / "images.zip"
+    _, records = open_records(SimpleNamespace(data=data, images=images, heldout_data=data,
+                                              heldout_images=images, heldout=8, limit=0, seed=0))
     dataset = ChatDataset(records, template, image_processor, N, 512)
     args = SimpleNamespace(batch_size=3, max_new_tokens=6, questions=2)
     question = page.choose_questions(dataset, 2)[0]

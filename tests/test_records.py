@@ -10,7 +10,7 @@ import pickle
 import pytest
 from conftest import N, draw, record_of
 
-from support.check_records import check_records, print_checked
+from support.check_records import check_records, print_check_result
 from support.errors import UserError
 from support.records import RecordFile, describe_records, open_records, reopen_heldout
 
@@ -92,7 +92,7 @@ def split(tmp_path):
     def make(records, **changes):
         (tmp_path / "chat.json").write_text(json.dumps(records))
         names = dict(data=tmp_path / "chat.json", images=tmp_path, heldout_data=None, heldout_images=None)
-        return open_records(**names, **{**dict(heldout=10, limit=0, seed=0), **changes})
+        return open_records(SimpleNamespace(**names, **{**dict(heldout=10, limit=0, seed=0), **changes}))
 
     return make
 
@@ -178,7 +178,7 @@ def test_the_check_counts_images_and_those_found_by_the_id_of_their_record(datas
                           record_of("Who?", "A .", image=["red.png"]), record_of("Who?", "A .", image=""),
                           {**record_of("Who?", "A ."), "id": "by id"}])
     draw("red").save(dataset.records.images.root / "by id.jpg")
-    print_checked(dataset.records, check_records(dataset.records, template, N, 500))
+    print_check_result(dataset.records, check_records(dataset.records, template, N, 500))
     expected = "  3 with an image, of which 1 are found by their id; 2 without an image"
     assert expected in capsys.readouterr().out
 

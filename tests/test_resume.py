@@ -95,7 +95,7 @@ def killed_at(n):
         patches.setattr(module, name, call)
 
     for module, name in ((os, "replace"), (torch, "save"), (results, "save_file"), (files, "delete"),
-                         (checkpoints, "delete")):
+                         (checkpoints, "delete"), (results, "delete")):
         watch(module, name)
     try:
         yield calls
@@ -236,9 +236,9 @@ def interrupted(script, flags, drawn, tmp_path, monkeypatch):
     arguments = flags(1, data=tmp_path / "chat.json", max_steps=4, save_every=1, batch_size=4, grad_accum=1)
     log_step = metrics_log.MetricsLog.log_step
 
-    def interrupting(self, number, **values):
-        log_step(self, number, **values)
-        if number == 2:
+    def interrupting(self, progress, *others, **values):
+        log_step(self, progress, *others, **values)
+        if progress.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patches, pytest.raises(SystemExit) as stop:

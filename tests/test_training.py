@@ -6,15 +6,14 @@ Both stages are started once as commands, for all tests. The other runs are in t
 import json
 import shutil
 import signal
-import sys
 from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import N, batch_of, command, draw, forget_checksums, metrics, preprocess
+from conftest import N, batch_of, command, draw, refresh_checksums, metrics, preprocess
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +22,7 @@ import stage2_instruct
 from data import collate
 from model import LORA_TARGETS
 from support import metrics_log
-from support.checkpoints import STOP_SIGNALS
+from support.checkpoints import STOP_SIGNALS, Progress
 from support.settings import print_settings
 from support.step_batches import try_longest_batch
 
@@ -186,8 +185,8 @@ def test_the_sanity_check_answers_a_held_out_sample(trained, script, capsys):
 def test_the_sanity_check_says_when_the_image_makes_no_difference(script, flags, capsys):
     script("stage1_align", *flags(1, max_steps=0))
     path = Path("runs/toy/stage1/projector.safetensors")
-    forget_checksums(path.parent)
     save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}, path)
+    refresh_checksums(path.parent)
     script("sanity_check", "--sample", 0)
     assert "The image makes almost no difference for this record." in capsys.readouterr().out
 
@@ -318,7 +317,7 @@ def timed_log(tmp_path, monkeypatch):
     clock, measured = Clock(), {"loss": 1.0, "loss_different": 2.0, "correct_more_likely": 0.5}
     monkeypatch.setattr(metrics_log, "time", clock)
     processes = SimpleNamespace(rank=0, device=torch.device("cpu"), sum=lambda x: x, max=lambda x: x)
-    log = metrics_log.MetricsLog(tmp_path, processes, None, 100, None, {})
+    log = metrics_log.MetricsLog(tmp_path, processes, None, 100)
 
     def evaluate(seconds):
         clock.now += seconds
@@ -350,37 +349,15 @@ def test_the_line_without_a_terminal_says_loss_speed_waiting_and_time_left(timed
     evaluate(100)  # before the first step, so it says nothing about the time left
     step(10)
     step(10)
-    log.log_step(2, loss=1.5)
+    log.log_step(Progress(step=2), SimpleNamespace(param_groups=[]), loss=1.5)
     assert ("step 2 of 100: loss 1.500, 40 tokens/s, waiting for data 25%, 16:20 left"
             in capsys.readouterr().out.splitlines())
     line = metrics(tmp_path)[0][-1]
     assert (line["tokens_per_s"], line["samples_per_s"], line["waiting"]) == (40, 0.8, 0.25)
     assert line["seconds_left"] == 980
     step(10)
-    log.log_step(3, loss=1.5)  # once a minute is enough
+    log.log_step(Progress(step=3), SimpleNamespace(param_groups=[]), loss=1.5)  # once a minute is enough
     assert "tokens/s" not in capsys.readouterr().out
-
-
-# -- trackers ----------------------------------------------------------------------------------------------
-
-
-def test_a_tracker_gets_the_training_and_the_held_out_metrics(script, flags, tmp_path, monkeypatch):
-    tracker, begun, logged = ModuleType("stand_in"), [], []
-    tracker.init = lambda **settings: begun.append(settings)
-    tracker.log = lambda values, step: logged.append({"step": step, **values})
-    monkeypatch.setitem(sys.modules, "stand_in", tracker)
-    script("stage1_align", *flags(1, max_steps=2, eval_every=1, tracker="stand_in"))
-    [settings] = begun
-    assert settings["config"]["lr"] == 1e-2 and settings["config"]["tracker"] == "stand_in"
-    lines = (tmp_path / "runs" / "toy" / "stage1" / "metrics.jsonl").read_text().splitlines()
-    expected = [json.loads(line) for line in lines]
-    for line in expected:  # a tracker has a clock of its own
-        del line["time"]
-        line.pop("generated", None)
-        line.pop("nearest_tokens", None)
-    assert logged == expected
-    assert [line["step"] for line in logged if "loss" in line] == [1, 2]
-    assert [line["step"] for line in logged if "heldout_loss" in line] == [0, 1, 2]
 
 
 # -- what is wrong, in one sentence ------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from contextlib import suppress
 
 from data import IMAGE_TOKEN
 from support.errors import UserError, printable, run_script
-from support.evaluation import AnswerPrinter, context_length, print_answer
+from support.evaluation import AnswerPrinter, print_answer
 from support.pretrained import load_image
 from support.results import add_run_flags, load_run
 from support.settings import POSITIVE, REAL
@@ -54,7 +54,7 @@ def drop_oldest_turns(messages, template, has_image, num_image_tokens, max_token
 def answer_question(model, template, messages, question, pixel_values, max_new_tokens, temperature):
     """Prints the answer to a question. Returns the conversation with question and answer appended, or
     unchanged if no answer was generated."""
-    context = context_length(model)
+    context = template.context_length
     longer = messages + [{"role": "user", "content": template.escape(question)}]
     kept, ids = drop_oldest_turns(longer, template, pixel_values is not None, model.num_image_tokens,
                                   context - min(max_new_tokens, context // 2))

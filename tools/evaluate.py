@@ -69,7 +69,7 @@ def list_questions(dataset):
     questions = []
     for i in range(len(dataset)):
         record = dataset.records[i]
-        messages, kinds = dataset.to_messages(record), record.get("kinds")
+        messages, kinds = dataset.messages_of(record), record.get("kinds")
         pairs = list(zip(messages[::2], messages[1::2]))
         if (not isinstance(kinds, list) or len(kinds) != len(pairs)
                 or not all(isinstance(kind, str) for kind in kinds)):

@@ -167,7 +167,7 @@ def build_hf_processor(model, template, image_processor):
         # Exactly one <s>, as in ChatTemplate.tokenize(). If the chat template does not write it, the
         # tokenizer must add it. Adding it to the template would change the next token, because Llama's
         # tokenizer puts ▁ before the first word of a text, and the first word would then be <s>.
-        text = template.render([{"role": "user", "content": "Hi"}], prompt=True)
+        text = template.render_prompt([{"role": "user", "content": "Hi"}])
         tokenizer.add_bos_token = not text.startswith(tokenizer.bos_token)
     # transformers drops the class token with the strategy "default", and keeps all tokens with "full".
     return LlavaProcessor(image_processor=image_processor, tokenizer=tokenizer, image_token=IMAGE_TOKEN,
@@ -186,7 +186,7 @@ def run_ours(model, template, heldout, i, device):
     ids = torch.cat([batch["input_ids"], answer], dim=1)
     logits = model.llm(inputs_embeds=model.embed(ids, batch["pixel_values"])).logits  # of prompt and answer
     record = heldout.records[i]
-    question = heldout.to_messages(record)[0]["content"].removeprefix(f"{IMAGE_TOKEN}\n")
+    question = heldout.messages_of(record)[0]["content"].removeprefix(f"{IMAGE_TOKEN}\n")
     return {"image": heldout.records.open_image(record), "question": question, "prompt": prompt["input_ids"],
             "pixel_values": prompt["pixel_values"], "answer": answer[0].tolist(), "logits": logits[0].cpu()}
 
