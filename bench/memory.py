@@ -1,12 +1,9 @@
 """Computes the peak memory of a training step on a GPU, and how long the stages take there.
 
-    python -m bench.memory            tables for CLIP ViT-L/14 and TinyLlama-1.1B in fp16 or bf16
-    python -m bench.memory --check    also checks the peak memory, about 10 minutes on 2 CPU cores
+    python -m bench.memory    tables for CLIP ViT-L/14 and TinyLlama-1.1B in fp16 or bf16
 
 The tables are not measured. In the table of memory, all samples of a micro-batch are equally long. On GPUs
-without flash attention (a T4, an RTX 20xx, any GPU under Windows) every head of TinyLlama gets its own copy
-of its keys and values; expanded_attention() in support/devices.py says why. The check measures steps of a
-smaller model on the CPU (fp32, Linux only), and fails if a computed peak is off by more than 15%.
+without flash attention, expanded_attention() in support/devices.py needs more memory and says why.
 
 The hours are samples · operations / (peak rate · UTILIZATION). A multiplication and an addition are two
 operations. Per sample, with T positions, K of them labeled:
@@ -21,18 +18,9 @@ operations. Per sample, with T positions, K of them labeled:
 T, K and the utilization are assumptions. Loading data, evaluations and checkpoints are not counted.
 """
 
-import argparse
-import multiprocessing
-import os
-import sys
 from itertools import product
 
-import numpy as np
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-import support.devices  # registers the attention "expanded"
-from bench.speed import LORA, Side, build_ours, geometry, make_batches, random_sample
+from bench.speed import LORA, geometry
 
 GIB = 2**30
 # {stage: numbers of text tokens, and the fraction of them that are answers}. Nobody has measured the longest
@@ -53,7 +41,7 @@ def linear_layers(text):
     return [(d, d), (d, kv), (d, kv), (d, d), (d, mlp), (d, mlp), (mlp, d)]
 
 
-def peak_bytes(config, stage, text_tokens, batch, recompute, flash, size, on_gpu):
+def peak_bytes(config, stage, text_tokens, batch, recompute, flash, size):
     """Returns the peak memory of one of our training steps, in bytes.
 
     Args: text_tokens: of each sample. recompute: --activation-checkpointing. flash: False for
@@ -72,8 +60,8 @@ def peak_bytes(config, stage, text_tokens, batch, recompute, flash, size, on_gpu
     block += size * 3 * mlp  # gate, silu(gate) and up
     # Attention keeps q, k, v and the output, and a sum in fp32 per head. Expanded, k and v are as wide as q.
     block += size * (2 * d + 2 * (kv if flash else d)) + 4 * heads
-    if stage == 2:  # LoRA keeps the inputs of A and B, and dropout its mask (on a CPU a float per element)
-        block += sum((size + (1 if on_gpu else 4)) * i + size * rank for i, _ in linear)
+    if stage == 2:  # LoRA keeps the inputs of A and B, and dropout its mask
+        block += sum((size + 1) * i + size * rank for i, _ in linear)
     kept = layers * (size * d if recompute else block) + 4 * d
 
     # On top of that comes the loss or the backward pass of one block, whichever needs more.
@@ -82,50 +70,6 @@ def peak_bytes(config, stage, text_tokens, batch, recompute, flash, size, on_gpu
     mlp_backward = size * (3 * mlp + 2 * d) + (4 * mlp if stage == 2 else 0)
     backward = mlp_backward + (block if recompute else 0)
     return weights + batch * tokens * kept + max(loss, batch * tokens * backward)
-
-
-def process_memory(field):
-    """Returns the memory of this process in bytes: of now ("VmRSS") or the peak ("VmHWM"). Linux only."""
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def measure(stage, text_tokens, batch, recompute, flash):
-    """Returns the peak memory of a training step (mid geometry, CPU) in bytes, without the libraries."""
-    def step(side, config, stage, count):
-        answers = round(text_tokens * TEXTS[stage][1])
-        sample = random_sample(config, text_tokens - answers, answers, np.random.default_rng(0))
-        side.step(make_batches([sample] * count, count))
-
-    settings, small, config = (torch.device("cpu"), torch.float32), geometry("toy"), geometry("mid")
-    step(Side(build_ours, small, 2, *settings), small, 1, 1)  # loads the libraries
-    before = process_memory("VmRSS")
-    side = Side(build_ours, config, stage, *settings)
-    if recompute:
-        side.model.llm.gradient_checkpointing_enable({"use_reentrant": False})
-    if not flash:
-        side.model.llm.set_attn_implementation("expanded")
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # never the math kernel, which keeps T×T attention weights
-        step(side, config, 1, 1)  # creates Adam's moments
-        step(side, config, stage, batch)
-    return process_memory("VmHWM") - before
-
-
-def check():
-    """Prints computed and measured peaks, and returns the largest relative difference."""
-    # Without these, glibc keeps freed tensors, and they count as used memory.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = str(2**20)
-    largest = 0
-    for stage, batch, recompute, flash in product((1, 2), (1, 4), (False, True), (True, False)):
-        case = stage, {1: 52, 2: 700}[stage], batch, recompute, flash
-        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a new process has a peak of its own
-            measured = pool.apply(measure, case)
-        computed = peak_bytes(geometry("mid"), *case, size=4, on_gpu=False)
-        largest = max(largest, abs(computed / measured - 1))
-        print(f"stage {stage}, micro-batch {batch}, {'shared' if flash else 'copied'} keys and values"
-              f"{', checkpointing' * recompute}: measured {measured / GIB:.2f} GiB, computed "
-              f"{computed / GIB:.2f} GiB ({computed / measured - 1:+.1%})", flush=True)
-    return largest
 
 
 def print_memory():
@@ -137,7 +81,7 @@ def print_memory():
             print(f"| {stage} | {text_tokens:,} | {batch} | {'yes' if recompute else 'no'} |", end="")
             for flash in (True, False):
                 case = stage, text_tokens, batch, recompute, flash
-                peak = peak_bytes(geometry("full"), *case, size=2, on_gpu=True) / GIB
+                peak = peak_bytes(geometry("full"), *case, size=2) / GIB
                 card = next((name for name, gib in MEMORIES.items() if peak + CUDA_CONTEXT <= gib), "larger")
                 print(f" {peak:.1f} ({card}) |", end="" if flash else "\n")
 
@@ -165,15 +109,6 @@ def print_hours():
               + " | ".join(f"{value:.2g}" for value in hours) + " |")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="check the computed memory by measurements")
-    largest = check() if parser.parse_args().check else 0
+if __name__ == "__main__":
     print_memory()
     print_hours()
-    if largest > 0.15:
-        sys.exit(f"memory.py: the largest difference between computed and measured memory is {largest:.0%}")
-
-
-if __name__ == "__main__":
-    main()
