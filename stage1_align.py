@@ -202,7 +202,7 @@ def main(argv=None):
             if stop or progress.step in save_at:
                 checkpoints.save(folder, progress, model, optimizer, scaler, settings, processes)
             if stop:
-                checkpoints.exit_after_stop(stop, folder, progress.step, total_steps)
+                log.close_and_exit(stop, progress.step)
 
     # -- 6. save -------------------------------------------------------------------------------------------
 

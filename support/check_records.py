@@ -31,9 +31,8 @@ def check_and_make_datasets(train_records, heldout_records, template, settings, 
     ChatDatasets of the usable records. lengths[i] is the approximate number of tokens of training sample i.
 
     Without --decode, training images are only looked up, because opening 595,375 of them takes long. Held-out
-    images are always opened. Raises UserError if more than the fraction --allow-bad of all records is
-    unusable, if no training record is usable, if fewer than two held-out records have an image, or if
-    --max-length is more than the LLM can read.
+    images are always opened. Raises UserError if too many records are unusable (--allow-bad), if the held-out
+    records are too few, or if --max-length is more than the LLM can read.
     """
     max_length, allow_bad = settings.max_length, settings.allow_bad
     if max_length > template.context_length:
@@ -56,8 +55,7 @@ def check_and_make_datasets(train_records, heldout_records, template, settings, 
     bad = total - len(train.usable) - len(heldout.usable)
     if bad > allow_bad * total or not len(train.usable):
         hint = " (is --images wrong?)" if "image missing" in train.failures else ""
-        which = f"more than --allow-bad {allow_bad} allows" if len(train.usable) else \
-            "and no training record is left"
+        which = f"more than --allow-bad {allow_bad} allows" if len(train.usable) else "all of --data included"
         raise UserError(f"{bad:,} of {total:,} records cannot be used, {which}{hint}")
     if heldout.with_image < 2:
         raise UserError(f"{heldout_records.file.path}: fewer than two usable held-out records have an image, "
@@ -69,11 +67,8 @@ def check_and_make_datasets(train_records, heldout_records, template, settings, 
 
 class RecordChecks(ChatDataset):
     """Item i is (approximate number of tokens, whether turns are lost, whether it has an image, whether this
-    was found by its id) of record i, or its BadRecord.
-
-    Most records are not even tokenized. A token is at least one byte long, so a text with at most
-    max_length - num_image_tokens bytes fits.
-    """
+    was found by its id) of record i, or its BadRecord. Most records are not even tokenized, because a token
+    is at least one byte long: a text with at most max_length - num_image_tokens bytes fits."""
 
     def __init__(self, *args, decode):
         super().__init__(*args)

@@ -15,16 +15,14 @@ import sys
 from dataclasses import asdict, dataclass, field
 
 import torch
-from tqdm import tqdm
 
 from support.errors import UserError, explain_errors
 from support.files import atomic_write, delete, lock_folder, make_writable_folder, read_json
 
-# Settings that a resumed run may change, because the same samples are trained on in the same order. batch_size
-# and grad_accum may change if the number of samples per step stays the same, which is checked separately.
+# Settings that a resumed run may change, because the same samples are trained on in the same order.
+# check_same_settings() also demands the same number of samples per step.
 MAY_CHANGE = {"preset", "run", "device", "workers", "eval_every", "log_every", "save_every", "batch_size",
-              "grad_accum", "allow_bad", "activation_checkpointing", "resume", "restart",
-              "check_data", "effective_batch"}
+              "grad_accum", "allow_bad", "activation_checkpointing", "resume", "restart", "effective_batch"}
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # of Ctrl-C; of kill and of cluster schedulers
 
 
@@ -41,35 +39,28 @@ class Progress:
 
 def lock_and_find_checkpoint(folder, settings, processes):
     """Locks a stage's folder for this process and returns its checkpoint, or None to begin at step 0. With
-    --check-data it does nothing.
-
-    Ends the process if --resume finds a run that is finished. Raises UserError if another process trains in
-    the folder, or it holds a run and neither --resume nor --restart was given, or --resume comes with other
-    settings.
-    """
+    --check-data it does nothing. Ends the process if --resume finds a run that is finished. Raises UserError
+    if the run cannot begin or continue in this folder."""
     if settings["check_data"]:
         return None
     folder = make_writable_folder(folder)
     if processes.rank == 0:  # the only one that writes
         lock_folder(folder)
     path, finished = folder / "checkpoint.pt", read_json(folder / "run.json")
-    # If torchrun has restarted its workers, they continue from their checkpoint, even with --restart.
-    restarted = processes.attempt > 0
-    if settings["restart"] and not (restarted and path.exists()):
+    if settings["restart"]:
         return None
-    if not (settings["resume"] or restarted):
-        if finished or path.exists():
-            raise UserError(f"{folder} holds {'a finished' if finished else 'an unfinished'} run: "
-                            f"{'' if finished else 'continue it with --resume, '}discard it with --restart, or "
-                            "choose another folder with --run")
-        return None
+    if not settings["resume"] and (finished or path.exists()):
+        raise UserError(f"{folder} holds {'a finished' if finished else 'an unfinished'} run: "
+                        f"{'' if finished else 'continue it with --resume, '}discard it with --restart, or "
+                        "choose another folder with --run")
     if finished:
         check_same_settings(folder, finished["settings"], settings)
         delete(path)  # left if the run was killed just before its end
         print(f"{folder} holds a finished run, so there is nothing to resume", file=sys.stderr)
         sys.exit(0)
     if not path.exists():
-        print(f"{folder} has no checkpoint, so this run begins at step 0")
+        if settings["resume"]:
+            print(f"{folder} has no checkpoint, so this run begins at step 0")
         return None
     with explain_errors(f"resume from {path}, which is damaged; start again with --restart"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -113,13 +104,12 @@ def save(folder, progress, model, optimizer, scaler, settings, processes):
 
 
 def restore_or_begin(checkpoint, folder, model, optimizer, scaler, records, processes):
-    """Returns the Progress of `checkpoint` and restores its weights, optimizer, scaler and random numbers. If
-    it is None, deletes what an earlier run left in the folder, and returns the Progress of step 0.
-    `records` is the RecordSet of the training records."""
+    """Restores the weights, optimizer, scaler and random numbers of `checkpoint` and returns its Progress. If
+    it is None, deletes what an earlier run left in the folder. `records`: the training RecordSet."""
     # Without this, scaler.unscale_() would fail in a process without samples.
     scaler.scale(torch.zeros((), device=processes.device))
     if checkpoint is None:
-        if processes.rank == 0:  # run.json goes first, because without it the rest does not count as finished
+        if processes.rank == 0:  # run.json first, because without it the rest does not count as finished
             for name in ("run.json", "eval.json", "checkpoint.pt", "projector.safetensors", "adapter",
                          "metrics.jsonl", "skipped.txt"):
                 delete(folder / name)
@@ -151,13 +141,6 @@ def stop_if_diverged(progress, loss, grad_norm, scaler, records, indices):
         ids = [str(records[i].get("id")) for micro_batch in indices for i in micro_batch]
         raise UserError(f"step {progress.step + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try a lower "
                         f"--lr, or look at the records of this step: {', '.join(ids[:16])}")
-
-
-def exit_after_stop(number, folder, step, total_steps):
-    """Says how to continue a run that a stop signal has ended, and ends the process."""
-    tqdm.write(f"saved {folder} at step {step:,} of {total_steps:,}: continue with the same command and "
-               "--resume", file=sys.stderr)
-    sys.exit(128 + number)
 
 
 class StopSignal:

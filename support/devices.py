@@ -29,8 +29,7 @@ def choose_dtype(name, device):
         return DTYPES[name]
     if device.type != "cuda":
         return torch.float32
-    # torch.cuda.is_bf16_supported() returns True on a T4, which only emulates bf16, slowly. Ask for the
-    # hardware.
+    # torch.cuda.is_bf16_supported() returns True on a T4, which only emulates bf16, slowly.
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
 
 
@@ -39,12 +38,12 @@ def choose_dtype(name, device):
 
 def expanded_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """Attention as transformers' "sdpa" computes it, but every query head gets its own copy of its keys and
-    values.
+    values. (In TinyLlama, 8 query heads share them.)
 
-    In TinyLlama, 8 query heads share keys and values. For such attention, PyTorch before 2.14 has CUDA
-    kernels that need half precision and an A100, an RTX 30xx or a later GPU (flash, cuDNN). Elsewhere it uses
-    the kernel "math", which keeps all T×T attention weights in fp32 for the backward pass. With copies, it
-    can use its memory-efficient kernel, which keeps none and runs on every CUDA GPU.
+    For shared keys and values, PyTorch before 2.14 has flash attention only in half precision and on an
+    A100, an RTX 30xx or a later GPU. Elsewhere it uses the kernel "math", which keeps all T×T attention
+    weights in fp32 for the backward pass. With copies, it can use its memory-efficient kernel, which keeps
+    none and runs on every CUDA GPU.
 
     Shapes: query (B, heads, T, head_dim); key, value (B, key-value heads, T, head_dim).
     """

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import transformers
 
-
 # Control characters, line separators, changes of the writing direction, and half characters.
 UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -27,10 +26,7 @@ class UserError(Exception):
 
 class BadRecord(UserError):
     """A record that cannot be trained on. `reason` is one of a fixed set, so callers can count failures by
-    kind.
-
-    Args: record, reason, detail; or one finished sentence, when a DataLoader worker passes the error on.
-    """
+    kind. A DataLoader worker passes the error on with one finished sentence as its only argument."""
 
     def __init__(self, record, reason=None, detail=""):
         self.reason = reason
@@ -59,7 +55,7 @@ def run_script(main):
     transformers.logging.disable_progress_bar()  # the bar of loading weights
     # peft 0.21 asks transformers 5 for an attribute by its old name. The user can do nothing about it.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    # The new names, activation_checkpointing_enable and cache, are missing in older versions of transformers 5.
+    # Older versions of transformers 5 lack the new names activation_checkpointing_enable and cache.
     warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "`past_key_values` is deprecated.*Use `cache`", FutureWarning)
     script = Path(sys.argv[0]).name

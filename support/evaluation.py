@@ -19,8 +19,8 @@ from support.records import reopen_heldout
 
 
 def load_heldout_dataset(run, template, image_processor, num_image_tokens, count=None):
-    """Returns the ChatDataset of the records that a run has held out. `run` is its run.json. Only the first
-    `count` records are taken if it is given. Records that have become unusable are left out and printed."""
+    """Returns the ChatDataset of the records that a run has held out, or of the first `count`. `run` is its
+    run.json. Records that have become unusable are left out and printed."""
     settings = run["settings"]
     prefix = "heldout_" if settings["heldout_data"] else ""
     records = reopen_heldout(settings[f"{prefix}data"], settings[f"{prefix}images"], run["records"])
@@ -36,13 +36,10 @@ def load_heldout_dataset(run, template, image_processor, num_image_tokens, count
 
 def make_heldout_batches(dataset, pad_token_id, batch_size):
     """Returns the records of a ChatDataset that have an image, as a list of training batches.
-
-    measure_grounding() takes the image of the previous record as the different image. So records that share
-    an image are spread: the first record of every image comes first, then the second of every image, and so
-    on. A last batch of one record would contain no different image. So np.array_split makes batches of nearly
-    equal size, which can be larger than batch_size. batch["image_names"] lists the names of the images.
-    Raises UserError if all records have the same image.
+    batch["image_names"] lists the names of the images. Raises UserError if all records have the same image.
     """
+    # measure_grounding() takes the image of the previous record as the different image. So the first record
+    # of every image comes first, then the second of every image, and so on.
     earlier, order = Counter(), []  # earlier[name]: how many records with this image came before
     for i in range(len(dataset)):
         name = dataset.records.image_name(dataset.records[i])
@@ -53,6 +50,7 @@ def make_heldout_batches(dataset, pad_token_id, batch_size):
         raise UserError("all held-out records with an image have the same image, so none can be evaluated "
                         "with a different image; raise --heldout")
     order.sort()
+    # A last batch of one record would have no different image, so the batches are of nearly equal size.
     chunks = np.array_split(np.arange(len(order)), max(1, len(order) // max(2, batch_size)))
     return [collate([dataset[order[k][1]] for k in chunk], pad_token_id)
             | {"image_names": [order[k][2] for k in chunk]} for chunk in chunks]
@@ -80,10 +78,8 @@ def measure_grounding(model, batches, device, blank=False, map=map):
     image of the previous record in the batch. Only a model that uses the image does worse with a different
     one. If the previous record has the same image, the record counts only in "loss" and "loss_blank".
 
-    Args:
-        batches: from make_heldout_batches().
-        blank: if true, every record is evaluated with a blank image too.
-        map: Processes.map distributes the batches over several processes.
+    Args: batches: from make_heldout_batches(). blank: evaluate with a blank image too. map: Processes.map
+    distributes the batches over several processes.
     Returns: a dict.
         loss, loss_different, loss_blank: nats per token with the correct, a different and a blank image.
         correct_more_likely: fraction of records whose answers are more likely with the correct image. A tie
@@ -116,8 +112,8 @@ def measure_grounding(model, batches, device, blank=False, map=map):
 
 
 def records_with_other_images(records, i, count=1):
-    """Returns the next `count` records, counted from record i, that have a different image from record i.
-    After the last record follows the first. Raises UserError if there is none."""
+    """Returns the next `count` records after record i that have a different image. After the last record
+    follows the first. Raises UserError if there is none."""
     following = (records[j % len(records)] for j in range(i + 1, i + len(records)))
     same = (None, records.image_name(records[i]))
     found = list(islice((record for record in following if records.image_name(record) not in same), count))
@@ -186,13 +182,10 @@ def print_answer(model, template, prompt, printer, max_new_tokens, temperature):
 @torch.no_grad()
 def nearest_tokens(model, template, pixel_values, count=3):
     """Returns the vocabulary tokens nearest to each projected patch: N lists of `count` pairs (text, cosine).
+    pixel_values: (3, S, S), or None for a record without an image, which has no patches.
 
-    The LLM reads a projected patch like a token's embedding. So we compare the patch with all of these
-    embeddings. After stage 1 of the toy, the nearest tokens of a patch that shows an object are usually its
-    color and its shape. Do not expect this of real models: only about a third of their image tokens can be
-    read in this way (arXiv:2602.00462).
-
-    Args: pixel_values: (3, S, S), or None for a record without an image, which has no patches.
+    After stage 1 of the toy, the nearest tokens of a patch that shows an object are usually its color and its
+    shape. Of the image tokens of real models, only about a third can be read in this way (arXiv:2602.00462).
     """
     if pixel_values is None:
         return []

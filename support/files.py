@@ -51,8 +51,8 @@ def make_writable_folder(path):
 
 
 def lock_folder(folder):
-    """Raises UserError if another process trains in this folder. Otherwise this process holds a lock on the
-    folder until it ends. The operating system releases the lock, so a killed run leaves none."""
+    """Locks the folder until this process ends, even if it is killed. Raises UserError if another process
+    trains in it."""
     try:
         folder_lock(Path(folder).resolve() / ".lock").acquire(blocking=False)
     except Timeout as error:
@@ -70,10 +70,8 @@ def folder_lock(path):
 @contextmanager
 def atomic_write(path):
     """Yields a temporary path beside `path`; what is written there, a file or a folder, then replaces `path`.
-
-    The data are flushed to the disk before the rename. A run killed at any moment leaves the old or the new
-    version, never half of one. (An old folder is deleted first, so a kill in between leaves none.)
-    """
+    A run killed at any moment leaves the old or the new version, never half of one. (An old folder is deleted
+    first, so a kill in between leaves none.)"""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:

@@ -12,7 +12,6 @@ from filelock import FileLock
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (GatedRepoError, HFValidationError, OfflineModeIsEnabled,
                                     RepositoryNotFoundError)
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from support.errors import UserError
 from support.files import REPOSITORY
@@ -25,11 +24,8 @@ FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "m
 
 def find_pretrained(name, required_file="config.json"):
     """Returns the folder of a pretrained model: `name` itself if it is a folder, else that of the hub's model
-    `name`, which is fetched if it is not complete in the cache.
-
-    Args: required_file: a file that the folder must have, beside config.json and the weights.
-    Raises UserError if the folder is not complete, or if the model cannot be fetched.
-    """
+    `name`, which is fetched if it is not complete in the cache. required_file: a file that the folder must
+    have, beside config.json and the weights."""
     for folder in (Path(name), REPOSITORY / name):
         if os.path.isdir(folder):
             break
@@ -67,10 +63,8 @@ def missing_file(folder, required_file):
 
 
 def fetch(name, required_file):
-    """Fetches a model from the hub, with the client's progress bar, and returns its folder in the cache.
-
-    If a download breaks off, complete files stay in the cache. The next attempt fetches the others.
-    """
+    """Fetches a model from the hub, with the client's progress bar, and returns its folder in the cache. If a
+    download breaks off, complete files stay in the cache, and the next attempt fetches the others."""
     lock = Path(constants.HF_HUB_CACHE) / ".locks" / f"{str(name).replace('/', '--')}.lock"
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -79,14 +73,13 @@ def fetch(name, required_file):
             missing = missing_file(folder, required_file) if folder else "config.json"
             if not missing:
                 return folder
-            disable_progress_bars()  # of the next request, which only asks for the sizes
+            # dry_run only asks for the sizes.
             files = snapshot_download(str(name), allow_patterns=FILES, dry_run=True)
             if not any(file.filename.startswith("model") for file in files):
                 raise UserError(f"the model {name} on the hub has no weights in the format safetensors: "
                                 "choose another model, or convert its weights and name the folder")
             size = sum(file.file_size or 0 for file in files if file.will_download)
             print(f"fetching {name}: {size / 1e9:.2f} GB to {constants.HF_HUB_CACHE}", flush=True)
-            enable_progress_bars()
             return Path(snapshot_download(str(name), allow_patterns=FILES))
     except UserError:
         raise
@@ -102,5 +95,3 @@ def fetch(name, required_file):
             detail = getattr(cause, "strerror", None) or " ".join(f"{type(cause).__name__}: {cause}".split())
             reason = f"{detail[:200]}; run the same command again, and complete files are not fetched twice"
         raise UserError(f"cannot fetch the model {name}: {reason}") from error
-    finally:
-        disable_progress_bars()

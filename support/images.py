@@ -17,7 +17,6 @@ from support.files import name_format, read_part
 
 # Formats that Pillow decodes by itself. (EPS, for example, would start Ghostscript.)
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO"]
-MAX_FILE_BYTES = 256 * 2**20
 # Pillow refuses images with more than twice as many pixels. Above this number itself it would warn, but some
 # phones take photos of 200 megapixels.
 Image.MAX_IMAGE_PIXELS = 110_000_000
@@ -25,12 +24,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def decode_image(file, name):
-    """Returns the PIL image in `file` (a path or an open file) in RGB and upright.
-
-    Raises ValueError with one sentence about `name` if it is not an image, is cut short, or is unreasonably
-    large or long. A damaged file can raise almost any exception inside Pillow, so all of them are caught
-    here.
-    """
+    """Returns the PIL image in `file` (a path or an open file) in RGB and upright. Raises ValueError with one
+    sentence about `name` if it cannot be used. A damaged file can raise almost any exception in Pillow."""
     try:
         content = file if hasattr(file, "read") else io.BytesIO(Path(file).read_bytes())
         with Image.open(content, formats=FORMATS) as image:
@@ -80,18 +75,16 @@ class ImageStore:
         return self._find_member(name) is not None
 
     def is_inside(self, name):
-        """Returns True if the name cannot leave the folder. Records may come from others. Symbolic links in
-        the folder are the user's own and are followed."""
+        """Returns True if the name cannot leave the folder, because records may come from others."""
         path = PurePosixPath(name.replace("\\", "/"))
         drive = re.match("[A-Za-z]:", name)  # of Windows
         return bool(path.parts) and not ("\0" in name or path.is_absolute() or ".." in path.parts or drive)
 
     def check(self, record, name):
         """Raises BadRecord if there is no such image."""
-        if not self.is_inside(name):
-            raise BadRecord(record, "image outside the image folder", repr(name)[:200])
         if name not in self:
-            raise BadRecord(record, "image missing", f"{name[:200]!r} is not in {self.root}")
+            reason = "image missing" if self.is_inside(name) else "image outside the image folder"
+            raise BadRecord(record, reason, f"{name[:200]!r} is not in {self.root}")
 
     def open(self, record, name):
         """Returns the image (PIL, RGB, upright). Raises BadRecord if it is missing or cannot be decoded."""
@@ -105,8 +98,7 @@ class ImageStore:
     # -- .zip files ----------------------------------------------------------------------------------------
 
     def _read_zip_directory(self):
-        """Keeps the list of members as two arrays. zipfile's own list is large, and every worker would copy
-        it."""
+        """Keeps the list of members as two arrays, because every worker would copy zipfile's larger list."""
         try:
             with zipfile.ZipFile(self.root) as archive:
                 members = [info for info in archive.infolist()
@@ -139,10 +131,8 @@ class ImageStore:
         return None
 
     def _read_member(self, name):
-        """Returns a member's bytes. Its position is known, so the zip's directory need not be read again."""
+        """Returns a member's bytes."""
         offset, compressed_size, size, method, crc = self.places[self._find_member(name)].tolist()
-        if size > MAX_FILE_BYTES:
-            raise ValueError(f"{name} is {size:,} bytes long, too large for an image")
         # A member starts with 30 bytes that end in two lengths, then its name and an extra field of those
         # lengths (PKWARE's APPNOTE.TXT, section 4.3.7).
         name_length, extra_length = struct.unpack("<26x2H", read_part(self.root, offset, 30))

@@ -16,7 +16,7 @@ class MetricsLog:
     checkpoint that the run resumes from are removed, because their steps are taken again."""
 
     def __init__(self, folder, processes, checkpoint, total_steps):
-        self.processes, self.file = processes, None
+        self.folder, self.processes, self.file = folder, processes, None
         if processes.rank == 0:
             path = folder / "metrics.jsonl"
             with explain_errors(f"write {path}"):
@@ -108,6 +108,13 @@ class MetricsLog:
         self.bar.close()
         if self.file:
             self.file.close()
+
+    def close_and_exit(self, signal_number, step):
+        """Says how to continue a run that a signal has stopped, and ends the process."""
+        self.close()
+        print(f"saved {self.folder} at step {step:,} of {self.total_steps:,}: continue with the same command "
+              "and --resume", file=sys.stderr)
+        sys.exit(128 + signal_number)
 
 
 def format_grounding(measured):

@@ -101,8 +101,8 @@ def load_language_model(name, dtype, device):
 
 
 def load_tokenizer(name):
-    """Returns (tokenizer, ids of the end tokens that the model's own files list, how many tokens the model can
-    read, prompt and answer together)."""
+    """Returns (tokenizer, ids of the end tokens that the model's own files list, how many tokens the model
+    can read, prompt and answer together)."""
     folder = find_pretrained(name, "tokenizer_config.json")
     with explain_errors(f"load the tokenizer in {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

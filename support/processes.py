@@ -10,27 +10,18 @@ from support.devices import choose_device
 
 
 class Processes:
-    """This process and the others that train with it. With a single process, no method communicates.
-
-    Attributes: rank (0 is the one that prints and saves), world_size, device (the one of this process), and
-    attempt (how often torchrun has restarted the processes).
-    """
+    """This process and the others that train with it. Rank 0 is the one that prints and saves. With a single
+    process, no method communicates."""
 
     def __init__(self, device_name):
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         self.device = choose_device(device_name)
         if self.world_size == 1:
             return
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
-        # torchrun's store still holds the addresses of the previous attempt's workers, so every attempt uses
-        # a key prefix of its own.
-        store, _, _ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt {self.attempt}", store)
-        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank,
-                                world_size=self.world_size)
+        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         if self.rank > 0:  # only rank 0 prints; errors go to stderr and are shown for all
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
 

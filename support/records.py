@@ -21,9 +21,8 @@ class RecordFile:
     """The records of a JSON file, a list of objects or JSON lines: `records[i]` is a dict.
 
     Attributes: spans (records, 2), first byte and end of each record. image_hashes and record_hashes, both
-    (records,), see hash_record(). sha256, of the file.
-
-    Args: spans: given if they are known. Then the file is not parsed, and there are no hashes and no sha256.
+    (records,), see hash_record(). sha256, of the file. If the argument `spans` is given, the file is not
+    parsed, and there are no hashes and no sha256.
     """
 
     def __init__(self, path, spans=None):
@@ -78,8 +77,8 @@ class RecordFile:
             raise UserError(f"{self.path} has no records")
         if not is_list and len(spans) == 1 and "conversations" not in record:
             keys = ", ".join(map(repr, record))[:80]
-            raise UserError(f"{self.path} is one JSON object ({keys}) instead of a list of records: save only "
-                            "the list")
+            raise UserError(f"{self.path} is one JSON object ({keys}) instead of a list of records: save "
+                            "only the list")
         self.spans = np.array(spans, dtype=np.int64)
         self.image_hashes, self.record_hashes = np.frombuffer(hashes, "<u8").reshape(-1, 2).T.copy()
 
@@ -102,10 +101,7 @@ def image_of(record):
 
 def hash_record(record):
     """Returns two 64-bit hashes as bytes: of the record's image, and of image and conversation together.
-
-    A record without an image is identified by its id, or by its conversation if it has no id. The hashes do
-    not depend on where the record is in the file, nor on spaces and escapes.
-    """
+    A record without an image is identified by its id, or by its conversation if it has no id."""
     conversation, identity = record.get("conversations"), record.get("id")
     image = image_of(record) or (f"{identity}.jpg" if identity is not None else conversation)
     return b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -113,10 +109,7 @@ def hash_record(record):
 
 
 class RecordSet:
-    """Some of the records of a file, with their images.
-
-    Args: file: a RecordFile. images: an ImageStore. indices: which records, in this order.
-    """
+    """Some of the records of a RecordFile, with their ImageStore. indices: which records, in this order."""
 
     def __init__(self, file, images, indices):
         self.file, self.images, self.indices = file, images, indices
@@ -139,10 +132,8 @@ class RecordSet:
         return hashlib.sha256(self.record_hashes.tobytes()).hexdigest()[:16]
 
     def image_name(self, record):
-        """Returns the file name of the record's image, or None if it has no image.
-
-        Some copies of the data lack "image". The file is then named after the record's id.
-        """
+        """Returns the file name of the record's image, or None if it has no image. Some copies of the data
+        lack "image". The file is then named after the record's id."""
         name = image_of(record)
         if name in ("", []):  # text only, as other programs write it
             return None
@@ -178,8 +169,8 @@ def open_records(settings):
     order = np.lexsort((file.record_hashes, hashes))  # by image, and the records of one image by their hash
     first_of_image = np.unique(hashes[order], return_index=True)[1]  # positions in `order`
     if len(first_of_image) <= heldout:
-        raise UserError(f"--heldout {heldout} leaves none of the {len(file)} records of {settings.data} to train "
-                        "on, because all records of a held-out image are left out: lower --heldout")
+        raise UserError(f"--heldout {heldout} leaves none of the {len(file)} records of {settings.data} to "
+                        "train on, because all records of a held-out image are left out: lower --heldout")
     train = order[first_of_image[heldout]:]
     return (RecordSet(file, store, train[:limit]),
             RecordSet(file, store, order[first_of_image[:heldout]]))
@@ -195,11 +186,8 @@ def describe_records(train, heldout):
 
 
 def reopen_heldout(data, images, described):
-    """Returns the RecordSet of exactly the records that a run held out, in the same order.
-
-    Args: data, images: where they are. described: what describe_records() returned.
-    Raises UserError if none is left. If the file has changed, prints one sentence about what is missing.
-    """
+    """Returns the RecordSet of exactly the records that a run held out, in the same order. `described` is
+    what describe_records() returned. If the file has changed, prints what is missing."""
     path, store, total = find_file(data), ImageStore(find_file(images)), described["heldout_file"]["records"]
     rows = np.array([[int(word) for word in row.split()] for row in described["heldout"]], dtype=np.uint64)
     hashes, indices = rows[:, 0], rows[:, 1].astype(np.int64)
@@ -230,11 +218,9 @@ MEDIA_FILE = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?|heic|mp4|avi|mov|mkv
 
 
 def check_keys(record, has_image):
-    """Raises BadRecord if the record or a turn has content for the model under a key that is not read.
-
-    Such keys are known by their name and, if the record has no image, by a value such as "a.jpg". Numbers and
-    empty values are no content, nor is the name of the record's image, written a second time.
-    """
+    """Raises BadRecord if the record or a turn has content for the model under a key that is not read. Such
+    keys are known by their name and, if the record has no image, by a value such as "a.jpg". Numbers and
+    empty values are no content, nor is the name of the record's image, written a second time."""
     image = image_of(record)
     for fields in ({**record, "id": None, "image": None}, *record["conversations"]):
         for key, value in fields.items():

@@ -30,10 +30,8 @@ RESULT_FILES = ("projector.safetensors", "adapter/adapter_config.json", "adapter
 
 def save_result(folder, stage, model, settings, progress, heldout, train_dataset, heldout_dataset, processes):
     """Writes projector.safetensors, adapter/ (if there is one, as plain peft writes it), and last run.json.
-    Then deletes the checkpoint. Process 0 writes and the others wait for it.
-
-    Args: heldout: what measure_grounding() returned at the end. Raises UserError if its loss is not finite.
-    """
+    Then deletes the checkpoint. Process 0 writes and the others wait for it. Raises UserError if the loss in
+    `heldout`, which measure_grounding() returned, is not finite."""
     if not math.isfinite(heldout["loss"]):
         raise UserError("the held-out loss is not finite, so the result was not saved; try a lower --lr")
     if processes.rank == 0:
@@ -117,8 +115,7 @@ def load_adapter(model, folder):
 
 
 def load_trained(folder, device, dtype):
-    """Returns (model, template, image_processor, run) of a finished stage, ready to answer. run is its
-    run.json."""
+    """Returns (model, template, image_processor, run.json) of a finished stage, ready to answer."""
     run = read_run(folder)
     template, image_processor = ChatTemplate(run["llm"]), load_image_processor(run["vision_tower"])
     check_same_template(run, template, folder)
@@ -154,13 +151,11 @@ def add_run_flags(parser, precision=None):
 
 
 def load_run(args):
-    """Returns what load_trained() returns of the stage that the flags name, and prints which one it is. The
-    device is that of model.llm."""
+    """Returns what load_trained() returns of the stage that the flags name, and prints which one it is."""
     device = choose_device(args.device)
     stage = args.stage or (2 if os.path.exists(args.run / "stage2" / "run.json") else 1)
     folder = args.run / f"stage{stage}"
-    loaded = load_trained(folder, device, choose_dtype(args.precision, device))
-    run = loaded[3]
+    *loaded, run = load_trained(folder, device, choose_dtype(args.precision, device))
     print(f"{folder}: {run['steps']:,} steps, {run['projector']} projector, "
           f"{'LoRA adapter' if run['stage'] == 2 else 'no adapter'}", file=sys.stderr)
-    return loaded
+    return *loaded, run

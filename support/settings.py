@@ -53,8 +53,7 @@ FLAGS = {  # name: (type or choices, help)
     "seed": (COUNT, "seed of all random numbers"),
     "eval_every": (POSITIVE, "optimizer steps between two evaluations on the held-out records; if not "
                    "set: up to 20 between the first and the last step, in at most a tenth of the time"),
-    "save_every": (POSITIVE, "optimizer steps between two checkpoints; if not set: about 20 per run, and at "
-                   "least one every 100 steps"),
+    "save_every": (POSITIVE, "optimizer steps between two checkpoints; if not set: 20 per run or more"),
     "log_every": (POSITIVE, "optimizer steps between two lines of metrics.jsonl"),
 }
 SWITCHES = {
@@ -67,8 +66,8 @@ SWITCHES = {
 
 
 def parse_settings(description, presets, argv=None):
-    """Returns the settings as an argparse.Namespace: those of the chosen preset, changed by the flags in the
-    list `argv` (None: those of the command line). presets: {name: {setting: value}}."""
+    """Returns the settings as an argparse.Namespace: those of the chosen preset, changed by the flags in
+    `argv` (None: of the command line). presets: {name: {setting: value}}."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=presets, default="toy", help="where the default values come from")

@@ -21,12 +21,7 @@ def plan_steps(lengths, settings, processes, progress):
 
     The samples of all epochs form one long sequence, each epoch in a random order drawn from (seed, epoch). A
     step takes the next batch_size × grad_accum × world_size of them; the last step of an epoch takes what is
-    left. The sequence depends only on the seed and on the number of samples. So a run can be resumed after
-    progress.samples samples, even with another number of processes.
-
-    If a step has several micro-batches or processes, its samples are sorted by length, so that a micro-batch
-    needs little padding. This changes nothing in the gradient, because the loss is a sum over the whole step.
-    (Sorting a whole epoch would remove the randomness.) The longest samples of a step come first.
+    left. So a run can be resumed after progress.samples samples, even with another number of processes.
     """
     batch_size, rank, world_size = settings.batch_size, processes.rank, processes.world_size
     effective, n = batch_size * settings.grad_accum * world_size, len(lengths)
@@ -41,6 +36,8 @@ def plan_steps(lengths, settings, processes, progress):
         steps += [order[i:i + effective] for i in range(begin, n, effective)]
     steps = steps[:remaining]
     sizes = [len(step) for step in steps]
+    # Sorted by length, a micro-batch needs little padding. The gradient stays the same, because the loss is a
+    # sum over the whole step. (Sorting a whole epoch would remove the randomness.)
     if effective > batch_size:
         steps = [step[np.argsort(-lengths[step], kind="stable")] for step in steps]
     # Process r of P takes samples r, r + P, r + 2P, … so that all processes get samples of similar lengths.
@@ -49,8 +46,8 @@ def plan_steps(lengths, settings, processes, progress):
 
 
 def plan_events(settings, total_steps):
-    """Returns three sets of steps: after which to log, to evaluate, and to save a checkpoint. The last step
-    is not in the second set, because an evaluation follows it in any case."""
+    """Returns three sets of steps: after which to log, to evaluate, and to save a checkpoint. An evaluation
+    follows the last step in any case."""
     automatic = max(1, ceil(total_steps / 20))
     eval_every, save_every = settings.eval_every or automatic, settings.save_every or min(100, automatic)
     log_at, eval_at, save_at = (set(range(every, total_steps, every))
@@ -68,7 +65,7 @@ def print_plan(settings, world_size, step_sizes, training, heldout, total_steps)
 def load_steps(dataset, sample_indices, pad_token_id, workers, device):
     """Yields (micro-batches, sentences about skipped images, seconds spent waiting) of each step.
     `sample_indices` is from plan_steps(). See collate() for what a micro-batch contains."""
-    # Every tensor that a worker has prepared is an open file, so each worker prepares at most 16 micro-batches.
+    # Every tensor that a worker has prepared is an open file, so it prepares at most 16 micro-batches.
     loader = DataLoader(dataset, batch_sampler=list(chain(*sample_indices)),
                         collate_fn=partial(collate, pad_token_id=pad_token_id), num_workers=workers,
                         prefetch_factor=min(max([2, *map(len, sample_indices)]), 16) if workers else None,
@@ -88,11 +85,8 @@ def load_steps(dataset, sample_indices, pad_token_id, workers, device):
 
 def try_longest_batch(model, dataset, lengths, pad_token_id, device, autocast, settings):
     """Takes one forward and backward pass of a micro-batch of the samples that are probably the longest, and
-    prints its peak memory, so that a run that does not fit ends at once and not after hours.
-
-    Changes nothing in the run: weights and random numbers stay as they are, and gradients are None
-    afterwards. Raises UserError if the memory is too small.
-    """
+    prints its peak memory, so that a run that does not fit ends at once and not after hours, by a UserError.
+    Changes nothing in the run: weights and random numbers stay, and gradients are None afterwards."""
     longest = np.argsort(-lengths, kind="stable")[:settings.batch_size].tolist()
     batch = collate([dataset[i] for i in longest], pad_token_id)
     size, length = batch["input_ids"].shape
@@ -105,9 +99,8 @@ def try_longest_batch(model, dataset, lengths, pad_token_id, device, autocast, s
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        advice = "add --activation-checkpointing"
-        if settings.activation_checkpointing:
-            advice = "lower --max-length"
+        advice = "lower --max-length" if settings.activation_checkpointing else \
+            "add --activation-checkpointing"
         if settings.batch_size > 1:
             parts = next(n for n in range(2, settings.batch_size + 1) if settings.batch_size % n == 0)
             advice = (f"pass --batch-size {settings.batch_size // parts} --grad-accum "

@@ -87,7 +87,7 @@ def test_under_torchrun_a_killed_worker_comes_back_and_the_run_ends_as_if_unbrok
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          "--max-restarts=1",
          "--",  # without this, torchrun takes our --run for a part of its own --run-path
-         str(REPOSITORY / "stage2_instruct.py"), "--run", str(broken), *arguments],
+         str(REPOSITORY / "stage2_instruct.py"), "--run", str(broken), *arguments, "--resume"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (broken / "stage2" / "checkpoint.pt").exists() and launcher.poll() is None:
         time.sleep(0.01)
