@@ -159,8 +159,7 @@ class ChatTemplate:
         return ids, labels
 
     def encode_prompt(self, messages, num_image_tokens):
-        """Returns the ids of a conversation that ends with a question. They are a prefix of what encode()
-        returns for the conversation with its answer."""
+        """Returns the ids of a conversation that ends with a question: a prefix of its ids with the answer."""
         return self.tokenize(self.render_prompt(messages), num_image_tokens)[0]
 
     def to_messages(self, record, has_image):
@@ -172,14 +171,14 @@ class ChatTemplate:
         texts = check_turns(record, has_image)  # [question, answer, question, answer, …]
         # If no question contains <image>, the image is put in the first one.
         image_turn = next((i for i in range(0, len(texts), 2) if IMAGE_TOKEN in texts[i]), 0)
+        if has_image:
+            texts[image_turn] = texts[image_turn].replace(IMAGE_TOKEN, "")
         messages = []
-        for i, text in enumerate(texts):
-            if i == image_turn and has_image:
-                text = f"{IMAGE_TOKEN}\n{self.escape(text.replace(IMAGE_TOKEN, ''))}"
-            else:
-                text = self.escape(text)
+        for i, text in enumerate(map(self.escape, texts)):
             if i % 2:  # some data contain what the template writes before an answer, and would have it twice
                 text = self.remove_answer_prefix(text) or text
+            elif has_image and i == image_turn:
+                text = f"{IMAGE_TOKEN}\n{text}"
             messages.append({"role": "assistant" if i % 2 else "user", "content": text})
         return messages
 
@@ -233,9 +232,8 @@ class ChatDataset(Dataset):
         return self.template.to_messages(record, has_image=self.records.image_name(record) is not None)
 
     def encode(self, record):
-        """Returns (input_ids, labels), cut after the last answer that fits into max_length tokens. The
-        original code cuts at max_length, which can leave half an answer without its end token.
-        Raises BadRecord if no answer fits."""
+        """Returns (input_ids, labels), cut after the last answer that fits into max_length tokens. (The
+        original code cuts at max_length, inside of an answer.) Raises BadRecord if no answer fits."""
         try:
             ids, labels = self.template.encode(self.messages_of(record), self.num_image_tokens)
         except ValueError as error:

@@ -9,7 +9,7 @@ updates computed from them could damage it.
     python stage1_align.py --preset tinyllama   the real models and data, see docs/real_data.md
 
 Writes projector.safetensors, run.json and metrics.jsonl to <run>/stage1/. Continue with stage2_instruct.py.
-`diff stage1_align.py stage2_instruct.py` shows where the two stages differ. Stage 2 omits long comments.
+`diff stage1_align.py stage2_instruct.py` shows where the two stages differ. Stage 2 repeats no comment.
 """
 
 import math

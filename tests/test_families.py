@@ -217,7 +217,7 @@ def test_the_prompt_is_the_same_on_every_day(tmp_path):
     assert "strftime_now(" not in template.tokenizer.chat_template  # nor in an export
 
 
-def test_the_opening_that_the_template_writes_is_trained_but_not_part_of_an_answer(tmp_path, capsys):
+def test_the_answer_prefix_of_a_template_is_trained_but_not_part_of_an_answer(tmp_path, capsys):
     template = ChatTemplate(make_family(tmp_path, *FAMILIES["qwen3"]))
     messages = QUESTION + [{"role": "assistant", "content": "Yes ,\n是的"}]
     _, labels = template.encode(messages, 4)
