@@ -36,37 +36,33 @@ class RecordFile:
             if kind:
                 raise UserError(f"{path} is {kind}")
             try:
-                text = content.decode("utf-8")
+                content.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from error
             self.sha256 = hashlib.sha256(content).hexdigest()
-            del content  # 175 MB for 595,375 records
-            self._find_records(text)
+            self._find_records(content)
 
-    def _find_records(self, text):
+    def _find_records(self, content):
         """Fills spans and hashes."""
-        decode = json.JSONDecoder().raw_decode
-        opening = re.match(r"\ufeff?\s*(\[?)\s*", text)
+        text = content.decode("latin-1")  # one character per byte, so positions are those in the file
+        find_end = json.JSONDecoder().raw_decode
+        opening = re.match(r"(?:\xef\xbb\xbf)?\s*(\[?)\s*", text)  # UTF-8 may begin with these three bytes
         is_list = opening[1] == "["  # else the objects of JSON lines follow each other without commas
         # To the next record, the ] or the end.
         skip = re.compile(r"\s*,\s*(?!\])|\s*(?=\]|\Z)" if is_list else r"\s*").match
-        # In an ASCII file, as json.dump writes it, characters are bytes. Elsewhere they must be counted.
-        size = (lambda start, end: end - start) if text.isascii() else \
-            (lambda start, end: len(text[start:end].encode()))
-        spans, hashes, at, position, here = [], bytearray(), 0, 0, opening.end()
+        spans, hashes, here = [], bytearray(), opening.end()
         try:
             while text[here] != "]" if is_list else here < len(text):
-                record, end = decode(text, here)
+                _, end = find_end(text, here)
+                record = json.loads(content[here:end])
                 if not isinstance(record, dict):
                     raise ValueError(f"entry {len(spans) + 1} is not an object but {text[here:end][:40]}")
-                start_byte = position + size(at, here)
-                position = start_byte + size(here, end)
-                spans.append((start_byte, position))
+                spans.append((here, end))
                 hashes += hash_record(record)
                 following = skip(text, end)
                 if not following:
                     raise ValueError("a comma is missing, or is one too many")
-                at, here = end, following.end()
+                here = following.end()
             if text[here + 1:].strip():
                 raise ValueError("there is more text after the closing ]")
         except (ValueError, IndexError, RecursionError) as error:

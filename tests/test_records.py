@@ -160,7 +160,7 @@ def test_held_out_records_that_are_gone_are_counted_and_none_left_is_an_error(sp
 
 def test_the_other_records_of_an_unchanged_file_are_not_parsed(split, tmp_path, monkeypatch):
     described = describe_records(*split(MANY))
-    monkeypatch.setattr(RecordFile, "_find_records", lambda self, text: pytest.fail("parses every record"))
+    monkeypatch.setattr(RecordFile, "_find_records", lambda self, content: pytest.fail("parses every record"))
     assert len(reopen_heldout(tmp_path / "chat.json", tmp_path, described)) == 10
 
 
