@@ -21,7 +21,12 @@ class Processes:
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
-        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        # If torchrun restarts the processes, its store still holds the addresses of those before, so every
+        # attempt uses a key prefix of its own.
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank,
+                                world_size=self.world_size)
         if self.rank > 0:  # only rank 0 prints; errors go to stderr and are shown for all
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
