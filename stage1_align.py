@@ -88,11 +88,11 @@ def main(argv=None):
     template = ChatTemplate(args.llm)
     train_dataset, heldout_dataset, lengths = check_and_make_datasets(
         train_records, heldout_records, template, args, processes)
-    if args.check_data:
-        return None
     pad_token_id = template.tokenizer.pad_token_id
     heldout_batches = make_heldout_batches(heldout_dataset, pad_token_id, args.batch_size)
     print_sample(train_dataset)
+    if args.check_data:
+        return None
 
     # -- 3. model ------------------------------------------------------------------------------------------
 

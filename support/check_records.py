@@ -31,8 +31,8 @@ def check_and_make_datasets(train_records, heldout_records, template, settings, 
     ChatDatasets of the usable records. lengths[i] is the approximate number of tokens of training sample i.
 
     Without --decode, training images are only looked up, because opening 595,375 of them takes long. Held-out
-    images are always opened. Raises UserError if too many records are unusable (--allow-bad), if the held-out
-    records are too few, or if --max-length is more than the LLM can read.
+    images are always opened. Raises UserError if too many records are unusable (--allow-bad), or if
+    --max-length is more than the LLM can read.
     """
     max_length, allow_bad = settings.max_length, settings.allow_bad
     if max_length > template.context_length:
@@ -57,9 +57,6 @@ def check_and_make_datasets(train_records, heldout_records, template, settings, 
         hint = " (is --images wrong?)" if "image missing" in train.failures else ""
         which = f"more than --allow-bad {allow_bad} allows" if len(train.usable) else "all of --data included"
         raise UserError(f"{bad:,} of {total:,} records cannot be used, {which}{hint}")
-    if heldout.with_image < 2:
-        raise UserError(f"{heldout_records.file.path}: fewer than two usable held-out records have an image, "
-                        "so none can be evaluated with a different image; raise --heldout")
     image_processor = load_image_processor(settings.vision_tower)
     return (*(ChatDataset(records, template, image_processor, num_image_tokens, max_length)
               for records in (train.usable, heldout.usable)), train.lengths)

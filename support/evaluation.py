@@ -36,8 +36,7 @@ def load_heldout_dataset(run, template, image_processor, num_image_tokens, count
 
 def make_heldout_batches(dataset, pad_token_id, batch_size):
     """Returns the records of a ChatDataset that have an image, as a list of training batches.
-    batch["image_names"] lists the names of the images. Raises UserError if all records have the same image.
-    """
+    batch["image_names"] lists the names of the images. Raises UserError if there are fewer than two."""
     # measure_grounding() takes the image of the previous record as the different image. So the first record
     # of every image comes first, then the second of every image, and so on.
     earlier, order = Counter(), []  # earlier[name]: how many records with this image came before
@@ -47,8 +46,8 @@ def make_heldout_batches(dataset, pad_token_id, batch_size):
             order.append((earlier[name], i, name))
             earlier[name] += 1
     if len(earlier) < 2:
-        raise UserError("all held-out records with an image have the same image, so none can be evaluated "
-                        "with a different image; raise --heldout")
+        raise UserError(f"{dataset.records.file.path}: the usable held-out records have fewer than two "
+                        "different images, so none can be evaluated with a different one; raise --heldout")
     order.sort()
     # A last batch of one record would have no different image, so the batches are of nearly equal size.
     chunks = np.array_split(np.arange(len(order)), max(1, len(order) // max(2, batch_size)))

@@ -219,4 +219,4 @@ def test_too_few_usable_held_out_records_are_refused(refusal, flags, broken_held
     records = json.loads((tmp_path / "heldout.json").read_text())[:3]
     (tmp_path / "heldout.json").write_text(json.dumps(records))
     sentence = refusal("stage1_align", *flags(1, **broken_held_out), "--allow-bad", "1", "--check-data")
-    assert "fewer than two usable held-out records have an image" in sentence
+    assert "fewer than two different images" in sentence and "heldout.json" in sentence
