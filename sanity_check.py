@@ -22,8 +22,8 @@ from torch import nn
 from data import IMAGE_TOKEN, collate
 from model import IGNORE_INDEX
 from support.errors import UserError, printable, run_script
-from support.evaluation import (AnswerPrinter, load_heldout_dataset, print_sample, nearest_tokens,
-                                print_answer, record_losses, records_with_other_images, shorten_image)
+from support.evaluation import (AnswerPrinter, load_heldout_dataset, nearest_tokens, print_answer,
+                                print_sample, record_losses, records_with_other_images, shorten_image)
 from support.pretrained import load_image
 from support.results import add_run_flags, load_run
 from support.settings import COUNT, POSITIVE, REAL

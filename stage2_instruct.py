@@ -105,8 +105,7 @@ def main(argv=None):
         model = Llava(clip, llm, template.image_token_id, args.projector, args.vision_layer).to(device)
     load_projector(model, stage1_folder / "projector.safetensors")
     model.projector.requires_grad_(True)
-    # peft creates LoRA's A and B, makes them trainable, and keeps them in fp32 even if W is in half
-    # precision. The printed table shows it.
+    # peft creates LoRA's A and B. They are trainable, and in fp32 even if W is in half precision.
     model.add_lora(LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
                               target_modules=LORA_TARGETS, task_type="CAUSAL_LM"))
     torch.manual_seed(args.seed + processes.rank)  # each process draws different dropout masks

@@ -4,7 +4,6 @@ A model of the hub that is not in the cache is fetched on first use, as transfor
 environment variables work here too: HF_HOME moves the cache, and HF_HUB_OFFLINE=1 forbids every request.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (GatedRepoError, HFValidationError, OfflineModeIsEnabled,
                                     RepositoryNotFoundError)
 
-from support.errors import UserError
-from support.files import REPOSITORY
+from support.errors import UserError, explain_errors
+from support.files import REPOSITORY, read_json
 
 # What this project reads of a model. Many repositories hold the same weights in several other formats.
 FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "model.safetensors",
@@ -51,10 +50,8 @@ def missing_file(folder, required_file):
     """Returns the name of a file that a folder of a pretrained model lacks, or None."""
     weights, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if index.exists():  # the weights are split into several files
-        try:
-            weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, LookupError, AttributeError, TypeError):
-            return f"readable {index.name}"
+        with explain_errors(f"read {index}; fetch it again"):
+            weights = sorted(set(read_json(index)["weight_map"].values()))
     for file in ("config.json", *weights, required_file):
         if not (folder / file).exists():
             pickles = [path.name for path in folder.glob("*.bin")] if file in weights else []
