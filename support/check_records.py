@@ -1,4 +1,7 @@
-"""Checks the data before the first step, so that a missing image does not stop the run hours later."""
+"""Checks the data before the first step, so that a missing image does not stop the run hours later.
+
+This file depends on data.py.
+"""
 
 from itertools import chain
 from typing import NamedTuple

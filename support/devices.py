@@ -1,4 +1,7 @@
-"""Which device to compute on, in which precision, and with which attention kernel."""
+"""Which device to compute on, in which precision, and with which attention kernel.
+
+data.py depends on this file.
+"""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,7 @@
-"""Errors that a user can fix, and how a script ends with them: in one sentence and an exit code."""
+"""Errors that a user can fix, and how a script ends with them: in one sentence and an exit code.
+
+data.py depends on this file.
+"""
 
 import re
 import sys

@@ -1,4 +1,7 @@
-"""Files: where the inputs are, and writing outputs so that a killed run never leaves half a file."""
+"""Files: where the inputs are, and writing outputs so that a killed run never leaves half a file.
+
+data.py depends on this file.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""Images by name, from a folder or from a .zip file that is never unpacked."""
+"""Images by name, from a folder or from a .zip file that is never unpacked.
+
+data.py depends on this file.
+"""
 
 import io
 import os

@@ -1,4 +1,7 @@
-"""The log of a stage: a progress bar, and metrics.jsonl with one JSON object per line."""
+"""The log of a stage: a progress bar, and metrics.jsonl with one JSON object per line.
+
+This file and data.py do not depend on each other.
+"""
 
 import json
 import math

@@ -1,4 +1,7 @@
-"""The processes that train together: one, or as many as torchrun started."""
+"""The processes that train together: one, or as many as torchrun started.
+
+This file and data.py do not depend on each other.
+"""
 
 import os
 import sys

@@ -1,4 +1,7 @@
-"""The command line: every setting of a stage's presets is a flag."""
+"""The command line: every setting of a stage's presets is a flag.
+
+This file and data.py do not depend on each other.
+"""
 
 import argparse
 import math

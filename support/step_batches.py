@@ -1,4 +1,7 @@
-"""Which samples each optimizer step uses, in which micro-batches, and whether the longest of them fits."""
+"""Which samples each optimizer step uses, in which micro-batches, and whether the longest of them fits.
+
+This file depends on data.py.
+"""
 
 import time
 from functools import partial

@@ -191,9 +191,9 @@ def test_a_template_that_ends_no_answer_or_changes_texts_is_refused(tmp_path):
 
 
 def looks_complete(folder):
-    """Adds files, so that a folder with a tokenizer alone is taken for a model. Returns the folder."""
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    (folder / "model.safetensors").touch()
+    """Adds empty files, so that a folder with a tokenizer alone is taken for a model. Returns the folder."""
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
     return folder
 
 

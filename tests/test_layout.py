@@ -55,6 +55,17 @@ def test_data_imports_only_the_model_and_support():
     assert project_imports("data") - {"model"} <= {name for name in SOURCES if name.startswith("support.")}
 
 
+def test_each_module_of_support_says_whether_data_uses_it_or_it_uses_data():
+    def below(name):
+        return {name}.union(*map(below, project_imports(name)))
+
+    for name in SOURCES:
+        if name.startswith("support."):
+            line = ("data.py depends on this file." if name in below("data") else "This file depends on data.py." if "data" in below(name)
+                    else "This file and data.py do not depend on each other.")
+            assert line in ast.get_docstring(SOURCES[name]).splitlines(), f"{name}: {line}"
+
+
 def test_support_and_the_sanity_check_know_nothing_of_toy_tools_and_bench():
     for name in SOURCES:
         if name.startswith("support.") or name == "sanity_check":
