@@ -52,6 +52,17 @@ PRESETS = {
         # the machine and the log
         precision="auto", device="auto", seed=0, eval_every=40, save_every=100, log_every=5,
     ),
+    "small": dict(
+        run="runs/small",
+        vision_tower="data/small/encoder", vision_layer=-4, llm="data/small/llm", projector="linear",
+        data="data/small/pictures/conversations.json", images="data/small/pictures/images.zip",
+        heldout_data="data/small/pictures/heldout_conversations.json",
+        heldout_images="data/small/pictures/images.zip", heldout=368,
+        limit=0, max_length=256, allow_bad=0.01, workers=0,
+        lr=1e-3, projector_lr=5e-4, lora_r=16, lora_alpha=32, lora_dropout=0.0,
+        batch_size=8, grad_accum=1, epochs=1, max_steps=None, warmup=0.03, max_grad_norm=1.0,
+        precision="auto", device="auto", seed=0, eval_every=None, save_every=None, log_every=5, tracker=None,
+    ),
     "tinyllama": dict(
         run="runs/tinyllama",
         vision_tower="openai/clip-vit-large-patch14", vision_layer=-2,

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer,
-                          CLIPVisionModel, SiglipVisionModel)
+                          CLIPVisionModel, Dinov2Model, SiglipVisionModel)
 
 from model import LORA_TARGETS
 from support.devices import choose_attention
@@ -22,17 +22,19 @@ from support.files import read_json
 from support.hub import find_pretrained
 from support.images import decode_image
 
-VISION_MODELS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
+VISION_MODELS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel,
+                 "dinov2": Dinov2Model}
 
 
 def load_vision_config(name):
-    """Returns the configuration of the vision half of a CLIP or SigLIP."""
+    """Returns the configuration of a DINOv2, or of the vision half of a CLIP or SigLIP."""
     folder = find_pretrained(name)
     with explain_errors(f"read {folder}/config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config = getattr(config, "vision_config", config)
     if config.model_type not in VISION_MODELS:
-        raise UserError(f"{folder} is a '{config.model_type}'; --vision-tower must name a CLIP or SigLIP")
+        raise UserError(f"{folder} is a '{config.model_type}'; --vision-tower must name a CLIP, "
+                        "SigLIP or DINOv2")
     return config
 
 
@@ -62,7 +64,7 @@ def load_image(path, image_processor):
 
 
 def load_vision_tower(name, dtype):
-    """Returns a CLIPVisionModel or SiglipVisionModel with its pretrained weights."""
+    """Returns a CLIPVisionModel, SiglipVisionModel or Dinov2Model with its pretrained weights."""
     config = load_vision_config(name)
     vision_class = VISION_MODELS[config.model_type]
     # The files of CLIP hold its text half too. Listing its weights here keeps transformers from reporting them,
@@ -70,8 +72,12 @@ def load_vision_tower(name, dtype):
     vision_class._keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"projection\.", "logit_scale",
                                                        "logit_bias", "position_ids"]
     vision_tower = _load_strictly(vision_class, name, dtype, config=config)
-    if isinstance(vision_tower, SiglipVisionModel):  # skip its last norm and pooling; we use an earlier layer
+    # Skip the last norm, because we use an earlier layer, whose hidden state does not pass through it.
+    if isinstance(vision_tower, SiglipVisionModel):
         vision_tower.post_layernorm, vision_tower.head, vision_tower.use_head = nn.Identity(), None, False
+    if isinstance(vision_tower, Dinov2Model):
+        vision_tower.layernorm = nn.Identity()
+        vision_tower.encoder.layers = vision_tower.encoder.layer  # the name that CLIP and SigLIP use
     return vision_tower
 
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (AutoModelForCausalLM, ByT5Tokenizer, CLIPConfig, CLIPVisionModel,
-                          Gemma2Config, Gemma3TextConfig, GemmaConfig, GPTNeoXConfig, GraniteConfig,
+                          Dinov2Config, Dinov2Model, Gemma2Config, Gemma3TextConfig, GemmaConfig, GPTNeoXConfig, GraniteConfig,
                           LlamaConfig, MistralConfig, Phi3Config, PreTrainedTokenizerFast,
                           Qwen2Config, Qwen3Config, SiglipConfig, SiglipModel, SiglipVisionModel)
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from data import IGNORE_INDEX, IMAGE_TOKEN, ChatTemplate, collate
@@ -326,48 +327,62 @@ def test_an_llm_that_changes_its_logits_after_the_head_is_refused(
 
 VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28,
               patch_size=14)
-SIGLIP_PREPROCESSOR = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3,
-                       "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
-                       "size": {"height": 28, "width": 28}}
+NORMALIZE = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3}
+PREPROCESSORS = {  # {tower: the file preprocessor_config.json}
+    "siglip": NORMALIZE | {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+                           "size": {"height": 28, "width": 28}},
+    "dinov2": NORMALIZE | {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 28},
+                           "do_center_crop": True, "crop_size": {"height": 28, "width": 28},
+                           "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}}
+WHOLE = {"siglip": SiglipVisionModel, "dinov2": Dinov2Model}
+OWN_PROCESSOR = {"siglip": SiglipImageProcessorPil, "dinov2": BitImageProcessorPil}
 
 
-@pytest.fixture(scope="module")
-def siglip(tmp_path_factory):
-    """A folder with a tiny random SiglipModel, vision and text, as on the hub."""
-    folder = tmp_path_factory.mktemp("siglip")
+@pytest.fixture(scope="module", params=["siglip", "dinov2"])
+def tower(request, tmp_path_factory):
+    """(kind, folder) of a tiny random SiglipModel, vision and text, and of a tiny Dinov2Model."""
+    folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(5)
-    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-                vocab_size=50)
-    SiglipModel(SiglipConfig(text_config=text, vision_config=VISION)).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(SIGLIP_PREPROCESSOR))
-    return folder
+    if request.param == "siglip":
+        text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+                    vocab_size=50)
+        model = SiglipModel(SiglipConfig(text_config=text, vision_config=VISION))
+    else:
+        model = Dinov2Model(Dinov2Config(**{**VISION, "mlp_ratio": 2}, use_mask_token=False))
+        for parameter in model.parameters():  # its layer scales and class token would all be the same number
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSORS[request.param]))
+    return request.param, folder
 
 
-@pytest.mark.parametrize("vision_layer", [-1, -2])
-def test_all_patches_of_siglip_are_kept_and_come_from_the_chosen_layer(siglip, parts, vision_layer, capfd):
-    model, _ = build(siglip, parts.llm, vision_layer=vision_layer)
-    image_processor = load_image_processor(siglip)
+@pytest.mark.parametrize("vision_layer", [-1, -2, -4])
+def test_all_patches_of_a_tower_are_kept_and_come_from_the_chosen_layer(tower, parts, vision_layer, capfd):
+    kind, folder = tower
+    model, _ = build(folder, parts.llm, vision_layer=vision_layer)
+    image_processor = load_image_processor(folder)
     pixel_values = torch.stack([preprocess(image_processor, draw(color)) for color in ("red", "blue")])
-    whole = SiglipVisionModel.from_pretrained(siglip, dtype=torch.float32)
+    whole = WHOLE[kind].from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         expected = whole(pixel_values, output_hidden_states=True).hidden_states[vision_layer]
-        torch.testing.assert_close(model.encode_images(pixel_values), model.projector(expected))
-    assert expected.shape == (2, 4, 32)
+        assert expected.shape == (2, 5 if kind == "dinov2" else 4, 32)  # DINOv2 has a class token
+        torch.testing.assert_close(model.encode_images(pixel_values), model.projector(expected[:, -4:]))
     assert "MISSING" not in capfd.readouterr().err
 
 
-def test_both_stages_the_sanity_check_and_the_export_run_on_siglip(siglip, flags, script, tmp_path):
+def test_both_stages_the_sanity_check_and_the_export_run_on_a_tower(tower, flags, script, tmp_path):
     for stage, name in ((1, "stage1_align"), (2, "stage2_instruct")):
-        script(name, *flags(stage, vision_tower=siglip, run=tmp_path / "run"), "--max-steps", 2)
+        script(name, *flags(stage, vision_tower=tower[1], run=tmp_path / "run"), "--max-steps", 2)
     script("sanity_check", "--run", tmp_path / "run", "--sample", 0, "--max-new-tokens", 4, *SMALL[2:4])
     script("tools.export_hf", "--run", tmp_path / "run", "--out", tmp_path / "exported", *SMALL[2:4])
 
 
 @pytest.mark.parametrize("size", [(40, 30), (28, 28), (200, 37)])
-def test_siglips_pixels_are_those_of_its_own_processor(siglip, size):
+def test_a_towers_pixels_are_those_of_its_own_processor(tower, size):
+    kind, folder = tower
     image = Image.effect_noise(size, 80).convert("RGB")
-    expected = preprocess(SiglipImageProcessorPil.from_pretrained(siglip), image)
-    torch.testing.assert_close(preprocess(load_image_processor(siglip), image), expected, atol=0, rtol=0)
+    expected = preprocess(OWN_PROCESSOR[kind].from_pretrained(folder), image)
+    torch.testing.assert_close(preprocess(load_image_processor(folder), image), expected, atol=0, rtol=0)
 
 
 def test_a_preprocessor_for_another_size_than_the_vision_towers_is_refused(parts, flags, refusal, tmp_path):

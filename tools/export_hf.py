@@ -120,7 +120,7 @@ def add_embedding_rows(llm, rows):
 
 
 def has_class_token(model):
-    return model.vision_tower.embeddings.position_embedding.num_embeddings > model.num_image_tokens
+    return model.vision_tower.config.model_type != "siglip_vision_model"
 
 
 def needs_linear_activation(projector):
@@ -152,10 +152,12 @@ def copy_projector(ours, theirs):
 
 def save_model(llava, folder):
     """Writes config.json, generation_config.json and the weights, under the names of HUB_NAMES."""
-    weights = {}
+    weights, hub_names = {}, dict(HUB_NAMES)
+    if llava.config.vision_config.model_type == "dinov2":  # which has no level "vision_model."
+        hub_names["model.vision_tower."] = "vision_tower."
     for name, tensor in llava.state_dict().items():
-        prefix = next(prefix for prefix in HUB_NAMES if name.startswith(prefix))
-        weights[HUB_NAMES[prefix] + name.removeprefix(prefix)] = tensor
+        prefix = next(prefix for prefix in hub_names if name.startswith(prefix))
+        weights[hub_names[prefix] + name.removeprefix(prefix)] = tensor
     llava.save_pretrained(folder, state_dict=weights, save_original_format=False)
 
 

