@@ -35,43 +35,33 @@ from support.step_batches import load_steps, plan_events, plan_steps, print_plan
 
 # -- 1. settings: each one is also a flag, see --help ------------------------------------------------------
 
+COMMON = dict(  # what the presets share; each of them may change it
+    vision_layer=-2, projector="linear",
+    heldout_data=None, heldout_images=None,  # hold records out of the training data
+    limit=0,  # no limit
+    allow_bad=0.01, workers=0, grad_accum=1, epochs=1, max_steps=None, warmup=0.03, max_grad_norm=1.0,
+    precision="auto", device="auto", seed=0, eval_every=None, save_every=None, log_every=5)
+
 PRESETS = {
-    "toy": dict(
-        run="runs/toy",
-        # the models
-        vision_tower="toy/clip-vit", vision_layer=-2, llm="toy/llama-chat", projector="linear",
-        # the data
+    "toy": COMMON | dict(
+        run="runs/toy", vision_tower="toy/clip-vit", llm="toy/llama-chat",
         data="toy/data/chat.json", images="toy/data/images.zip",
         heldout_data="toy/data/heldout_chat.json", heldout_images="toy/data/heldout.zip", heldout=240,
-        limit=0,  # no limit
-        max_length=256, allow_bad=0.01, workers=0,
-        # the optimization
-        lr=1e-2, batch_size=32, grad_accum=1, epochs=2, max_steps=None, warmup=0.03, max_grad_norm=1.0,
-        # the machine and the log
-        precision="auto", device="auto", seed=0, eval_every=20, save_every=100, log_every=5,
-    ),
-    "small": dict(
-        run="runs/small",
-        vision_tower="data/small/encoder", vision_layer=-4, llm="data/small/llm", projector="linear",
+        max_length=256, lr=1e-2, batch_size=32, epochs=2, eval_every=20, save_every=100),
+    "small": COMMON | dict(
+        run="runs/small", vision_tower="data/small/encoder", vision_layer=-4, llm="data/small/llm",
         data="data/small/pictures/captions.json", images="data/small/pictures/images.zip",
         heldout_data="data/small/pictures/heldout_captions.json",
         heldout_images="data/small/pictures/images.zip", heldout=368,
-        limit=0, max_length=256, allow_bad=0.01, workers=0,
-        lr=3e-3, batch_size=8, grad_accum=1, epochs=1, max_steps=None, warmup=0.03, max_grad_norm=1.0,
-        precision="auto", device="auto", seed=0, eval_every=None, save_every=None, log_every=5, tracker=None,
-    ),
-    "tinyllama": dict(
-        run="runs/tinyllama",
-        vision_tower="openai/clip-vit-large-patch14", vision_layer=-2,
-        llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0", projector="linear",
+        max_length=256, lr=3e-3, batch_size=8),
+    "tinyllama": COMMON | dict(
+        run="runs/tinyllama", vision_tower="openai/clip-vit-large-patch14",
+        llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
         data="data/LLaVA-CC3M-Pretrain-595K/chat.json", images="data/LLaVA-CC3M-Pretrain-595K/images.zip",
-        heldout_data=None, heldout_images=None, heldout=256,
-        limit=0, max_length=2048, allow_bad=0.01, workers=2,
+        heldout=256, max_length=2048, workers=2,
         # The paper has the same learning rate, schedule and effective batch of 128 (here 4 × 32). It does not
         # mention clipping.
-        lr=2e-3, batch_size=4, grad_accum=32, epochs=1, max_steps=None, warmup=0.03, max_grad_norm=1.0,
-        precision="auto", device="auto", seed=0, eval_every=None, save_every=None, log_every=5,
-    ),
+        lr=2e-3, batch_size=4, grad_accum=32),
 }
 
 

@@ -27,7 +27,7 @@ FRACTION = number(float, 0.0, 1.0)
 
 FLAGS = {  # name: (type or choices, help)
     "run": (str, "folder of the run; stage1/ and stage2/ are created in it"),
-    "vision_tower": (str, "CLIP or SigLIP: a folder, or the name of a model of the hub"),
+    "vision_tower": (str, "CLIP, SigLIP or DINOv2: a folder, or the name of a model of the hub"),
     "vision_layer": (int, "which hidden state of the vision tower to use, counted from the end"),
     "llm": (str, "the chat model: a folder, or the name of a model of the hub"),
     "projector": (("linear", "mlp"), "linear: the paper; mlp: LLaVA-1.5's two layers"),
@@ -74,10 +74,14 @@ def parse_settings(description, presets, argv=None):
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=presets, default="toy", help="where the default values come from")
-    for name in presets["toy"]:
-        kind, text = FLAGS[name]
+    for name, (kind, text) in FLAGS.items():
+        if name not in presets["toy"]:  # a setting of the other stage
+            continue
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "X"}
-        defaults = ", ".join(f"{preset}: {values[name]}" for preset, values in presets.items())
+        values = {preset: preset_values[name] for preset, preset_values in presets.items()}
+        defaults = ", ".join(f"{preset}: {value}" for preset, value in values.items())
+        if len(set(map(str, values.values()))) == 1:
+            defaults = f"default: {values['toy']}"
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{text} ({defaults})", **how)
     resume_or_restart = parser.add_mutually_exclusive_group()
@@ -101,7 +105,7 @@ def print_settings(settings, device, dtype):
     print(textwrap.fill("settings: " + ", ".join(pairs), 110, subsequent_indent="    ",
                         break_on_hyphens=False))
     print(f"device {device}, {dtype}")
-    if settings.preset != "toy" and settings.device == "auto" and device.type == "cpu":
+    if settings.preset == "tinyllama" and settings.device == "auto" and device.type == "cpu":
         print("WARNING: no GPU was found, and on a CPU this training is many times slower. Install a PyTorch "
               "that supports your GPU, or pass --device cpu if this is what you want.")
 
