@@ -32,6 +32,10 @@ both, if the run has both. Stage 2 may have forgotten how to write captions. The
                           in the record ("kinds") are scored, because others can have several correct answers.
     qa_exact_by_kind, qa_exact_different_by_kind
                           the same for each kind of question
+    captions_exact, …     the same for the captions, if their records name kinds
+    captions_groups, answers_groups
+                          {group: losses and fraction as above}, if the kinds name groups: "photo, color" and
+                          "photo, count" belong to the group "photo"
     most_frequent_by_kind
                           for each kind, the share of the most frequent answer among the generated and among
                           the reference answers. The second is what always giving that answer would score. If
@@ -130,14 +134,13 @@ def score_captions(captions, references):
     return scores
 
 
-def score_answers(questions, answers, suffix=""):
+def score_answers(questions, answers, name):
     """Returns the fraction of answers that equal the reference answer, in total and by kind, as a dict."""
     correct = {}  # {kind: [one bool per question]}
     for question, answer in zip(questions, answers):
         correct.setdefault(question.kind, []).append(answer == question.reference)
-    return {f"qa_exact{suffix}": sum(map(sum, correct.values())) / len(questions),
-            f"qa_exact{suffix}_by_kind": {kind: sum(correct[kind]) / len(correct[kind])
-                                          for kind in sorted(correct)}}
+    return {name: sum(map(sum, correct.values())) / len(questions),
+            f"{name}_by_kind": {kind: sum(correct[kind]) / len(correct[kind]) for kind in sorted(correct)}}
 
 
 def most_frequent_shares(questions, answers):
@@ -156,14 +159,19 @@ def make_table(result):
         if f"{name}_loss" in result:
             rows.append((f"{name}: loss, nats per token",
                          *(f"{result[f'{name}_loss{image}']:.3f}" for image in ("", "_different", "_blank"))))
+        for group, measured in result.get(f"{name}_groups", {}).items():
+            rows.append((f"    {group}: correct more likely {measured['correct_more_likely']:.1%}",
+                         *(f"{measured[f'loss{image}']:.3f}" for image in ("", "_different", "_blank"))))
     for key, label in (("objects_f1", "captions: F1 of color and shape"),
                        ("caption_f1", "captions: F1 of color, shape and place"),
+                       ("captions_exact", "captions: equal to the reference answer"),
                        ("qa_exact", "answers: equal to the reference answer")):
         if key in result:
             rows.append((label, f"{result[key]:.3f}", f"{result[f'{key}_different']:.3f}"))
-    for kind, fraction in result.get("qa_exact_by_kind", {}).items():
-        rows.append((f"    {kind} ({result['counts']['answers_by_kind'][kind]})", f"{fraction:.3f}",
-                     f"{result['qa_exact_different_by_kind'][kind]:.3f}"))
+        for kind, fraction in result.get(f"{key}_by_kind", {}).items():
+            count = result["counts"]["captions_by_kind" if "captions" in key else "answers_by_kind"][kind]
+            rows.append((f"    {kind} ({count})", f"{fraction:.3f}",
+                         f"{result[f'{key}_different_by_kind'][kind]:.3f}"))
     if shares := result.get("most_frequent_by_kind"):
         rows.append(("share of the most frequent answer among", "generated", "reference"))
         rows += [(f"    {kind}", *(f"{share:.3f}" for share in pair)) for kind, pair in shares.items()]
@@ -209,18 +217,22 @@ def main():
 
         # 2. With generated answers. They can be scored only if no other answer is correct.
         questions = list_questions(dataset)
-        scored = [q for q in questions if (is_toy_caption(q.reference) if stage == 1 else q.kind)]
+        is_toy = stage == 1 and any(is_toy_caption(question.reference) for question in questions)
+        scored = [q for q in questions if (is_toy_caption(q.reference) if is_toy else q.kind)]
         questions = scored or evenly_spaced(questions, args.count)
         settings = dataset, questions, device, args.batch_size, args.max_new_tokens
         answers = answer_questions(model, template, *settings)
         result["counts"][name] = len(questions)
-        if scored and stage == 1:
+        if is_toy:
             result |= score_captions(answers, [question.reference for question in questions])
         elif scored:
-            result["counts"]["answers_by_kind"] = Counter(sorted(question.kind for question in questions))
+            key = "captions_exact" if stage == 1 else "qa_exact"
+            result["counts"][f"{name}_by_kind"] = Counter(sorted(question.kind for question in questions))
             different = answer_questions(model, template, *settings, different_image=True)
-            result |= score_answers(questions, answers) | score_answers(questions, different, "_different")
-            result["most_frequent_by_kind"] = most_frequent_shares(questions, answers)
+            result |= score_answers(questions, answers, key)
+            result |= score_answers(questions, different, f"{key}_different")
+            if stage == 2:
+                result["most_frequent_by_kind"] = most_frequent_shares(questions, answers)
         pairs, title = list(zip(questions, answers)), f"{len(questions)} of the generated {name}"
         if scored:
             pairs = [(question, answer) for question, answer in pairs if answer != question.reference]
