@@ -11,7 +11,7 @@ from support import evaluation
 from support.errors import UserError
 from support.evaluation import make_heldout_batches, measure_grounding, records_with_other_images
 from support.metrics_log import format_grounding
-from tools.evaluate import (f1, is_toy_caption, most_frequent_shares, Question, score_answers, score_captions)
+from tools.evaluate import (Question, f1, is_toy_caption, most_frequent_shares, score_answers, score_captions)
 
 TOY = ["--device", "cpu", "--heldout", 6, "--limit", 8, "--max-steps", 0]  # no good model is needed
 LOSSES = ("loss", "loss_different", "loss_blank", "correct_more_likely")
@@ -113,6 +113,25 @@ def test_a_record_whose_different_image_would_be_the_same_is_left_out_and_counte
     assert (f"without {left_out} records" in format_grounding(measured)) == (left_out > 0)
 
 
+def test_losses_are_also_reported_for_each_group_of_records(monkeypatch):
+    """The model knows only lower-case images: its loss is 0 with the correct one and 1 with every other. For
+    capital ones, all images are the same to it."""
+    def losses(model, batch, device):
+        image, correct = batch["pixel_values"][:, 0, 0, 0], batch["labels"][:, 1]
+        return ((image != correct) & (correct >= ord("a"))).double()
+
+    monkeypatch.setattr(evaluation, "record_losses", losses)
+    dataset = dataset_of("abCDef")
+    for record in dataset.records:
+        record["kinds"] = [f"{'known' if record['image'].islower() else 'new'}, color"]
+    measured = measure_grounding(torch.nn.Linear(1, 1), make_heldout_batches(dataset, 0, 8), "cpu")
+    assert {name: group["correct_more_likely"] for name, group in measured["groups"].items()} == {
+        "known": 1.0, "new": 0.5}
+    assert measured["correct_more_likely"] == (4 + 2 * 0.5) / 6
+    assert "groups" not in measure_grounding(torch.nn.Linear(1, 1), make_heldout_batches(dataset_of("ab"), 0, 8),
+                                             "cpu")
+
+
 # -- other data --------------------------------------------------------------------------------------------
 
 
@@ -206,7 +225,7 @@ def test_a_habit_shows_as_the_share_of_the_most_frequent_answer():
     questions = [Question(0, 0, "", reference, kind) for kind in references for reference in references[kind]]
     answers = ["Yes."] * 5 + ["one", "two", "three"]
     assert most_frequent_shares(questions, answers) == {"count": [1 / 3, 2 / 3], "yes_no": [1.0, 0.6]}
-    always = score_answers(questions, ["No."] * 5 + ["two"] * 3)["qa_exact_by_kind"]
+    always = score_answers(questions, ["No."] * 5 + ["two"] * 3, "qa_exact")["qa_exact_by_kind"]
     assert always == {"count": 2 / 3, "yes_no": 0.6}
 
 

@@ -12,7 +12,7 @@ FILES = sorted(path for pattern in ("*.py", *(f"{name}/*.py" for name in FOLDERS
                for path in REPOSITORY.glob(pattern))
 # What may be imported inside a function: a package that not everybody has, and the drawing of the toy, which
 # a run of another preset does not need.
-INSIDE = {"readline", "toy"}
+INSIDE = {"readline", "onnx", "toy"}
 
 
 def module_name(path):
