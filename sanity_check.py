@@ -2,10 +2,11 @@
 
     python sanity_check.py --sample 0            the first question of a held-out record and the model's answer
     python sanity_check.py --image photo.jpg     a question about any image; --question "What is this?"
+    python sanity_check.py --image photo.jpg --every-stage      the answer before and after each stage
     python sanity_check.py --show-mask 0         a held-out record with its labeled tokens marked
     python sanity_check.py --nearest-tokens 0    the vocabulary tokens that are nearest to each image patch
 
-It takes a few seconds for the toy. It loads stage 2 of the run if that is finished, else stage 1. (--stage 1
+--probabilities shows how sure the model is of each token. All of it takes a few seconds for the toy. It loads stage 2 of the run if that is finished, else stage 1. (--stage 1
 loads stage 1 in any case.) --sample also prints the loss of the reference answers with the correct image, a
 different image and a blank image. If the three are equal for many records, the model ignores the image.
 --sample uses held-out records, because a good answer about a training image may be memorized.
@@ -23,7 +24,8 @@ from data import IMAGE_TOKEN, collate
 from model import IGNORE_INDEX
 from support.errors import UserError, printable, run_script
 from support.evaluation import (AnswerPrinter, load_heldout_dataset, nearest_tokens, print_answer,
-                                print_sample, record_losses, records_with_other_images, shorten_image)
+                                print_sample, record_losses, records_with_other_images, shorten_image,
+                                token_probabilities)
 from support.pretrained import load_image
 from support.results import add_run_flags, load_run
 from support.settings import COUNT, POSITIVE, REAL
@@ -34,7 +36,47 @@ def print_prompt_and_answer(model, template, prompt, args):
     text = printable(template.tokenizer.decode(prompt["input_ids"]), keep="\n")
     text = shorten_image(text, prompt["input_ids"].count(template.image_token_id))
     print(f"PROMPT\n{text.rstrip()}\nGENERATED")
-    print_answer(model, template, prompt, AnswerPrinter(template), args.max_new_tokens, args.temperature)
+    printer = AnswerPrinter(template)
+    print_answer(model, template, prompt, printer, args.max_new_tokens, args.temperature)
+    if args.probabilities:
+        print(f"\n{'token':<16}probability    most likely other token")
+        for token, p, other, p_other in token_probabilities(model, template, prompt, printer.ids):
+            print(f"{token:<16}{p:<15.3f}{other} ({p_other:.3f})")
+
+
+def print_every_stage(args, question):
+    """Prints the answer to a question about args.image, as the model gives it before and after each stage."""
+    for stage in (1, 2):
+        args.stage = stage
+        model, template, image_processor, _ = load_run(args)
+        pixel_values = load_image(args.image, image_processor)  # (3, S, S)
+        prompts = {f"after stage {stage}": make_prompt(model, template, question, pixel_values)}
+        if stage == 1:
+            print(f"QUESTION\n{question}")
+            prompts = {"without an image": make_prompt(model, template, question, None),
+                       "untrained projector": prompts["after stage 1"], **prompts}
+        trained = model.projector
+        for name, prompt in prompts.items():
+            model.projector = untrained_copy(trained) if name == "untrained projector" else trained
+            print(f"\n{name.upper()}")
+            print_answer(model, template, prompt, AnswerPrinter(template), args.max_new_tokens,
+                         args.temperature)
+
+
+def make_prompt(model, template, question, pixel_values):
+    """Returns the prompt that asks about an image, (3, S, S), or without one if pixel_values is None."""
+    text = template.escape(question)
+    messages = [{"role": "user", "content": text if pixel_values is None else f"{IMAGE_TOKEN}\n{text}"}]
+    return {"input_ids": template.encode_prompt(messages, model.num_image_tokens),
+            "pixel_values": pixel_values}
+
+
+def untrained_copy(projector):
+    """Returns a copy of the projector with random weights, as before stage 1."""
+    torch.manual_seed(0)
+    copied = copy.deepcopy(projector)
+    copied.apply(lambda layer: layer.reset_parameters() if isinstance(layer, nn.Linear) else None)
+    return copied
 
 
 def print_losses(model, heldout_dataset, i):
@@ -66,9 +108,7 @@ def print_nearest_tokens(model, template, pixel_values, stage):
     largest cosine are printed.
     """
     after = nearest_tokens(model, template, pixel_values, count=2)
-    trained, model.projector = model.projector, copy.deepcopy(model.projector)
-    torch.manual_seed(0)
-    model.projector.apply(lambda layer: layer.reset_parameters() if isinstance(layer, nn.Linear) else None)
+    trained, model.projector = model.projector, untrained_copy(model.projector)
     before = nearest_tokens(model, template, pixel_values, count=2)
     model.projector = trained
     side, patches = math.isqrt(len(after)), list(range(len(after)))
@@ -99,21 +139,26 @@ def main():
     what.add_argument("--nearest-tokens", type=COUNT, metavar="N",
                       help="nearest tokens of the patches of record N")
     parser.add_argument("--question", help="question about --image; default: ask for a brief description")
+    parser.add_argument("--every-stage", action="store_true", help="ask about --image without the image, with "
+                        "an untrained projector, after stage 1 and after stage 2")
+    parser.add_argument("--probabilities", action="store_true", help="print the probability of each token of "
+                        "the answer, and of the most likely other one")
     parser.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="longest answer in tokens")
     parser.add_argument("--temperature", type=REAL, default=0.0,
                         help="0 takes the most likely token; above 0 samples")
     args = parser.parse_args()
-    if args.question is not None and args.image is None:
-        raise UserError("--question needs --image, because a held-out record has its own question")
+    if args.image is None and (args.question is not None or args.every_stage):
+        raise UserError("--question and --every-stage need --image, because a held-out record has its own "
+                        "question")
+    question = args.question or "Provide a brief description of the given image."
+    if args.every_stage:
+        print_every_stage(args, question)
+        return
 
     model, template, image_processor, run = load_run(args)
     if args.image is not None:
         pixel_values = load_image(args.image, image_processor)  # (3, S, S)
-        question = template.escape(args.question or "Provide a brief description of the given image.")
-        messages = [{"role": "user", "content": f"{IMAGE_TOKEN}\n{question}"}]
-        prompt = {"input_ids": template.encode_prompt(messages, model.num_image_tokens),
-                  "pixel_values": pixel_values}
-        print_prompt_and_answer(model, template, prompt, args)
+        print_prompt_and_answer(model, template, make_prompt(model, template, question, pixel_values), args)
         return
 
     heldout_dataset = load_heldout_dataset(run, template, image_processor, model.num_image_tokens)

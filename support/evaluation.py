@@ -217,13 +217,37 @@ def nearest_tokens(model, template, pixel_values, count=3):
     lengths = table.norm(dim=1, dtype=torch.float32).clamp(min=1e-6)  # (V,)
     cosines, ids = (products.float() / lengths).nan_to_num().topk(count)  # (N, count)
 
-    def text(i):
-        decoded = template.tokenizer.decode([i]).strip()
-        readable = decoded and "\ufffd" not in decoded  # a token can be a space, or a part of a character
-        return printable(decoded if readable else str(template.tokenizer.convert_ids_to_tokens(i)))
-
-    return [[(text(i), round(cosine, 3)) for i, cosine in zip(*patch)]
+    return [[(token_text(template, i), round(cosine, 3)) for i, cosine in zip(*patch)]
             for patch in zip(ids.tolist(), cosines.tolist())]
+
+
+def token_text(template, i):
+    """Returns the text of one token, or its name in the vocabulary if it cannot be read alone."""
+    text = template.tokenizer.decode([i]).strip()
+    readable = text and "\ufffd" not in text  # a token can be a space, or a part of a character
+    return printable(text if readable else str(template.tokenizer.convert_ids_to_tokens(i)))
+
+
+@torch.no_grad()
+def token_probabilities(model, template, prompt, answer_ids):
+    """Returns how sure the model is of each token of an answer, as a list of tuples: the token's text, its
+    probability, and text and probability of the most likely other token.
+
+    One pass over prompt and answer computes them all, because in a causal model the output at position t - 1,
+    which predicts token t, does not depend on what follows.
+    """
+    batch = prompt_batch(template, [prompt], model.llm.device)
+    answer = torch.tensor([answer_ids], device=model.llm.device)  # (1, A)
+    embeds = model.embed(torch.cat([batch["input_ids"], answer], dim=1), batch["pixel_values"])  # (1, T + A, D)
+    hidden = model.llm.get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    logits = model.llm.get_output_embeddings()(hidden[0, -answer.shape[1] - 1:-1])  # (A, D) -> (A, V)
+    probabilities = logits.float().softmax(dim=-1)
+    rows = []
+    for i, row in zip(answer_ids, probabilities):  # row: (V,)
+        p = row[i].item()
+        row[i] = -1  # so that max() finds another token
+        rows.append((token_text(template, i), p, token_text(template, int(row.argmax())), row.max().item()))
+    return rows
 
 
 def print_sample(dataset, i=0, color=False):

@@ -1,12 +1,12 @@
-"""The nearest tokens of projected patches: sanity_check.py --nearest-tokens, and the log of both stages."""
+"""What sanity_check.py shows of a model: nearest tokens, probabilities of tokens, answers at every stage."""
 
 import re
 
 import torch
 from conftest import N, draw, metrics, preprocess
 
-from sanity_check import print_nearest_tokens
-from support.evaluation import nearest_tokens
+from sanity_check import make_prompt, print_nearest_tokens
+from support.evaluation import nearest_tokens, prompt_batch, token_probabilities
 
 
 def test_a_patch_that_equals_an_embedding_is_named_after_its_token(tiny, monkeypatch):
@@ -46,3 +46,35 @@ def test_every_evaluation_logs_the_words_of_the_first_held_out_picture(script, f
         assert all(len(patches) == N and all(len(patch) == 3 for patch in patches) for patches in words)
     script("sanity_check", "--nearest-tokens", 1)
     assert "there is no held-out record 99" in refusal("sanity_check", "--nearest-tokens", 99)
+
+
+def test_token_probabilities_are_those_that_generation_chose_from(tiny):
+    model, template, image_processor = tiny()
+    prompt = make_prompt(model, template, "What object is shown?", preprocess(image_processor, draw("red")))
+    ids = model.generate(**prompt_batch(template, [prompt], "cpu"), end_token_ids=template.end_token_ids,
+                         max_new_tokens=6)[0].tolist()
+    rows = token_probabilities(model, template, prompt, ids)
+    assert len(rows) == len(ids) > 1
+    assert all(p >= p_other and 0 < p_other < 1 and token for token, p, _, p_other in rows)  # greedy
+    # One token at a time, by transformers' own LLM.
+    for k, (_, p, _, p_other) in enumerate(rows):
+        embeds = model.embed(torch.tensor([prompt["input_ids"] + ids[:k]]), prompt["pixel_values"][None])
+        with torch.no_grad():
+            expected = model.llm(inputs_embeds=embeds).logits[0, -1].softmax(dim=-1)
+        torch.testing.assert_close(torch.tensor([p, p_other]), expected.topk(2).values, atol=1e-5, rtol=0)
+
+
+def test_every_stage_answers_the_same_question(script, flags, tmp_path, capsys, refusal):
+    script("stage1_align", *flags(1, max_steps=2))
+    script("stage2_instruct", *flags(2, max_steps=2, lr=0.1))
+    draw("red").save("mine.png")
+    capsys.readouterr()
+    script("sanity_check", "--image", "mine.png", "--question", "What?", "--every-stage", "--max-new-tokens", 5)
+    titles = ["WITHOUT AN IMAGE", "UNTRAINED PROJECTOR", "AFTER STAGE 1", "AFTER STAGE 2"]
+    out = capsys.readouterr().out
+    answers = [re.search(f"{title}\n(.*)\n", out)[1] for title in titles]
+    assert "QUESTION\nWhat?" in out and len(set(answers)) > 2
+    script("sanity_check", "--image", "mine.png", "--question", "What?", "--max-new-tokens", 5, "--probabilities")
+    out = capsys.readouterr().out
+    assert answers[3] in out and len(re.findall(r"^\S.* \d\.\d{3} +\S.* \(\d\.\d{3}\)$", out, re.M)) > 1
+    assert "--every-stage need --image" in refusal("sanity_check", "--every-stage")
