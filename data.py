@@ -77,33 +77,6 @@ class ChatTemplate:
         # Generation stops at all end tokens.
         self.end_token_ids = list(dict.fromkeys([self.end_token_id, *end_token_ids]))
 
-    def _find_answer_prefixes(self):
-        """Returns what the template writes between prompt and answer, the longest first: Mistral a space, and
-        Qwen3 an empty thinking block before the last answer. Raises ValueError if adding an answer changes
-        the tokens of its prompt, because encode() relies on them."""
-        rendered, prefixes = self.render(EXAMPLE), set()
-        ids, _ = self.tokenize(rendered, num_image_tokens=0)
-        for i in (1, 3, 5):
-            prompt, prompt_ids = self.render_prompt(EXAMPLE[:i]), self.encode_prompt(EXAMPLE[:i], 0)
-            if not rendered.startswith(prompt) or ids[:len(prompt_ids)] != prompt_ids:
-                raise ValueError("it renders a prompt differently once its answer is added, so the model "
-                                 "would be trained on prompts that it never gets")
-            prefixes.add(rendered[len(prompt):rendered.find(EXAMPLE[i]["content"], len(prompt))])
-        return sorted(prefixes, key=len, reverse=True)
-
-    def _find_end_token(self):
-        """Returns the id of the special token that ends every answer. Raises ValueError if there is none, or
-        if the tokenizer does not keep every character, because encode() relies on both."""
-        ids, labels = self.encode(EXAMPLE, num_image_tokens=0)
-        labeled_ids = [label for label in labels if label != IGNORE_INDEX]
-        if labeled_ids[-1] not in self.special_ids or labeled_ids.count(labeled_ids[-1]) != 3:
-            raise ValueError("it writes no end token after an answer, so the model would never learn to stop")
-        text, decoded = EXAMPLE[-1]["content"], self.decode(ids[len(self.encode_prompt(EXAMPLE[:5], 0)):])
-        if decoded != text:
-            raise ValueError(f"its tokenizer turns {text!r} into {decoded!r}; fetch the folder again if a "
-                             "file is missing, such as tokenizer.json")
-        return labeled_ids[-1]
-
     def render(self, messages):
         """Returns the conversation as one text."""
         return self.tokenizer.apply_chat_template(messages, tokenize=False)
@@ -198,6 +171,35 @@ class ChatTemplate:
             text = text.removeprefix(self.special_token.sub("", prefix).strip())
         return text.strip()
 
+    # -- the checks of __init__(): encode() relies on what they find ----------------------------------------
+
+    def _find_answer_prefixes(self):
+        """Returns what the template writes between prompt and answer, the longest first: Mistral a space, and
+        Qwen3 an empty thinking block before the last answer. Raises ValueError if adding an answer changes
+        the tokens of its prompt, because encode() relies on them."""
+        rendered, prefixes = self.render(EXAMPLE), set()
+        ids, _ = self.tokenize(rendered, num_image_tokens=0)
+        for i in (1, 3, 5):
+            prompt, prompt_ids = self.render_prompt(EXAMPLE[:i]), self.encode_prompt(EXAMPLE[:i], 0)
+            if not rendered.startswith(prompt) or ids[:len(prompt_ids)] != prompt_ids:
+                raise ValueError("it renders a prompt differently once its answer is added, so the model "
+                                 "would be trained on prompts that it never gets")
+            prefixes.add(rendered[len(prompt):rendered.find(EXAMPLE[i]["content"], len(prompt))])
+        return sorted(prefixes, key=len, reverse=True)
+
+    def _find_end_token(self):
+        """Returns the id of the special token that ends every answer. Raises ValueError if there is none, or
+        if the tokenizer does not keep every character, because encode() relies on both."""
+        ids, labels = self.encode(EXAMPLE, num_image_tokens=0)
+        labeled_ids = [label for label in labels if label != IGNORE_INDEX]
+        if labeled_ids[-1] not in self.special_ids or labeled_ids.count(labeled_ids[-1]) != 3:
+            raise ValueError("it writes no end token after an answer, so the model would never learn to stop")
+        text, decoded = EXAMPLE[-1]["content"], self.decode(ids[len(self.encode_prompt(EXAMPLE[:5], 0)):])
+        if decoded != text:
+            raise ValueError(f"its tokenizer turns {text!r} into {decoded!r}; fetch the folder again if a "
+                             "file is missing, such as tokenizer.json")
+        return labeled_ids[-1]
+
 
 # -- samples and batches -----------------------------------------------------------------------------------
 
@@ -216,7 +218,7 @@ class ChatDataset(Dataset):
 
     def __getitem__(self, i):
         """Returns sample i. If its image cannot be decoded, returns the next usable sample and says why in
-        sample["skipped"]. check_records() has found all other problems."""
+        sample["skipped"]. check_records() has found nearly all other problems before the first step."""
         skipped = []
         for j in range(i, i + min(20, len(self))):  # 20 bad records in a row: the image folder is broken
             record = self.records[j % len(self)]
@@ -266,6 +268,12 @@ class ChatDataset(Dataset):
             question = f"{IMAGE_TOKEN}\n{question}"
         ids = self.template.encode_prompt([{"role": "user", "content": question}], self.num_image_tokens)
         return {"input_ids": ids, "pixel_values": pixel_values}, answer
+
+
+def count_labeled(batch):
+    """Returns the number of labeled tokens of each sample: (B,). Nothing predicts the first token of a
+    sequence, so its label does not count."""
+    return (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1)
 
 
 def collate(samples, pad_token_id, padding_side="right"):

@@ -44,7 +44,7 @@ class Llava(nn.Module):
     """CLIP, projector and LLM. All parameters start frozen; each stage unfreezes what it trains.
 
     Args:
-        vision_tower: a CLIPVisionModel or SiglipVisionModel. Its unused blocks are deleted.
+        vision_tower: a CLIPVisionModel, SiglipVisionModel or Dinov2Model. Its unused blocks are deleted.
         llm: a decoder-only language model of transformers.
         image_token_id: the id in `input_ids` whose positions are filled with image features, one each.
         projector: "linear" (the paper) or "mlp" (LLaVA-1.5: two layers with a GELU between them).
@@ -63,7 +63,7 @@ class Llava(nn.Module):
         # authors suspect that they contain more local detail (section 5.2). hidden_states[0] is the embedding
         # and hidden_states[i] the output of block i, counted from 1. So -2 is the output of the
         # second-to-last block. The blocks after it are deleted, so last_hidden_state is that output. (SigLIP
-        # has one more layer norm at its end. load_vision_tower() has removed it.)
+        # and DINOv2 have one more layer norm at the end. load_vision_tower() has removed it.)
         num_blocks = config.num_hidden_layers + 1 + vision_layer
         if not 0 <= num_blocks <= config.num_hidden_layers:
             raise ValueError(f"vision layer {vision_layer} does not exist: this vision tower has the hidden "
@@ -98,7 +98,9 @@ class Llava(nn.Module):
         A and B are fp32. If W is in half precision, the model must be called under autocast.
         """
         self.llm = get_peft_model(self.llm, config)
-        for module in self.llm.modules():  # or peft would convert x to fp32 in each layer, and autocast back
+        # peft casts x to fp32 before A, and autocast casts it to half precision again. Without peft's cast,
+        # both copies are saved.
+        for module in self.llm.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = False
 
@@ -182,7 +184,7 @@ class Llava(nn.Module):
 
         Args:
             input_ids, labels: (B, T) int64, padded on the right. labels is IGNORE_INDEX except on answers
-                and their end tokens.
+                and their end tokens, see ChatTemplate.encode().
             pixel_values: (I, 3, S, S).
             attention_mask: (B, T), accepted so that model(**batch) works. Below is why it is not needed.
         """

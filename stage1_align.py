@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from data import ChatTemplate
-from model import IGNORE_INDEX, Llava
+from data import ChatTemplate, count_labeled
+from model import Llava
 from support import checkpoints
 from support.check_records import check_and_make_datasets, record_skipped_or_stop
 from support.devices import choose_dtype
@@ -45,6 +45,7 @@ COMMON = dict(  # what the presets share; each of them may change it
 PRESETS = {
     "toy": COMMON | dict(
         run="runs/toy", vision_tower="toy/clip-vit", llm="toy/llama-chat",
+        # The images of stage 1 are in a .zip file, and those of stage 2, other pictures, in a folder.
         data="toy/data/chat.json", images="toy/data/images.zip",
         heldout_data="toy/data/heldout_chat.json", heldout_images="toy/data/heldout.zip", heldout=240,
         max_length=256, lr=1e-2, batch_size=32, epochs=2, eval_every=20, save_every=100),
@@ -74,7 +75,7 @@ def main(argv=None):
     folder = Path(args.run) / "stage1"
     # run.json and checkpoints store all settings. --resume refuses to change those that alter the result.
     settings = {**vars(args), "effective_batch": args.batch_size * args.grad_accum * processes.world_size}
-    checkpoint = checkpoints.lock_and_find_checkpoint(folder, settings, processes)
+    checkpoint = checkpoints.lock_and_find_checkpoint_or_exit(folder, settings, processes)
     # Every process must start with the same random weights.
     torch.manual_seed(args.seed)
 
@@ -124,7 +125,7 @@ def main(argv=None):
 
     # -- 5. the loop ---------------------------------------------------------------------------------------
 
-    progress = checkpoints.restore_or_begin(
+    progress = checkpoints.restore_or_clear(
         checkpoint, folder, model, optimizer, scaler, train_dataset.records, processes)
     # sample_indices[k] lists the micro-batches of one optimizer step of this process. Each micro-batch lists
     # the indices of its samples. step_sizes[k] is the number of samples of that step in all processes.
@@ -138,8 +139,10 @@ def main(argv=None):
     def evaluate():
         """Logs the held-out loss with the correct and a different image, an answer, and nearest tokens."""
         with autocast():
-            return log.log_heldout(progress.step, *evaluate_heldout(
-                model, template, heldout_dataset, heldout_batches, device, processes.map))
+            measured, generated, reference, nearest = evaluate_heldout(
+                model, template, heldout_dataset, heldout_batches, device, processes.map)
+        log.log_heldout(progress.step, measured, generated, reference, nearest)
+        return measured
 
     model.train()
     if device.type == "cuda":
@@ -165,7 +168,7 @@ def main(argv=None):
             # With the usual loss.mean() / grad_accum, every micro-batch has the same weight. A token in a
             # micro-batch with few labeled tokens would then count more than one in a micro-batch with many,
             # and the result would depend on how the batch is split.
-            n = processes.sum(sum((b["labels"][:, 1:] != IGNORE_INDEX).sum() for b in micro_batches))
+            n = processes.sum(sum(count_labeled(batch).sum() for batch in micro_batches))
             loss = torch.zeros((), device=device)
             for batch in micro_batches:
                 batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

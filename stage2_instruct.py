@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 
-from data import ChatTemplate
-from model import IGNORE_INDEX, LORA_TARGETS, Llava
+from data import ChatTemplate, count_labeled
+from model import LORA_TARGETS, Llava
 from support import checkpoints
 from support.check_records import check_and_make_datasets, record_skipped_or_stop
 from support.devices import choose_dtype
@@ -76,7 +76,7 @@ def main(argv=None):
     stage1_run = read_matching_run(stage1_folder, args)
     settings = {**vars(args), "effective_batch": args.batch_size * args.grad_accum * processes.world_size,
                 "stage1_checksum": stage1_run["checksums"]["projector.safetensors"]}
-    checkpoint = checkpoints.lock_and_find_checkpoint(folder, settings, processes)
+    checkpoint = checkpoints.lock_and_find_checkpoint_or_exit(folder, settings, processes)
     torch.manual_seed(args.seed)
 
     # -- 2. data -------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def main(argv=None):
 
     # -- 5. the loop ---------------------------------------------------------------------------------------
 
-    progress = checkpoints.restore_or_begin(
+    progress = checkpoints.restore_or_clear(
         checkpoint, folder, model, optimizer, scaler, train_dataset.records, processes)
     sample_indices, step_sizes = plan_steps(lengths, args, processes, progress)
     total_steps = progress.step + len(step_sizes)
@@ -135,8 +135,10 @@ def main(argv=None):
 
     def evaluate():
         with autocast():
-            return log.log_heldout(progress.step, *evaluate_heldout(
-                model, template, heldout_dataset, heldout_batches, device, processes.map))
+            measured, generated, reference, nearest = evaluate_heldout(
+                model, template, heldout_dataset, heldout_batches, device, processes.map)
+        log.log_heldout(progress.step, measured, generated, reference, nearest)
+        return measured
 
     model.train()
     if device.type == "cuda":
@@ -154,7 +156,7 @@ def main(argv=None):
             micro_batches, skipped, seconds_waiting = next(loaded)
             record_skipped_or_stop(progress.skipped, skipped, folder, args.allow_bad, len(train_dataset))
 
-            n = processes.sum(sum((b["labels"][:, 1:] != IGNORE_INDEX).sum() for b in micro_batches))
+            n = processes.sum(sum(count_labeled(batch).sum() for batch in micro_batches))
             loss = torch.zeros((), device=device)
             for batch in micro_batches:
                 batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

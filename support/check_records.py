@@ -16,7 +16,7 @@ from model import count_patches
 from support.checkpoints import ignore_signals_in_worker
 from support.errors import BadRecord, UserError, explain_errors
 from support.pretrained import load_image_processor, load_vision_config
-from support.records import RecordSet, image_of
+from support.records import RecordSet, image_field
 
 
 class CheckResult(NamedTuple):
@@ -67,8 +67,8 @@ def check_and_make_datasets(train_records, heldout_records, template, settings, 
 
 class RecordChecks(ChatDataset):
     """Item i is (approximate number of tokens, whether turns are lost, whether it has an image, whether this
-    was found by its id) of record i, or its BadRecord. Most records are not even tokenized, because a token
-    is at least one byte long: a text with at most max_length - num_image_tokens bytes fits."""
+    was found by its id) of record i, or its BadRecord. A token is at least one
+    byte long. So a text of at most max_length - N bytes always fits, and is not tokenized."""
 
     def __init__(self, *args, decode):
         super().__init__(*args)
@@ -91,7 +91,7 @@ class RecordChecks(ChatDataset):
             # English text has about four bytes per token.
             has_image = name is not None
             length = has_image * self.num_image_tokens + num_bytes // 4
-            return length, lost, has_image, has_image and image_of(record) is None
+            return length, lost, has_image, has_image and image_field(record) is None
         except BadRecord as error:
             return error
 
@@ -146,5 +146,5 @@ def record_skipped_or_stop(skipped, sentences, folder, allow_bad, num_samples):
     with explain_errors(f"write {path}"), open(path, "a", encoding="utf-8") as file:
         file.writelines(sentence + "\n" for sentence in new)
     if len(skipped) > allow_bad * num_samples:
-        raise UserError(f"the images of {len(skipped)} records cannot be decoded, more than --allow-bad "
+        raise UserError(f"{len(skipped)} records cannot be used, more than --allow-bad "
                         f"{allow_bad} allows of {num_samples:,}; see {path}; the last: {new[-1]}")

@@ -39,7 +39,7 @@ class Progress:
     records_hash: str = ""  # of the training records
 
 
-def lock_and_find_checkpoint(folder, settings, processes):
+def lock_and_find_checkpoint_or_exit(folder, settings, processes):
     """Locks a stage's folder for this process and returns its checkpoint, or None to begin at step 0. With
     --check-data it does nothing. Ends the process if --resume finds a run that is finished. Raises UserError
     if the run cannot begin or continue in this folder."""
@@ -105,7 +105,7 @@ def save(folder, progress, model, optimizer, scaler, settings, processes):
     processes.barrier()
 
 
-def restore_or_begin(checkpoint, folder, model, optimizer, scaler, records, processes):
+def restore_or_clear(checkpoint, folder, model, optimizer, scaler, records, processes):
     """Restores the weights, optimizer, scaler and random numbers of `checkpoint` and returns its Progress. If
     it is None, deletes what an earlier run left in the folder. `records`: the training RecordSet."""
     # Without this, scaler.unscale_() would fail in a process without samples.
@@ -115,9 +115,9 @@ def restore_or_begin(checkpoint, folder, model, optimizer, scaler, records, proc
             for name in ("run.json", "eval.json", "checkpoint.pt", "projector.safetensors", "adapter",
                          "metrics.jsonl", "skipped.txt"):
                 delete(folder / name)
-        return Progress(records_hash=records.records_hash())
+        return Progress(records_hash=records.fingerprint())
     progress = Progress(**checkpoint["progress"])
-    if progress.records_hash != records.records_hash():
+    if progress.records_hash != records.fingerprint():
         raise UserError("--resume: the training records have changed since the run was interrupted, so its "
                         "order of samples is lost; restore the data, or start again with --restart")
     with torch.no_grad():

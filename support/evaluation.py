@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import IMAGE_TOKEN, ChatDataset, collate
+from data import IMAGE_TOKEN, ChatDataset, collate, count_labeled
 from model import IGNORE_INDEX
 from support.check_records import check_records, print_check_result
 from support.errors import UserError, printable
@@ -38,16 +38,14 @@ def load_heldout_dataset(run, template, image_processor, num_image_tokens, count
 
 def make_heldout_batches(dataset, pad_token_id, batch_size):
     """Returns the records of a ChatDataset that have an image, as a list of training batches.
-    batch["image_names"] lists the names of the images, batch["groups"] what group_of() returns. Raises
-    UserError if there are fewer than two images."""
+    batch["image_names"] lists the names of the images. Raises UserError if there are fewer than two."""
     # measure_grounding() takes the image of the previous record as the different image. So the first record
     # of every image comes first, then the second of every image, and so on.
     earlier, order = Counter(), []  # earlier[name]: how many records with this image came before
     for i in range(len(dataset)):
-        record = dataset.records[i]
-        name = dataset.records.image_name(record)
+        name = dataset.records.image_name(dataset.records[i])
         if name is not None:
-            order.append((earlier[name], i, name, group_of(record)))
+            order.append((earlier[name], i, name))
             earlier[name] += 1
     if len(earlier) < 2:
         raise UserError(f"{dataset.records.file.path}: the usable held-out records have fewer than two "
@@ -56,21 +54,7 @@ def make_heldout_batches(dataset, pad_token_id, batch_size):
     # A last batch of one record would have no different image, so the batches are of nearly equal size.
     chunks = np.array_split(np.arange(len(order)), max(1, len(order) // max(2, batch_size)))
     return [collate([dataset[order[k][1]] for k in chunk], pad_token_id)
-            | {"image_names": [order[k][2] for k in chunk], "groups": [order[k][3] for k in chunk]}
-            for chunk in chunks]
-
-
-def group_of(record):
-    """Returns the group that a held-out record names before a comma in its "kinds", such as "photo" in
-    ["photo, color", "photo, count"], or "" if it names none."""
-    kinds = record.get("kinds")
-    first = kinds[0] if isinstance(kinds, list) and kinds and isinstance(kinds[0], str) else ""
-    return first.split(",")[0] if "," in first else ""
-
-
-def count_labeled(batch):
-    """Returns the number of labeled tokens of each record: (B,)."""
-    return (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1)
+            | {"image_names": [order[k][2] for k in chunk]} for chunk in chunks]
 
 
 @torch.no_grad()
@@ -97,7 +81,6 @@ def measure_grounding(model, batches, device, blank=False, map=map):
         correct_more_likely: fraction of records whose answers are more likely with the correct image. A tie
             counts half, so chance is 0.5.
         same_image: number of records without a different image, if there are any.
-        groups: {group: the same dict for its records}, if the records name groups.
     """
     def measure(batch):
         pixel_values, names = batch["pixel_values"], batch["image_names"]  # (B, 3, S, S)
@@ -108,27 +91,19 @@ def measure_grounding(model, batches, device, blank=False, map=map):
         differs = torch.tensor([name != names[i - 1] for i, name in enumerate(names)])  # (B,)
         return torch.stack([*losses, count_labeled(batch), differs])  # (4 or 5, B)
 
-    def summarize(correct, different, *others):  # each (records,)
-        *blanks, tokens, differs = others
-        differs = differs.bool()
-        wins = ((correct < different).float() + 0.5 * (correct == different))[differs]
-        measured = {"loss": (correct.sum() / tokens.sum()).item(),
-                    "loss_different": (different[differs].sum() / tokens[differs].sum()).item(),
-                    "correct_more_likely": wins.mean().item()}
-        if blank:
-            measured["loss_blank"] = (blanks[0].sum() / tokens.sum()).item()
-        if not differs.all():
-            measured["same_image"] = (~differs).sum().item()
-        return measured
-
     was_training = model.training
     model.eval()
-    rows = torch.cat(list(map(measure, batches)), dim=1)  # (4 or 5, records)
+    correct, different, *blanks, tokens, differs = torch.cat(list(map(measure, batches)), dim=1)  # (records,)
     model.train(was_training)
-    groups = np.array([group for batch in batches for group in batch["groups"]])  # (records,)
-    measured = summarize(*rows)
-    if groups.any():
-        measured["groups"] = {name: summarize(*rows[:, groups == name]) for name in map(str, np.unique(groups))}
+    differs = differs.bool()
+    wins = ((correct < different).float() + 0.5 * (correct == different))[differs]
+    measured = {"loss": (correct.sum() / tokens.sum()).item(),
+                "loss_different": (different[differs].sum() / tokens[differs].sum()).item(),
+                "correct_more_likely": wins.mean().item()}
+    if blank:
+        measured["loss_blank"] = (blanks[0].sum() / tokens.sum()).item()
+    if not differs.all():
+        measured["same_image"] = (~differs).sum().item()
     return measured
 
 
@@ -178,7 +153,8 @@ class AnswerPrinter:
         self.ids += ids.flatten().tolist()
         text = self.template.decode(self.ids)
         # The end of the text can be a part of a character, and the beginning a part of what decode() removes.
-        if not text.endswith("\ufffd") and not any(o.startswith(text) for o in self.template.answer_prefixes):
+        if not text.endswith("\ufffd") and not any(
+                prefix.startswith(text) for prefix in self.template.answer_prefixes):
             self._print_rest(text)
 
     def end(self):

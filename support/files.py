@@ -28,7 +28,7 @@ def find_file(name):
     raise UserError(f"{name} does not exist{hint}")
 
 
-FORMATS = {  # first bytes of files that are often mistaken for JSON or for an image
+WRONG_FORMATS = {  # first bytes of files that are often mistaken for JSON or for an image
     b"version https://git-lfs": "a Git LFS pointer instead of the file: run git lfs pull",
     b"PAR1": "a Parquet file: save it as JSON", b"\x1f\x8b": "compressed by gzip: unpack it",
     b"PK\3\4": "a .zip file: unpack it", b"\xff\xfe": "UTF-16 text: save it as UTF-8",
@@ -36,9 +36,9 @@ FORMATS = {  # first bytes of files that are often mistaken for JSON or for an i
 }
 
 
-def name_format(content):
+def describe_format(content):
     """Returns what a file is, by its first bytes, and what to do; or None if it may be JSON or an image."""
-    return next((kind for start, kind in FORMATS.items() if content[:1000].lstrip().startswith(start)), None)
+    return next((kind for start, kind in WRONG_FORMATS.items() if content[:1000].lstrip().startswith(start)), None)
 
 
 def make_writable_folder(path):

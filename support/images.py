@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from support.errors import BadRecord, UserError, explain_errors
-from support.files import name_format, read_part
+from support.files import describe_format, read_part
 
 # Formats that Pillow decodes by itself. (EPS, for example, would start Ghostscript.)
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO"]
+PILLOW_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO"]
 # Pillow refuses images with more than twice as many pixels. Above this number itself it would warn, but some
 # phones take photos of 200 megapixels.
 Image.MAX_IMAGE_PIXELS = 110_000_000
@@ -31,7 +31,7 @@ def decode_image(file, name):
     sentence about `name` if it cannot be used. A damaged file can raise almost any exception in Pillow."""
     try:
         content = file if hasattr(file, "read") else io.BytesIO(Path(file).read_bytes())
-        with Image.open(content, formats=FORMATS) as image:
+        with Image.open(content, formats=PILLOW_FORMATS) as image:
             image.getexif()  # Pillow keeps what it has parsed
             image.load()
         image.info.pop("exif", None)  # else exif_transpose() would write it again, which fails for odd tags
@@ -54,7 +54,7 @@ def decode_image(file, name):
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             content.seek(0)
-            kind = name_format(content.read(1000))
+            kind = describe_format(content.read(1000))
             reason = f"it is not an image in a supported format{f', but {kind}' if kind else ''}"
         raise ValueError(f"{name} cannot be decoded: {reason}") from error
 
@@ -108,7 +108,7 @@ class ImageStore:
                            if not info.is_dir() and not info.filename.startswith("__MACOSX/")]
         except (zipfile.BadZipFile, OSError) as error:
             with explain_errors(f"read {self.root}"), open(self.root, "rb") as file:
-                kind = name_format(file.read(1000).removeprefix(b"PK"))
+                kind = describe_format(file.read(1000).removeprefix(b"PK"))
             raise UserError(f"{self.root} is {kind or f'not a readable .zip file ({error}): fetch it again'}"
                             ) from error
         for info in members:

@@ -80,7 +80,7 @@ class MetricsLog:
 
     def log_heldout(self, step, measured, generated, reference, nearest):
         """Logs an evaluation: what measure_grounding() returned, one answer beside its reference answer, and
-        what nearest_tokens() returned. tools/page.py shows the latter. Returns `measured`."""
+        what nearest_tokens() returned. tools/page.py shows the latter."""
         measured_values = {f"heldout_{name}": value for name, value in measured.items()}
         self._write(step, **measured_values, generated=generated, nearest_tokens=nearest)
         if self.file:
@@ -95,7 +95,6 @@ class MetricsLog:
         if not self.steps_counted:
             self.started = self.evaluated
         self._start_interval()
-        return measured
 
     def _write(self, step, **values):
         if self.file:
@@ -125,5 +124,5 @@ def format_grounding(measured):
     text = (f"held-out loss {measured['loss']:.3f} (different image {measured['loss_different']:.3f}); "
             f"correct image more likely: {measured['correct_more_likely']:.0%} (chance 50%)")
     if measured.get("same_image"):
-        text += f"; without {measured['same_image']} records whose different image would be the same one"
+        text += f"; {measured['same_image']} records have no different image"
     return text

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from support.errors import BadRecord, UserError, explain_errors
-from support.files import find_file, name_format, read_part
+from support.files import find_file, describe_format, read_part
 from support.images import ImageStore
 
 
@@ -32,7 +32,7 @@ class RecordFile:
         if spans is None:
             with explain_errors(f"read {path}"):
                 content = self.path.read_bytes()
-            kind = name_format(content)
+            kind = describe_format(content)
             if re.match(rb"[^\n\0-\x08\[{<]*[,;\t][^\n\0-\x08]*\n", content):
                 kind = "a table (CSV or TSV): save it as JSON"
             if kind:
@@ -91,7 +91,7 @@ class RecordFile:
         return record
 
 
-def image_of(record):
+def image_field(record):
     """Returns record["image"]. A list of one name stands for this name."""
     image = record.get("image")
     return image[0] if isinstance(image, list) and len(image) == 1 else image
@@ -101,7 +101,7 @@ def hash_record(record):
     """Returns two 64-bit hashes as bytes: of the record's image, and of image and conversation together.
     A record without an image is identified by its id, or by its conversation if it has no id."""
     conversation, identity = record.get("conversations"), record.get("id")
-    image = image_of(record) or (f"{identity}.jpg" if identity is not None else conversation)
+    image = image_field(record) or (f"{identity}.jpg" if identity is not None else conversation)
     return b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest()
                     for text in (f"{image!a}", f"{image!a} {conversation!a}"))
 
@@ -125,14 +125,14 @@ class RecordSet:
     def record_hashes(self):
         return self.file.record_hashes[self.indices]
 
-    def records_hash(self):
+    def fingerprint(self):
         """Returns a hash of the records in their order."""
         return hashlib.sha256(self.record_hashes.tobytes()).hexdigest()[:16]
 
     def image_name(self, record):
         """Returns the file name of the record's image, or None if it has no image. Some copies of the data
         lack "image". The file is then named after the record's id."""
-        name = image_of(record)
+        name = image_field(record)
         if name in ("", []):  # text only, as other programs write it
             return None
         if name is None:
@@ -178,7 +178,7 @@ def describe_records(train, heldout):
     """Returns what run.json says about the records of a run: a hash and the number of those that were trained
     on, and for each held-out record its hash, its position in the file, its first byte and its end."""
     rows = zip(heldout.record_hashes, heldout.indices, heldout.file.spans[heldout.indices])
-    return {"trained_on": {"count": len(train), "hash": train.records_hash()},
+    return {"trained_on": {"count": len(train), "hash": train.fingerprint()},
             "heldout_file": {"sha256": heldout.file.sha256, "records": len(heldout.file)},
             "heldout": [f"{value} {index} {start} {end}" for value, index, (start, end) in rows]}
 
@@ -219,7 +219,7 @@ def check_keys(record, has_image):
     """Raises BadRecord if the record or a turn has content for the model under a key that is not read. Such
     keys are known by their name and, if the record has no image, by a value such as "a.jpg". Numbers and
     empty values are no content, nor is the name of the record's image, written a second time."""
-    image = image_of(record)
+    image = image_field(record)
     for fields in ({**record, "id": None, "image": None}, *record["conversations"]):
         for key, value in fields.items():
             words = re.sub("(?<=[a-z])(?=[A-Z])", "_", key)  # imagePath becomes image_Path

@@ -4,14 +4,20 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from conftest import N
 
+from data import ChatDataset
 from support import evaluation
 from support.errors import UserError
 from support.evaluation import make_heldout_batches, measure_grounding, records_with_other_images
+from support.images import ImageStore
 from support.metrics_log import format_grounding
-from tools.evaluate import (Question, f1, is_toy_caption, most_frequent_shares, score_answers, score_captions)
+from support.records import RecordFile, RecordSet
+from tools.evaluate import (Question, f1, is_toy_caption, measure_groups, most_frequent_shares, score_answers,
+                            score_captions)
 
 TOY = ["--device", "cpu", "--heldout", 6, "--limit", 8, "--max-steps", 0]  # no good model is needed
 LOSSES = ("loss", "loss_different", "loss_blank", "correct_more_likely")
@@ -110,26 +116,21 @@ def test_a_record_whose_different_image_would_be_the_same_is_left_out_and_counte
     measured = measure_grounding(torch.nn.Linear(1, 1), make_heldout_batches(dataset_of(names), 0, 4), "cpu")
     assert (measured["loss"], measured["loss_different"], measured["correct_more_likely"]) == (0, 1, 1)
     assert measured.get("same_image", 0) == left_out
-    assert (f"without {left_out} records" in format_grounding(measured)) == (left_out > 0)
+    assert (f"{left_out} records have no different image" in format_grounding(measured)) == (left_out > 0)
 
 
-def test_losses_are_also_reported_for_each_group_of_records(monkeypatch):
-    """The model knows only lower-case images: its loss is 0 with the correct one and 1 with every other. For
-    capital ones, all images are the same to it."""
-    def losses(model, batch, device):
-        image, correct = batch["pixel_values"][:, 0, 0, 0], batch["labels"][:, 1]
-        return ((image != correct) & (correct >= ord("a"))).double()
-
-    monkeypatch.setattr(evaluation, "record_losses", losses)
-    dataset = dataset_of("abCDef")
-    for record in dataset.records:
-        record["kinds"] = [f"{'known' if record['image'].islower() else 'new'}, color"]
-    measured = measure_grounding(torch.nn.Linear(1, 1), make_heldout_batches(dataset, 0, 8), "cpu")
-    assert {name: group["correct_more_likely"] for name, group in measured["groups"].items()} == {
-        "known": 1.0, "new": 0.5}
-    assert measured["correct_more_likely"] == pytest.approx((4 + 2 * 0.5) / 6)
-    assert "groups" not in measure_grounding(torch.nn.Linear(1, 1), make_heldout_batches(dataset_of("ab"), 0, 8),
-                                             "cpu")
+def test_a_group_is_measured_with_different_images_of_the_same_group(drawn, template, image_processor,
+                                                                     monkeypatch):
+    """The kinds of the questions name the group before a comma."""
+    records = RecordSet(RecordFile(drawn / "chat.json"), ImageStore(drawn / "images"), np.arange(8))
+    dataset, seen = ChatDataset(records, template, image_processor, N, 500), []
+    monkeypatch.setattr("tools.evaluate.measure_grounding",
+                        lambda model, batches, device, blank: seen.append(batches) or len(seen))
+    kinds = ["photo, color", "photo, count", "drawing, color", "photo, color", "drawing, color", "shape"]
+    questions = [Question(record, 0, "", "", kind) for record, kind in zip((0, 0, 1, 2, 3, 4), kinds)]
+    assert measure_groups(None, dataset, questions, 8, "cpu") == {"drawing": 1, "photo": 2}
+    names = [records.image_name(records[i]) for i in range(4)]
+    assert [set(batches[0]["image_names"]) for batches in seen] == [{names[1], names[3]}, {names[0], names[2]}]
 
 
 # -- other data --------------------------------------------------------------------------------------------

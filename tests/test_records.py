@@ -136,7 +136,7 @@ def test_a_run_is_evaluated_on_exactly_its_held_out_records(split, tmp_path, cap
     train, heldout = split(MANY)
     expected = [record["conversations"] for record in contents(heldout)]
     described = json.loads(json.dumps(describe_records(train, heldout)))
-    assert described["trained_on"] == {"count": 180, "hash": train.records_hash()}
+    assert described["trained_on"] == {"count": 180, "hash": train.fingerprint()}
     (tmp_path / "chat.json").write_text(change if isinstance(change, str) else json.dumps(change))
     again = contents(reopen_heldout(tmp_path / "chat.json", tmp_path, described))
     assert [record["conversations"] for record in again] == expected
@@ -165,7 +165,7 @@ def test_the_other_records_of_an_unchanged_file_are_not_parsed(split, tmp_path, 
 
 
 def test_the_hash_of_the_training_records_changes_with_their_text(split):
-    hashes = [split(records)[0].records_hash() for records in (
+    hashes = [split(records)[0].fingerprint() for records in (
         MANY, MANY[::-1], json.loads(json.dumps(MANY).replace("It is 1", "It was 1")))]
     assert hashes[0] == hashes[1] != hashes[2]
 

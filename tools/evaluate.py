@@ -49,7 +49,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data import IMAGE_TOKEN
+from data import IMAGE_TOKEN, ChatDataset
 from support.errors import UserError, printable, run_script
 from support.evaluation import (generate_answers, load_heldout_dataset, make_heldout_batches,
                                 measure_grounding, records_with_other_images)
@@ -114,6 +114,22 @@ def answer_questions(model, template, dataset, questions, device, batch_size, ma
             prompts.append(prompt)
         answers += generate_answers(model, template, prompts, device, max_new_tokens)
     return answers
+
+
+def measure_groups(model, dataset, questions, batch_size, device):
+    """Returns {group: what measure_grounding() returns for its records}. The different image is of the same
+    group."""
+    records = {}  # {group: numbers of its records}
+    for question in questions:
+        if "," in question.kind:
+            records.setdefault(question.kind.split(",")[0], {})[question.record] = None
+    measured = {}
+    for group in sorted(records):
+        part = ChatDataset(dataset.records.subset(list(records[group])), dataset.template,
+                           dataset.image_processor, dataset.num_image_tokens, dataset.max_length)
+        batches = make_heldout_batches(part, dataset.template.tokenizer.pad_token_id, batch_size)
+        measured[group] = measure_grounding(model, batches, device, blank=True)
+    return measured
 
 
 def f1(generated, reference):
@@ -217,6 +233,8 @@ def main():
 
         # 2. With generated answers. They can be scored only if no other answer is correct.
         questions = list_questions(dataset)
+        if groups := measure_groups(model, dataset, questions, args.batch_size, device):
+            result[f"{name}_groups"] = groups
         is_toy = stage == 1 and any(is_toy_caption(question.reference) for question in questions)
         scored = [q for q in questions if (is_toy_caption(q.reference) if is_toy else q.kind)]
         questions = scored or evenly_spaced(questions, args.count)
@@ -244,7 +262,7 @@ def main():
         print(f"{name:<42}" + "".join(f"{cell:>17}" for cell in cells))
     print(f"correct image more likely: {matches / records:.1%} (chance 50%)")
     if left_out := result.get("captions_same_image", 0) + result.get("answers_same_image", 0):
-        print(f"without {left_out} records whose different image would be the same one")
+        print(f"{left_out} records have no different image")
     for title, pairs in examples:
         print(f"\n{title}{', for example' if pairs else ''}")
         for question, answer in pairs:
