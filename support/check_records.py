@@ -1,7 +1,4 @@
-"""Checks the data before the first step, so that a missing image does not stop the run hours later.
-
-This file depends on data.py.
-"""
+"""Checks the data before the first step, so that a missing image does not stop the run hours later."""
 
 from itertools import chain
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """A stage's folder: what an earlier run left there, checkpoints, resuming, and stopping on Ctrl-C.
 
-This file and data.py do not depend on each other.
-
     <run>/stage1/metrics.jsonl           one line per logged step and per evaluation
     <run>/stage1/checkpoint.pt           all that the next step depends on; deleted at the end
     <run>/stage1/skipped.txt             records whose images could not be decoded, if there are any

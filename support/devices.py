@@ -1,7 +1,4 @@
-"""Which device to compute on, in which precision, and with which attention kernel.
-
-data.py depends on this file.
-"""
+"""Which device to compute on, in which precision, and with which attention kernel."""
 
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,4 @@
-"""Errors that a user can fix, and how a script ends with them: in one sentence and an exit code.
-
-data.py depends on this file.
-"""
+"""Errors that a user can fix, and how a script ends with them: in one sentence and an exit code."""
 
 import re
 import sys

@@ -1,8 +1,6 @@
 """Measures a model on held-out records: its loss with the correct, a different and a blank image, the answers
 that it generates, and the vocabulary tokens nearest to its projected patches.
 
-This file depends on data.py.
-
 Both stages call evaluate_heldout(). The tools call the functions that it uses on a finished run.
 """
 

@@ -1,7 +1,4 @@
-"""Files: where the inputs are, and writing outputs so that a killed run never leaves half a file.
-
-data.py depends on this file.
-"""
+"""Files: where the inputs are, and writing outputs so that a killed run never leaves half a file."""
 
 import json
 import os

@@ -1,7 +1,5 @@
 """Finds a pretrained model: in a folder, in the cache of the hub's client, or on the hub.
 
-data.py depends on this file.
-
 A model of the hub that is not in the cache is fetched on first use, as transformers does. The client's
 environment variables work here too: HF_HOME moves the cache, and HF_HUB_OFFLINE=1 forbids every request.
 """

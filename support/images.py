@@ -1,7 +1,4 @@
-"""Images by name, from a folder or from a .zip file that is never unpacked.
-
-data.py depends on this file.
-"""
+"""Images by name, from a folder or from a .zip file that is never unpacked."""
 
 import io
 import os

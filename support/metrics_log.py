@@ -1,7 +1,4 @@
-"""The log of a stage: a progress bar, and metrics.jsonl with one JSON object per line.
-
-This file and data.py do not depend on each other.
-"""
+"""The log of a stage: a progress bar, and metrics.jsonl with one JSON object per line."""
 
 import json
 import math

@@ -1,7 +1,5 @@
 """Loads pretrained models: the vision tower with its preprocessing, the language model and its tokenizer.
 
-data.py depends on this file.
-
 Loading is strict. A missing tensor is an error and never a warning, because a model with random weights in
 one place still answers fluently.
 """

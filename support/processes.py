@@ -1,7 +1,4 @@
-"""The processes that train together: one, or as many as torchrun started.
-
-This file and data.py do not depend on each other.
-"""
+"""The processes that train together: one, or as many as torchrun started."""
 
 import os
 import sys

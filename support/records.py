@@ -1,7 +1,5 @@
 """Reads the records of a JSON file one at a time, with their images, and splits off held-out records.
 
-data.py depends on this file.
-
 595,375 records as Python dicts take 0.7 GB. Each DataLoader worker would also copy them page by page, because
 reading an object changes its reference count. So RecordFile keeps only the position of each record in the
 file and two hashes, in NumPy arrays that all workers share, and parses a record when it is asked for.

@@ -1,7 +1,5 @@
 """Saves and loads what the stages have trained: projector, adapter and run.json.
 
-This file depends on data.py.
-
 Loading is strict, as in pretrained.py. Weights are safetensors and the rest is JSON. (Only checkpoint.pt is a
 pickle, which is loaded with weights_only=True.)
 """

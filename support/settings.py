@@ -1,7 +1,4 @@
-"""The command line: every setting of a stage's presets is a flag.
-
-This file and data.py do not depend on each other.
-"""
+"""The command line: every setting of a stage's presets is a flag."""
 
 import argparse
 import math

@@ -1,7 +1,4 @@
-"""Which samples each optimizer step uses, in which micro-batches, and whether the longest of them fits.
-
-This file depends on data.py.
-"""
+"""Which samples each optimizer step uses, in which micro-batches, and whether the longest of them fits."""
 
 import time
 from functools import partial

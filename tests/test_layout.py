@@ -1,6 +1,7 @@
 """What depends on what: five files at the top, and support/, which knows nothing of toy/ and tools/."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 
 import pytest
@@ -55,15 +56,19 @@ def test_data_imports_only_the_model_and_support():
     assert project_imports("data") - {"model"} <= {name for name in SOURCES if name.startswith("support.")}
 
 
-def test_each_module_of_support_says_whether_data_uses_it_or_it_uses_data():
+def test_the_map_of_support_says_which_files_data_py_needs_and_which_need_it():
     def below(name):
         return {name}.union(*map(below, project_imports(name)))
 
-    for name in SOURCES:
-        if name.startswith("support."):
-            line = ("data.py depends on this file." if name in below("data") else "This file depends on data.py." if "data" in below(name)
-                    else "This file and data.py do not depend on each other.")
-            assert line in ast.get_docstring(SOURCES[name]).splitlines(), f"{name}: {line}"
+    text, seen = (REPOSITORY / "support" / "README.md").read_text(encoding="utf-8"), set()
+    for title, table in re.findall(r"^## (.*)\n([^#]*)", text, re.MULTILINE):
+        for name in (f"support.{name}" for name in re.findall(r"^\| `(\w+)\.py`", table, re.MULTILINE)):
+            needed, needs = name in below("data"), "data" in below(name)
+            expected = ("Files that data.py depends on" if needed else "Files that depend on data.py" if needs
+                        else "Files that are independent of data.py")
+            assert title == expected, name
+            seen.add(name)
+    assert seen == {name for name in SOURCES if name.startswith("support.")}
 
 
 def test_support_and_the_sanity_check_know_nothing_of_toy_tools_and_bench():
