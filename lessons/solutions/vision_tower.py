@@ -86,7 +86,8 @@ def main():
     for own, theirs in zip(states, expected):
         torch.testing.assert_close(own, theirs, rtol=0, atol=1e-10)
     z_v = states[PRESETS[1]["vision_layer"]][:, 1:]  # the one LLaVA uses, without class token: (4, N, D_v)
-    torch.testing.assert_close(model.projector(z_v.float()), model.encode_images(pixel_values), rtol=1e-4, atol=1e-4)
+    h_v = model.projector(z_v.float())  # (4, N, D)
+    torch.testing.assert_close(h_v, model.encode_images(pixel_values), rtol=1e-4, atol=1e-4)
     largest = max((own - theirs).abs().max().item() for own, theirs in zip(states, expected))
     print(f"{len(states)} hidden states of {states[0].shape[1]} vectors; largest difference from "
           f"transformers {largest:.0e}")
