@@ -5,11 +5,12 @@ import json
 import re
 
 import pytest
+import torch
 from conftest import REPOSITORY
 
 import toy.world
-from data import ChatDataset, ChatTemplate
-from lessons import change_patches, experiment, run
+from data import ChatDataset, ChatTemplate, collate
+from lessons import change_patches, experiment, full_finetuning, run
 from model import Llava
 from support import step_batches
 
@@ -24,6 +25,7 @@ def small(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "RUNS", tmp_path_factory.mktemp("lessons"))
         patch.setattr(experiment, "STEPS", {1: 1, 2: 1})
+        patch.setattr(full_finetuning, "TIMED_STEPS", 2)
         patch.setattr(experiment, "HELDOUT", 6)
         patch.setattr(experiment, "LIMIT", 64)
         yield
@@ -62,6 +64,28 @@ def test_a_lesson_that_is_run_alone_trains_its_baseline_before_it_replaces_anyth
     before, train = all_functions(), experiment.train
     monkeypatch.setattr(experiment, "train", train_unchanged)  # which train_baseline() calls
     run.run_lesson(name, [0])
+
+
+def test_full_finetuning_changes_every_weight_of_the_llm_and_none_of_clip(small):
+    before = experiment.train_baseline(1, 0)
+    with experiment.replaced(Llava, add_lora=full_finetuning.train_all_weights):
+        after = experiment.train(2, 0, "all-weights", before, lr=1e-3)
+    old, new = (dict(trained.model.named_parameters()) for trained in (before, after))
+    assert list(old) == list(new)
+    for name in old:
+        assert torch.equal(old[name], new[name]) == name.startswith("vision_tower."), name
+
+
+def test_the_time_of_a_step_is_measured_without_changing_a_weight(small):
+    model = experiment.train_baseline(2, 0).model
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    dataset = experiment.train_baseline(2, 0).heldout_dataset
+    batch = collate([dataset[0], dataset[1]], pad_token_id=2)
+    del batch["skipped"]
+    [seconds] = full_finetuning.seconds_per_step([model], batch)
+    assert seconds > 0
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.grad is None, name
 
 
 def test_every_lesson_is_in_the_list_and_says_what_it_expects_and_what_came_out():

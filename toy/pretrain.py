@@ -167,8 +167,8 @@ def similarities(clip, tokenizer, scenes, images):
 
 
 def contrastive_loss(logits):
-    """Returns CLIP's loss for the similarities s of B pairs, logits (B, B). Each image has to find its caption
-    among B, and each caption its image:
+    """Returns CLIP's loss for the similarities s of B pairs, logits (B, B). Each image has to find its
+    caption, and each caption its image:
 
         loss = mean over i of  -1/2 (log softmax_j(s_ij)[j = i] + log softmax_j(s_ji)[j = i])
     """
