@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parent
 SEEDS = [0, 1, 2]
 NAMES = ["skip_stage1", "wrong_images", "vision_layer", "class_token", "mlp_projector", "average_patches",
          "change_patches", "less_data", "learning_rate", "lora_rank", "full_finetuning", "label_questions",
-         "tokenize_pieces", "double_shift", "other_template", "temperature"]
+         "tokenize_pieces", "double_shift", "other_template", "temperature", "contrastive"]
 START = "<!-- All that follows is written by python -m lessons.run -->\n"
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import random
 import re
 
 import pytest
@@ -10,9 +11,12 @@ from conftest import REPOSITORY
 
 import toy.world
 from data import ChatDataset, ChatTemplate, collate
-from lessons import change_patches, experiment, full_finetuning, run
+from lessons import change_patches, contrastive, experiment, full_finetuning, run
 from model import Llava
 from support import step_batches
+from support.pretrained import load_tokenizer
+from toy.pretrain import contrastive_loss, draw_pictures, new_clip, to_pixel_values
+from toy.world import COLORS, SHAPES
 
 RESULTS = json.loads((REPOSITORY / "lessons" / "results.json").read_text(encoding="utf-8"))
 README = (REPOSITORY / "lessons" / "README.md").read_text(encoding="utf-8")
@@ -24,8 +28,10 @@ def small(tmp_path_factory):
     toy.world.draw_if_missing()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "RUNS", tmp_path_factory.mktemp("lessons"))
-        patch.setattr(experiment, "STEPS", {1: 1, 2: 1})
+        patch.setattr(experiment, "STEPS", {1: 1, 2: 1, "clip": 1})
         patch.setattr(full_finetuning, "TIMED_STEPS", 2)
+        patch.setattr(contrastive, "HELDOUT", 6)
+        patch.setattr(contrastive, "PICTURES", 200)
         patch.setattr(experiment, "HELDOUT", 6)
         patch.setattr(experiment, "LIMIT", 64)
         yield
@@ -86,6 +92,32 @@ def test_the_time_of_a_step_is_measured_without_changing_a_weight(small):
     assert seconds > 0
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) and parameter.grad is None, name
+
+
+def test_the_contrastive_loss_is_the_mean_over_both_directions():
+    s = torch.randn(5, 5, dtype=torch.float64)
+    p, q = s.exp() / s.exp().sum(1, keepdim=True), s.exp() / s.exp().sum(0, keepdim=True)
+    expected = sum(-(p[i, i].log() + q[i, i].log()) / 2 for i in range(5)) / 5
+    torch.testing.assert_close(contrastive_loss(s), expected)
+    matched = contrastive_loss(20 * torch.eye(5))
+    assert matched < 1e-6 < contrastive_loss(20 * torch.eye(5).roll(1, dims=0))
+
+
+def test_the_probes_read_the_patch_that_shows_the_object_and_score_unseen_ones():
+    clip, scene = new_clip(load_tokenizer("toy/llama-chat")[0]), {"bottom left": ("blue", "star")}
+    clip.eval()
+    images = draw_pictures([scene], random.Random(0))
+    with torch.no_grad():
+        features, labels = contrastive.patches_of_objects(clip, [scene], images)
+        states = clip.vision_model(to_pixel_values(images), output_hidden_states=True).hidden_states
+    assert torch.equal(features[0], states[-2][0, 1 + 6])  # class token, then six patches before it
+    assert {name: label.tolist() for name, label in labels.items()} == {
+        "color": [list(COLORS).index("blue")], "shape": [list(SHAPES).index("star")]}
+    torch.manual_seed(0)
+    x, labels = torch.randn(300, 8), torch.arange(300) % 3
+    separable = x + 20 * torch.nn.functional.one_hot(labels, 8)
+    assert contrastive.probe(separable[:200], labels[:200], separable[200:], labels[200:]) == 1
+    assert contrastive.probe(x[:200], labels[:200], x[200:], labels[200:]) < 0.6
 
 
 def test_every_lesson_is_in_the_list_and_says_what_it_expects_and_what_came_out():
