@@ -114,9 +114,9 @@ def main(argv=None):
     # -- 4. optimizer --------------------------------------------------------------------------------------
 
     parameters = list(model.trainable().values())
-    adapter = [parameter for name, parameter in model.trainable().items() if ".lora_" in name]
+    in_llm = [parameter for name, parameter in model.trainable().items() if not name.startswith("projector.")]
     # The projector has already been trained, so it gets a smaller learning rate than the new adapter.
-    optimizer = torch.optim.AdamW([{"params": adapter, "peak_lr": args.lr},
+    optimizer = torch.optim.AdamW([{"params": in_llm, "peak_lr": args.lr},
                                    {"params": model.projector.parameters(), "peak_lr": args.projector_lr}],
                                   weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

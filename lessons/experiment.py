@@ -22,7 +22,7 @@ from tools.evaluate import answer_questions, list_questions, score_answers, scor
 from tools.page import read_metrics
 
 STAGES = {1: stage1_align, 2: stage2_instruct}
-STEPS = {1: 250, 2: 50}
+STEPS = {1: 250, 2: 50, "clip": 150}
 HELDOUT = 120  # pictures
 LIMIT = 0  # training records; 0: all
 RUNS = Path("runs/lessons")

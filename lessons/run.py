@@ -1,7 +1,7 @@
 """Runs lessons. A lesson is an experiment that changes one thing in the project and measures what happens.
 
-    python -m lessons.run double_shift      one lesson, with three seeds: at most 6 minutes on 2 CPU cores
-    python -m lessons.run all               all of them, about an hour
+    python -m lessons.run double_shift      one lesson, with three seeds: minutes on 2 CPU cores
+    python -m lessons.run all               all of them, more than an hour
     python -m lessons.run all --seeds 0     with one seed; only prints
 
 With three seeds, it writes the measured numbers to lessons/results.json and the results to lessons/README.md.
@@ -22,8 +22,8 @@ from toy.world import draw_if_missing
 FOLDER = Path(__file__).parent
 SEEDS = [0, 1, 2]
 NAMES = ["skip_stage1", "wrong_images", "vision_layer", "class_token", "mlp_projector", "average_patches",
-         "change_patches", "less_data", "learning_rate", "lora_rank", "label_questions", "tokenize_pieces",
-         "double_shift", "other_template", "temperature"]
+         "change_patches", "less_data", "learning_rate", "lora_rank", "full_finetuning", "label_questions",
+         "tokenize_pieces", "double_shift", "other_template", "temperature", "contrastive"]
 START = "<!-- All that follows is written by python -m lessons.run -->\n"
 
 
@@ -55,7 +55,7 @@ def make_table(results):
     for name, conditions in results.items():
         cells = {False: [], True: []}
         for condition, measured in conditions.items():
-            key = next((key for key in ("captions", "answers") if key in measured), next(iter(measured)))
+            key = next((key for key in measured if key in ("captions", "answers")), next(iter(measured)))
             values = measured[key]
             is_baseline = "baseline" in condition
             label = "" if is_baseline else f"{condition}: "

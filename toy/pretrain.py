@@ -134,11 +134,8 @@ def save_clip(clip, folder, side):
         "resample": 3, "size": side}, indent=2) + "\n")
 
 
-def train_clip(folder, tokenizer, heldout_set, seed, steps=700, batch_size=192):
-    """Trains a CLIP with the contrastive loss and saves it to `folder`. heldout_set is what heldout_scenes()
-    returns. It is used for evaluation only."""
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
+def new_clip(tokenizer):
+    """Returns a CLIP with random weights. The tokenizer is that of its text tower."""
     # The end token gets a new id, the last one. With eos_token_id=2, transformers would take the text feature
     # at the largest id of the caption, to support old checkpoints. Then training stalls.
     end_id = len(tokenizer)
@@ -151,30 +148,61 @@ def train_clip(folder, tokenizer, heldout_set, seed, steps=700, batch_size=192):
     # With the usual 0.02 the patch embeddings are much larger than the position embeddings. A linear probe on
     # the patch features then finds color and shape of every object, but its place in only 20% of the cases.
     clip.vision_model.embeddings.position_embedding.weight.data.normal_(std=.5)
+    return clip
 
-    def similarities(scenes, images):  # (B, B): one row per image, one column per caption
-        rows = [[1, *tokenizer(caption_of(scene), add_special_tokens=False).input_ids] for scene in scenes]
-        length = max(map(len, rows)) + 1
-        ids = torch.tensor([row + [end_id] * (length - len(row)) for row in rows])
-        return clip(input_ids=ids, pixel_values=to_pixel_values(images)).logits_per_image
 
-    scenes = [random_scene(rng, heldout_set) for _ in range(8000)]
-    images = [np.asarray(picture(scene, rng)) for scene in scenes]
+def draw_pictures(scenes, rng):
+    """Returns one picture of each scene as an array of bytes, (S, S, 3)."""
+    return [np.asarray(picture(scene, rng)) for scene in scenes]
+
+
+def similarities(clip, tokenizer, scenes, images):
+    """Returns s_ij = exp(t) · cos(u_i, v_j), (B, B): one row per image i, one column per caption j. u_i and
+    v_j are CLIP's features. The number t is trained too."""
+    end_id = clip.config.text_config.eos_token_id
+    rows = [[1, *tokenizer(caption_of(scene), add_special_tokens=False).input_ids] for scene in scenes]
+    length = max(map(len, rows)) + 1
+    ids = torch.tensor([row + [end_id] * (length - len(row)) for row in rows])
+    return clip(input_ids=ids, pixel_values=to_pixel_values(images)).logits_per_image
+
+
+def contrastive_loss(logits):
+    """Returns CLIP's loss for the similarities s of B pairs, logits (B, B). Each image has to find its
+    caption, and each caption its image:
+
+        loss = mean over i of  -1/2 (log softmax_j(s_ij)[j = i] + log softmax_j(s_ji)[j = i])
+    """
+    targets = torch.arange(len(logits))
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+def fit_clip(clip, tokenizer, heldout_set, rng, steps, batch_size, pictures=8000):
+    """Trains a CLIP with the contrastive loss. heldout_set is what heldout_scenes() returns. It is used for
+    evaluation only."""
+    scenes = [random_scene(rng, heldout_set) for _ in range(pictures)]
+    images = draw_pictures(scenes, rng)
     heldout = list(heldout_set.values())
-    heldout_images = [np.asarray(picture(scene, rng)) for scene in heldout]
+    heldout_images = draw_pictures(heldout, rng)
     # With a shorter warm-up or a higher learning rate, training collapses at a loss of ln(batch size).
     optimizer_step = make_optimizer_step(clip, 7e-4, steps, warmup=.3)
     for step in range(1, steps + 1):
         chosen = rng.sample(range(len(scenes)), batch_size)
-        logits = similarities([scenes[i] for i in chosen], [images[i] for i in chosen])
-        targets = torch.arange(batch_size)
-        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+        loss = contrastive_loss(
+            similarities(clip, tokenizer, [scenes[i] for i in chosen], [images[i] for i in chosen]))
         optimizer_step(loss)
         if step % 100 == 0 or step == steps:
             with torch.no_grad():
-                correct = similarities(heldout, heldout_images).argmax(1) == torch.arange(len(heldout))
+                logits = similarities(clip, tokenizer, heldout, heldout_images)
+            correct = logits.argmax(1) == torch.arange(len(heldout))
             print(f"clip, step {step} of {steps}: loss {loss:.3f}; held-out accuracy "
                   f"{correct.float().mean():.3f} in choosing among {len(correct)} captions", flush=True)
+
+
+def train_clip(folder, tokenizer, heldout_set, seed, steps=700, batch_size=192):
+    """Trains a CLIP with the contrastive loss and saves it to `folder`."""
+    torch.manual_seed(seed)
+    clip = new_clip(tokenizer)
+    fit_clip(clip, tokenizer, heldout_set, random.Random(seed), steps, batch_size)
     save_clip(clip, folder, SIDE)
 
 
