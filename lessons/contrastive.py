@@ -70,7 +70,7 @@ def evaluate(clip, tokenizer, training, heldout):
 def run(seed):
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    tokenizer, _ = load_tokenizer(PRESETS[1]["llm"])
+    tokenizer, *_ = load_tokenizer(PRESETS[1]["llm"])
     heldout_set = heldout_scenes(random.Random(0), HELDOUT)  # those that toy/clip-vit has not seen
     for_probes = [random_scene(rng, heldout_set) for _ in range(max(PROBED))]
     training, heldout = ((scenes, draw_pictures(scenes, rng))

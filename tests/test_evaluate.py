@@ -226,7 +226,7 @@ def test_a_habit_shows_as_the_share_of_the_most_frequent_answer():
     questions = [Question(0, 0, "", reference, kind) for kind in references for reference in references[kind]]
     answers = ["Yes."] * 5 + ["one", "two", "three"]
     assert most_frequent_shares(questions, answers) == {"count": [1 / 3, 2 / 3], "yes_no": [1.0, 0.6]}
-    always = score_answers(questions, ["No."] * 5 + ["two"] * 3, "qa_exact")["qa_exact_by_kind"]
+    always = score_answers(questions, ["No."] * 5 + ["two"] * 3)["qa_exact_by_kind"]
     assert always == {"count": 2 / 3, "yes_no": 0.6}
 
 

@@ -8,9 +8,7 @@ import importlib.util
 import io
 import json
 import shutil
-import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest

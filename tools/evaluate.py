@@ -150,7 +150,7 @@ def score_captions(captions, references):
     return scores
 
 
-def score_answers(questions, answers, name):
+def score_answers(questions, answers, name="qa_exact"):
     """Returns the fraction of answers that equal the reference answer, in total and by kind, as a dict."""
     correct = {}  # {kind: [one bool per question]}
     for question, answer in zip(questions, answers):
