@@ -132,11 +132,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--sample", type=COUNT, metavar="N", help="answer held-out record N (default: 0)")
-    what.add_argument("--image", metavar="FILE", help="answer a question about this image")
-    what.add_argument("--show-mask", type=COUNT, metavar="N", help="mark the labeled tokens of record N")
-    what.add_argument("--nearest-tokens", type=COUNT, metavar="N",
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--sample", type=COUNT, metavar="N", help="answer held-out record N (default: 0)")
+    mode.add_argument("--image", metavar="FILE", help="answer a question about this image")
+    mode.add_argument("--show-mask", type=COUNT, metavar="N", help="mark the labeled tokens of record N")
+    mode.add_argument("--nearest-tokens", type=COUNT, metavar="N",
                       help="nearest tokens of the patches of record N")
     parser.add_argument("--question", help="question about --image; default: ask for a brief description")
     parser.add_argument("--every-stage", action="store_true", help="ask about --image without the image, with "

@@ -6,6 +6,7 @@ frozen, as in the paper. The projector starts at random, so its first vectors me
 updates computed from them could damage it.
 
     python stage1_align.py                      the toy: about 1 minute on 2 CPU cores, held-out loss 0.02
+    python stage1_align.py --preset small       DINOv2 and SmolLM2-135M, see docs/small.md
     python stage1_align.py --preset tinyllama   the real models and data, see docs/real_data.md
 
 Writes projector.safetensors, run.json and metrics.jsonl to <run>/stage1/. Continue with stage2_instruct.py.
@@ -132,7 +133,7 @@ def main(argv=None):
     sample_indices, step_sizes = plan_steps(lengths, args, processes, progress)
     total_steps = progress.step + len(step_sizes)
     log_at, eval_at, save_at = plan_events(args, total_steps)
-    loaded = load_steps(train_dataset, sample_indices, pad_token_id, args.workers, device)
+    step_loader = load_steps(train_dataset, sample_indices, pad_token_id, args.workers, device)
     print_plan(args, processes.world_size, step_sizes, len(train_dataset), len(heldout_dataset), total_steps)
     log = MetricsLog(folder, processes, checkpoint, total_steps)
 
@@ -153,14 +154,14 @@ def main(argv=None):
             progress.before = evaluate()
         for indices, step_size in zip(sample_indices, step_sizes):
             # Linear warm-up, because Adam's first updates are about as large as lr however small the gradient
-            # is. Then half a cosine, towards zero, while `done` grows from 0 to 1.
-            done = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
-            factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * done))
+            # is. Then half a cosine, towards zero, while `decayed` grows from 0 to 1.
+            decayed = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
+            factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * decayed))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
 
             # collate() in data.py says what a micro-batch contains.
-            micro_batches, skipped, seconds_waiting = next(loaded)
+            micro_batches, skipped, seconds_waiting = next(step_loader)
             record_skipped_or_stop(progress.skipped, skipped, folder, args.allow_bad, len(train_dataset))
 
             # The loss is the mean over all n labeled tokens of the effective batch:

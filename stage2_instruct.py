@@ -5,10 +5,13 @@ conversations about images. The paper trains all weights of the LLM. Here the LL
 one small GPU is enough (as in the original code's scripts/v1_5/finetune_lora.sh).
 
     python stage2_instruct.py                      the toy: about 1 minute on 2 CPU cores, held-out loss 0.01
+    python stage2_instruct.py --preset small       DINOv2 and SmolLM2-135M, see docs/small.md
     python stage2_instruct.py --preset tinyllama   the real models and data, see docs/real_data.md
 
 Reads <run>/stage1/. Writes projector.safetensors, adapter/, run.json and metrics.jsonl to <run>/stage2/.
-Continue with sanity_check.py. The comments explain what is new; stage1_align.py explains the rest.
+Continue with sanity_check.py. The comments explain what is new; stage1_align.py explains the rest. New are, in
+this order: the run of stage 1 is read and must fit, its projector is loaded, LoRA is added, each process draws
+its own dropout masks, and the optimizer has two groups with different learning rates.
 """
 
 import math
@@ -129,7 +132,7 @@ def main(argv=None):
     sample_indices, step_sizes = plan_steps(lengths, args, processes, progress)
     total_steps = progress.step + len(step_sizes)
     log_at, eval_at, save_at = plan_events(args, total_steps)
-    loaded = load_steps(train_dataset, sample_indices, pad_token_id, args.workers, device)
+    step_loader = load_steps(train_dataset, sample_indices, pad_token_id, args.workers, device)
     print_plan(args, processes.world_size, step_sizes, len(train_dataset), len(heldout_dataset), total_steps)
     log = MetricsLog(folder, processes, checkpoint, total_steps)
 
@@ -148,12 +151,12 @@ def main(argv=None):
         if progress.step == 0:
             progress.before = evaluate()
         for indices, step_size in zip(sample_indices, step_sizes):
-            done = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
-            factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * done))
+            decayed = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
+            factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * decayed))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
 
-            micro_batches, skipped, seconds_waiting = next(loaded)
+            micro_batches, skipped, seconds_waiting = next(step_loader)
             record_skipped_or_stop(progress.skipped, skipped, folder, args.allow_bad, len(train_dataset))
 
             n = processes.sum(sum(count_labeled(batch).sum() for batch in micro_batches))
