@@ -108,3 +108,11 @@ def test_almost_nothing_is_imported_inside_a_function():
 def test_no_module_imports_itself_in_a_circle():
     graph = {name: project_imports(name) for name in SOURCES}
     assert len(list(TopologicalSorter(graph).static_order())) == len(SOURCES)  # else it raises CycleError
+
+
+def test_the_readme_names_the_length_of_each_file():
+    table = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", (REPOSITORY / "README.md").read_text(encoding="utf-8"),
+                       re.MULTILINE)
+    assert len(table) == len(TOP)
+    for name, lines in table:
+        assert len((REPOSITORY / name).read_text(encoding="utf-8").splitlines()) == int(lines), name

@@ -3,7 +3,7 @@
 import re
 
 import torch
-from conftest import N, draw, metrics, preprocess
+from conftest import N, REPOSITORY, draw, metrics, preprocess
 
 from sanity_check import make_prompt, print_nearest_tokens
 from support.evaluation import nearest_tokens, prompt_batch, token_probabilities
@@ -78,3 +78,7 @@ def test_every_stage_answers_the_same_question(script, flags, tmp_path, capsys, 
     out = capsys.readouterr().out
     assert answers[3] in out and len(re.findall(r"^\S.* \d\.\d{3} +\S.* \(\d\.\d{3}\)$", out, re.M)) > 1
     assert "--every-stage need --image" in refusal("sanity_check", "--every-stage")
+    # The Python code of the README gives the same answer as the command.
+    code = re.search("```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    exec(code.replace("photo.jpg", "mine.png").replace("What is at the top left?", "What?"), {})
+    assert capsys.readouterr().out.strip()[2:].startswith(answers[3][:10])
