@@ -41,8 +41,10 @@ from support.pretrained import load_tokenizer
 from support.records import check_turns
 
 IMAGE_TOKEN = "<image>"
-EXAMPLE = [{"role": role, "content": 'Is it 2 × "Größe"  (10%)?\nNo. , yes !'}  # to check chat templates
-           for role in ("user", "assistant")] * 3
+# A text that shows whether a template or tokenizer changes quotes, letters with accents, double spaces, line
+# breaks, or the space before a comma or "!" (which some tokenizers remove when they decode).
+TEMPLATE_PROBE = [{"role": role, "content": 'Is it 2 × "Größe"  (10%)?\nNo. , yes !'}
+                  for role in ("user", "assistant")] * 3
 
 # -- text: the chat template and the label mask ------------------------------------------------------------
 
@@ -115,24 +117,21 @@ class ChatTemplate:
         text = self.render(messages)
         ids, offsets = self.tokenize(text, num_image_tokens)
         labels = [IGNORE_INDEX] * len(ids)
-        t = 0
         for i in range(1, len(messages), 2):
             start = len(self.render_prompt(messages[:i]))  # in characters: where the prompt ends
             answers = (prefix + messages[i]["content"] for prefix in self.answer_prefixes)
             end = next((start + len(answer) for answer in answers if text.startswith(answer, start)), None)
             if end is None:
                 raise ValueError("the chat template changes the text of an answer")
-            while t < len(ids) and offsets[t][0] < start:  # skip everything before the answer
-                t += 1
-            while t < len(ids):  # label the answer, up to the first special token after it
-                labels[t] = ids[t]
-                t += 1
-                if offsets[t - 1][0] >= end and ids[t - 1] in self.special_ids:
-                    break
+            # The labeled tokens are those from the start to the first special token after the end.
+            first = next((t for t in range(len(ids)) if offsets[t][0] >= start), len(ids))
+            last = next((t for t in range(first, len(ids))
+                         if offsets[t][0] >= end and ids[t] in self.special_ids), len(ids) - 1)
+            labels[first:last + 1] = ids[first:last + 1]
         return ids, labels
 
     def encode_prompt(self, messages, num_image_tokens):
-        """Returns the ids of a conversation that ends with a question: a prefix of its ids with the answer."""
+        """Returns the ids of a conversation that ends with a question. With its answer, they are a prefix."""
         return self.tokenize(self.render_prompt(messages), num_image_tokens)[0]
 
     def to_messages(self, record, has_image):
@@ -177,24 +176,26 @@ class ChatTemplate:
         """Returns what the template writes between prompt and answer, the longest first: Mistral a space, and
         Qwen3 an empty thinking block before the last answer. Raises ValueError if adding an answer changes
         the tokens of its prompt, because encode() relies on them."""
-        rendered, prefixes = self.render(EXAMPLE), set()
+        rendered, prefixes = self.render(TEMPLATE_PROBE), set()
         ids, _ = self.tokenize(rendered, num_image_tokens=0)
         for i in (1, 3, 5):
-            prompt, prompt_ids = self.render_prompt(EXAMPLE[:i]), self.encode_prompt(EXAMPLE[:i], 0)
+            prompt = self.render_prompt(TEMPLATE_PROBE[:i])
+            prompt_ids = self.encode_prompt(TEMPLATE_PROBE[:i], num_image_tokens=0)
             if not rendered.startswith(prompt) or ids[:len(prompt_ids)] != prompt_ids:
                 raise ValueError("it renders a prompt differently once its answer is added, so the model "
                                  "would be trained on prompts that it never gets")
-            prefixes.add(rendered[len(prompt):rendered.find(EXAMPLE[i]["content"], len(prompt))])
+            prefixes.add(rendered[len(prompt):rendered.find(TEMPLATE_PROBE[i]["content"], len(prompt))])
         return sorted(prefixes, key=len, reverse=True)
 
     def _find_end_token(self):
         """Returns the id of the special token that ends every answer. Raises ValueError if there is none, or
         if the tokenizer does not keep every character, because encode() relies on both."""
-        ids, labels = self.encode(EXAMPLE, num_image_tokens=0)
+        ids, labels = self.encode(TEMPLATE_PROBE, num_image_tokens=0)
         labeled_ids = [label for label in labels if label != IGNORE_INDEX]
         if labeled_ids[-1] not in self.special_ids or labeled_ids.count(labeled_ids[-1]) != 3:
             raise ValueError("it writes no end token after an answer, so the model would never learn to stop")
-        text, decoded = EXAMPLE[-1]["content"], self.decode(ids[len(self.encode_prompt(EXAMPLE[:5], 0)):])
+        prompt_length = len(self.encode_prompt(TEMPLATE_PROBE[:5], num_image_tokens=0))
+        text, decoded = TEMPLATE_PROBE[-1]["content"], self.decode(ids[prompt_length:])
         if decoded != text:
             raise ValueError(f"its tokenizer turns {text!r} into {decoded!r}; fetch the folder again if a "
                              "file is missing, such as tokenizer.json")
@@ -223,7 +224,7 @@ class ChatDataset(Dataset):
         for j in range(i, i + min(20, len(self))):  # 20 bad records in a row: the image folder is broken
             record = self.records[j % len(self)]
             try:
-                ids, labels = self.encode(record)
+                ids, labels = self.encode_record(record)
                 return {"input_ids": ids, "labels": labels, "pixel_values": self.load_pixel_values(record),
                         "skipped": skipped}
             except BadRecord as error:
@@ -233,7 +234,7 @@ class ChatDataset(Dataset):
     def messages_of(self, record):
         return self.template.to_messages(record, has_image=self.records.image_name(record) is not None)
 
-    def encode(self, record):
+    def encode_record(self, record):
         """Returns (input_ids, labels), cut after the last answer that fits into max_length tokens. (The
         original code cuts at max_length, inside of an answer.) Raises BadRecord if no answer fits."""
         try:
@@ -242,8 +243,9 @@ class ChatDataset(Dataset):
             raise BadRecord(record, str(error)) from error
         if len(ids) > self.max_length:
             has_image, following = self.template.image_token_id in ids, labels[1:] + [IGNORE_INDEX]
-            end = max((t + 1 for t in range(self.max_length) if labels[t] != IGNORE_INDEX == following[t]),
-                      default=0)
+            # The last labeled token of an answer is followed by one without a label.
+            end = max((t + 1 for t in range(self.max_length)
+                       if labels[t] != IGNORE_INDEX and following[t] == IGNORE_INDEX), default=0)
             ids, labels = ids[:end], labels[:end]
             if not ids or (has_image and self.template.image_token_id not in ids):
                 raise BadRecord(record, "too long for --max-length",

@@ -98,13 +98,13 @@ class Llava(nn.Module):
         A and B are fp32. If W is in half precision, the model must be called under autocast.
         """
         self.llm = get_peft_model(self.llm, config)
-        # peft casts x to fp32 before A, and autocast casts it to half precision again. Without peft's cast,
-        # both copies are saved.
+        # peft casts x to fp32 before A, and autocast would cast it back to half precision. Without peft's
+        # cast, neither copy is made.
         for module in self.llm.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = False
 
-    def trainable(self):
+    def trainable_parameters(self):
         """Returns {name: parameter} of all parameters that are trained."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
@@ -120,7 +120,7 @@ class Llava(nn.Module):
         return "\n".join(rows)
 
     def train(self, mode=True):
-        """Puts projector and adapter in train mode. All layers in CLIP and in the LLM's blocks stay in eval.
+        """Puts projector and adapter in train mode. The pretrained layers of CLIP and LLM stay in eval mode.
 
         `requires_grad_(False)` does not switch off dropout. If a plain model.train() reached the frozen
         components, a model with dropout would return different features for the same image in every step.
@@ -186,7 +186,7 @@ class Llava(nn.Module):
             input_ids, labels: (B, T) int64, padded on the right. labels is IGNORE_INDEX except on answers
                 and their end tokens, see ChatTemplate.encode().
             pixel_values: (I, 3, S, S).
-            attention_mask: (B, T), accepted so that model(**batch) works. Below is why it is not needed.
+            attention_mask: (B, T), not used, see below. It is a parameter so that model(**batch) works.
         """
         # The output at position t predicts the token at t + 1, so the targets are the labels, shifted by one.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # (B, T) -> (B·T,)
@@ -209,7 +209,7 @@ class Llava(nn.Module):
     def generate(self, input_ids, attention_mask, pixel_values, end_token_ids, max_new_tokens=128,
                  temperature=0.0, streamer=None):
         """Returns the ids of the answers, (B, up to max_new_tokens). A row that ends early is filled up with
-        end_token_ids[0].
+        end_token_ids[0]. (self.llm.generate(inputs_embeds=…) would do the same, but would not show how.)
 
         Args:
             input_ids, attention_mask: (B, T) int64 and bool, padded on the *left*, so that the last position

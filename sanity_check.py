@@ -1,15 +1,17 @@
 """The sanity check: does the trained model answer a question about an image, and does the image matter?
 
-    python sanity_check.py --sample 0            the first question of a held-out record and the model's answer
+    python sanity_check.py --sample 0            first question of a held-out record, and the model's answer
     python sanity_check.py --image photo.jpg     a question about any image; --question "What is this?"
     python sanity_check.py --image photo.jpg --every-stage      the answer before and after each stage
     python sanity_check.py --show-mask 0         a held-out record with its labeled tokens marked
     python sanity_check.py --nearest-tokens 0    the vocabulary tokens that are nearest to each image patch
 
---probabilities shows how sure the model is of each token. All of it takes a few seconds for the toy. It loads stage 2 of the run if that is finished, else stage 1. (--stage 1
-loads stage 1 in any case.) --sample also prints the loss of the reference answers with the correct image, a
-different image and a blank image. If the three are equal for many records, the model ignores the image.
---sample uses held-out records, because a good answer about a training image may be memorized.
+The script loads stage 2 of the run if it is finished, else stage 1; --stage 1 loads stage 1 in any case. For
+the toy, each command takes a few seconds. --probabilities adds the probability of each generated token.
+
+--sample also prints the loss of the reference answers with the correct image, a different image and a blank
+image. If the three are equal for many records, the model ignores the image. --sample uses held-out records,
+because a good answer about a training image may be memorized.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from support.evaluation import (AnswerPrinter, load_heldout_dataset, nearest_tok
                                 print_sample, record_losses, records_with_other_images, shorten_image,
                                 token_probabilities)
 from support.pretrained import load_image
-from support.results import add_run_flags, load_run
+from support.results import add_run_flags, load_run, read_run
 from support.settings import COUNT, POSITIVE, REAL
 
 
@@ -45,25 +47,28 @@ def print_prompt_and_answer(model, template, prompt, args):
 
 
 def print_every_stage(args, question):
-    """Prints the answer to a question about args.image, as the model gives it before and after each stage."""
+    """Prints the answers to a question about args.image: without the image, with an untrained projector,
+    after stage 1, and after stage 2."""
     for stage in (1, 2):
-        args.stage = stage
+        read_run(args.run / f"stage{stage}")  # raises UserError if the stage is not finished
+    print(f"QUESTION\n{question}")
+    for args.stage in (1, 2):
         model, template, image_processor, _ = load_run(args)
         pixel_values = load_image(args.image, image_processor)  # (3, S, S)
-        prompts = {f"after stage {stage}": make_prompt(model, template, question, pixel_values)}
-        if stage == 1:
-            print(f"QUESTION\n{question}")
-            prompts = {"without an image": make_prompt(model, template, question, None),
-                       "untrained projector": prompts["after stage 1"], **prompts}
-        trained = model.projector
-        for name, prompt in prompts.items():
-            model.projector = untrained_copy(trained) if name == "untrained projector" else trained
-            print(f"\n{name.upper()}")
+        with_image = make_image_prompt(model, template, question, pixel_values)
+        without_image = make_image_prompt(model, template, question, None)
+        rows = [("AFTER STAGE 2", model.projector, with_image)]
+        if args.stage == 1:
+            rows = [("WITHOUT AN IMAGE", model.projector, without_image),
+                    ("UNTRAINED PROJECTOR", untrained_copy(model.projector), with_image),
+                    ("AFTER STAGE 1", model.projector, with_image)]
+        for title, model.projector, prompt in rows:
+            print(f"\n{title}")
             print_answer(model, template, prompt, AnswerPrinter(template), args.max_new_tokens,
                          args.temperature)
 
 
-def make_prompt(model, template, question, pixel_values):
+def make_image_prompt(model, template, question, pixel_values):
     """Returns the prompt that asks about an image, (3, S, S), or without one if pixel_values is None."""
     text = template.escape(question)
     messages = [{"role": "user", "content": text if pixel_values is None else f"{IMAGE_TOKEN}\n{text}"}]
@@ -72,7 +77,7 @@ def make_prompt(model, template, question, pixel_values):
 
 
 def untrained_copy(projector):
-    """Returns a copy of the projector with random weights, as before stage 1."""
+    """Returns a copy of the projector with other random weights than those that stage 1 began with."""
     torch.manual_seed(0)
     copied = copy.deepcopy(projector)
     copied.apply(lambda layer: layer.reset_parameters() if isinstance(layer, nn.Linear) else None)
@@ -139,8 +144,8 @@ def main():
     mode.add_argument("--nearest-tokens", type=COUNT, metavar="N",
                       help="nearest tokens of the patches of record N")
     parser.add_argument("--question", help="question about --image; default: ask for a brief description")
-    parser.add_argument("--every-stage", action="store_true", help="ask about --image without the image, with "
-                        "an untrained projector, after stage 1 and after stage 2")
+    parser.add_argument("--every-stage", action="store_true", help="ask about --image without the image, "
+                        "with an untrained projector, after stage 1 and after stage 2")
     parser.add_argument("--probabilities", action="store_true", help="print the probability of each token of "
                         "the answer, and of the most likely other one")
     parser.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="longest answer in tokens")
@@ -150,6 +155,9 @@ def main():
     if args.image is None and (args.question is not None or args.every_stage):
         raise UserError("--question and --every-stage need --image, because a held-out record has its own "
                         "question")
+    other_mode = args.every_stage or args.show_mask is not None or args.nearest_tokens is not None
+    if args.probabilities and other_mode:
+        raise UserError("--probabilities needs --sample or --image without --every-stage")
     question = args.question or "Provide a brief description of the given image."
     if args.every_stage:
         print_every_stage(args, question)
@@ -158,7 +166,8 @@ def main():
     model, template, image_processor, run = load_run(args)
     if args.image is not None:
         pixel_values = load_image(args.image, image_processor)  # (3, S, S)
-        print_prompt_and_answer(model, template, make_prompt(model, template, question, pixel_values), args)
+        print_prompt_and_answer(model, template, make_image_prompt(model, template, question, pixel_values),
+                                args)
         return
 
     heldout_dataset = load_heldout_dataset(run, template, image_processor, model.num_image_tokens)

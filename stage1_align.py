@@ -10,7 +10,8 @@ updates computed from them could damage it.
     python stage1_align.py --preset tinyllama   the real models and data, see docs/real_data.md
 
 Writes projector.safetensors, run.json and metrics.jsonl to <run>/stage1/. Continue with stage2_instruct.py.
-`diff stage1_align.py stage2_instruct.py` shows where the two stages differ. Stage 2 repeats no comment.
+This prints where the two stages differ, without comments:
+    diff <(grep -v '^ *#' stage1_align.py) <(grep -v '^ *#' stage2_instruct.py)
 """
 
 import math
@@ -99,10 +100,11 @@ def main(argv=None):
     # -- 3. model ------------------------------------------------------------------------------------------
 
     # Frozen weights are never updated, so half precision is enough on a GPU, and halves their memory.
-    clip = load_vision_tower(args.vision_tower, dtype)
+    vision_tower = load_vision_tower(args.vision_tower, dtype)
     llm = load_language_model(args.llm, dtype, device)
     with explain_errors(f"use --vision-layer {args.vision_layer}"):
-        model = Llava(clip, llm, template.image_token_id, args.projector, args.vision_layer).to(device)
+        model = Llava(vision_tower, llm, template.image_token_id, args.projector, args.vision_layer)
+    model.to(device)
     # The projector was created in fp32 and stays in fp32. bf16 has 8 significant bits, so an update smaller
     # than about 1/500 of the weight would always be rounded away.
     model.projector.requires_grad_(True)
@@ -113,8 +115,9 @@ def main(argv=None):
 
     # -- 4. optimizer --------------------------------------------------------------------------------------
 
-    parameters = list(model.trainable().values())
-    # "peak_lr" is our own key, for the schedule below. fused=True updates all tensors in one kernel.
+    parameters = list(model.trainable_parameters().values())
+    # No weight decay, as in the original code. "peak_lr" is our own key, for the schedule below. fused=True
+    # updates all tensors in one kernel.
     optimizer = torch.optim.AdamW([{"params": parameters, "peak_lr": args.lr}], weight_decay=0.0, fused=True)
     # fp16 rounds numbers below 3e-8 to zero, so small gradients would vanish on their way back. The scaler
     # multiplies the loss by a large number, which scales every gradient. unscale_() divides the gradients by
@@ -129,36 +132,37 @@ def main(argv=None):
     progress = checkpoints.restore_or_clear(
         checkpoint, folder, model, optimizer, scaler, train_dataset.records, processes)
     # sample_indices[k] lists the micro-batches of one optimizer step of this process. Each micro-batch lists
-    # the indices of its samples. step_sizes[k] is the number of samples of that step in all processes.
-    sample_indices, step_sizes = plan_steps(lengths, args, processes, progress)
-    total_steps = progress.step + len(step_sizes)
+    # the indices of its samples. samples_per_step[k] is the number of samples of that step in all processes.
+    sample_indices, samples_per_step = plan_steps(lengths, args, processes, progress)
+    total_steps = progress.step + len(samples_per_step)
     log_at, eval_at, save_at = plan_events(args, total_steps)
     step_loader = load_steps(train_dataset, sample_indices, pad_token_id, args.workers, device)
-    print_plan(args, processes.world_size, step_sizes, len(train_dataset), len(heldout_dataset), total_steps)
+    print_plan(args, processes.world_size, len(train_dataset), len(heldout_dataset), total_steps)
     log = MetricsLog(folder, processes, checkpoint, total_steps)
 
     def evaluate():
         """Logs the held-out loss with the correct and a different image, an answer, and nearest tokens."""
         with autocast():
-            measured, generated, reference, nearest = evaluate_heldout(
+            grounding, *example = evaluate_heldout(
                 model, template, heldout_dataset, heldout_batches, device, processes.map)
-        log.log_heldout(progress.step, measured, generated, reference, nearest)
-        return measured
+        log.log_heldout(progress.step, grounding, *example)
+        return grounding
 
     model.train()
+    # The longest samples may come late in the run. If they do not fit into the GPU's memory, stop now.
     if device.type == "cuda":
         try_longest_batch(model, train_dataset, lengths, pad_token_id, device, autocast, args)
     warmup_steps = max(1, round(args.warmup * total_steps))
     with checkpoints.StopSignal() as stop_signal:
         if progress.step == 0:
             progress.before = evaluate()
-        for indices, step_size in zip(sample_indices, step_sizes):
+        for indices, num_samples in zip(sample_indices, samples_per_step):
             # Linear warm-up, because Adam's first updates are about as large as lr however small the gradient
-            # is. Then half a cosine, towards zero, while `decayed` grows from 0 to 1.
-            decayed = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
-            factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * decayed))
+            # is. Then half a cosine, towards zero, while `decay` grows from 0 to 1.
+            decay = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
+            lr_factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * decay))
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
+                group["lr"] = group["peak_lr"] * lr_factor
 
             # collate() in data.py says what a micro-batch contains.
             micro_batches, skipped, seconds_waiting = next(step_loader)
@@ -193,8 +197,8 @@ def main(argv=None):
             optimizer.zero_grad()
 
             progress.step += 1
-            progress.samples += step_size
-            log.count_step(step_size, micro_batches, seconds_waiting)
+            progress.samples += num_samples
+            log.count_step(num_samples, micro_batches, seconds_waiting)
             # Frees their memory before the next ones are loaded.
             del micro_batches
             if progress.step in log_at:

@@ -9,9 +9,13 @@ one small GPU is enough (as in the original code's scripts/v1_5/finetune_lora.sh
     python stage2_instruct.py --preset tinyllama   the real models and data, see docs/real_data.md
 
 Reads <run>/stage1/. Writes projector.safetensors, adapter/, run.json and metrics.jsonl to <run>/stage2/.
-Continue with sanity_check.py. The comments explain what is new; stage1_align.py explains the rest. New are, in
-this order: the run of stage 1 is read and must fit, its projector is loaded, LoRA is added, each process draws
-its own dropout masks, and the optimizer has two groups with different learning rates.
+Continue with sanity_check.py. stage1_align.py explains what both stages have in common. What is new, from top
+to bottom:
+  * The run of stage 1 is read. Its models and its chat template must be those of this stage.
+  * Its projector is loaded.
+  * The LLM gets a LoRA adapter.
+  * Each process draws its own dropout masks.
+  * Adapter and projector have different learning rates.
 """
 
 import math
@@ -38,7 +42,7 @@ from support.step_batches import load_steps, plan_events, plan_steps, print_plan
 
 # -- 1. settings: each one is also a flag, see --help ------------------------------------------------------
 
-COMMON = dict(  # what the presets share; each of them may change it
+COMMON = dict(
     vision_layer=-2, projector="linear", heldout_data=None, heldout_images=None, limit=0, allow_bad=0.01,
     workers=0, lora_r=16, lora_alpha=32, lora_dropout=0.05,
     grad_accum=1, epochs=1, max_steps=None, warmup=0.03, max_grad_norm=1.0,
@@ -100,10 +104,11 @@ def main(argv=None):
 
     # -- 3. model ------------------------------------------------------------------------------------------
 
-    clip = load_vision_tower(args.vision_tower, dtype)
+    vision_tower = load_vision_tower(args.vision_tower, dtype)
     llm = load_language_model(args.llm, dtype, device)
     with explain_errors(f"use --vision-layer {args.vision_layer}"):
-        model = Llava(clip, llm, template.image_token_id, args.projector, args.vision_layer).to(device)
+        model = Llava(vision_tower, llm, template.image_token_id, args.projector, args.vision_layer)
+    model.to(device)
     load_projector(model, stage1_folder / "projector.safetensors")
     model.projector.requires_grad_(True)
     # peft creates LoRA's A and B. They are trainable, and in fp32 even if W is in half precision.
@@ -116,8 +121,9 @@ def main(argv=None):
 
     # -- 4. optimizer --------------------------------------------------------------------------------------
 
-    parameters = list(model.trainable().values())
-    in_llm = [parameter for name, parameter in model.trainable().items() if not name.startswith("projector.")]
+    parameters = list(model.trainable_parameters().values())
+    in_llm = [parameter for name, parameter in model.trainable_parameters().items()
+              if not name.startswith("projector.")]
     # The projector has already been trained, so it gets a smaller learning rate than the new adapter.
     optimizer = torch.optim.AdamW([{"params": in_llm, "peak_lr": args.lr},
                                    {"params": model.projector.parameters(), "peak_lr": args.projector_lr}],
@@ -129,19 +135,19 @@ def main(argv=None):
 
     progress = checkpoints.restore_or_clear(
         checkpoint, folder, model, optimizer, scaler, train_dataset.records, processes)
-    sample_indices, step_sizes = plan_steps(lengths, args, processes, progress)
-    total_steps = progress.step + len(step_sizes)
+    sample_indices, samples_per_step = plan_steps(lengths, args, processes, progress)
+    total_steps = progress.step + len(samples_per_step)
     log_at, eval_at, save_at = plan_events(args, total_steps)
     step_loader = load_steps(train_dataset, sample_indices, pad_token_id, args.workers, device)
-    print_plan(args, processes.world_size, step_sizes, len(train_dataset), len(heldout_dataset), total_steps)
+    print_plan(args, processes.world_size, len(train_dataset), len(heldout_dataset), total_steps)
     log = MetricsLog(folder, processes, checkpoint, total_steps)
 
     def evaluate():
         with autocast():
-            measured, generated, reference, nearest = evaluate_heldout(
+            grounding, *example = evaluate_heldout(
                 model, template, heldout_dataset, heldout_batches, device, processes.map)
-        log.log_heldout(progress.step, measured, generated, reference, nearest)
-        return measured
+        log.log_heldout(progress.step, grounding, *example)
+        return grounding
 
     model.train()
     if device.type == "cuda":
@@ -150,11 +156,11 @@ def main(argv=None):
     with checkpoints.StopSignal() as stop_signal:
         if progress.step == 0:
             progress.before = evaluate()
-        for indices, step_size in zip(sample_indices, step_sizes):
-            decayed = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
-            factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * decayed))
+        for indices, num_samples in zip(sample_indices, samples_per_step):
+            decay = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
+            lr_factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * decay))
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
+                group["lr"] = group["peak_lr"] * lr_factor
 
             micro_batches, skipped, seconds_waiting = next(step_loader)
             record_skipped_or_stop(progress.skipped, skipped, folder, args.allow_bad, len(train_dataset))
@@ -181,8 +187,8 @@ def main(argv=None):
             optimizer.zero_grad()
 
             progress.step += 1
-            progress.samples += step_size
-            log.count_step(step_size, micro_batches, seconds_waiting)
+            progress.samples += num_samples
+            log.count_step(num_samples, micro_batches, seconds_waiting)
             del micro_batches
             if progress.step in log_at:
                 log.log_step(progress, optimizer, loss=loss, grad_norm=grad_norm, labeled_tokens=n)

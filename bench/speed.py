@@ -164,7 +164,7 @@ def build_sides(args, config, stage):
         side.model.eval()  # without dropout, because each side would drop different elements
         losses.append(side.loss(batch, n=1))
         parameters = {name.removeprefix("base_model.model."): p for name, p in side.model.named_parameters()}
-        trained = [parameters[name if side is ours else peer_name(name)] for name in ours.model.trainable()]
+        trained = [parameters[name if side is ours else peer_name(name)] for name in ours.model.trainable_parameters()]
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(losses[-1], trained)]))
         side.model.train()
     loss_error = (losses[0] / losses[1] - 1).abs().item()

@@ -83,7 +83,7 @@ class RecordChecks(ChatDataset):
                 look(record, name)
             num_bytes = sum(len(message["content"].encode()) + self.overhead for message in messages)
             if num_bytes > self.max_length - self.num_image_tokens:
-                length = len(self.encode(record)[0])
+                length = len(self.encode_record(record)[0])
                 lost = length < len(self.template.encode(messages, self.num_image_tokens)[0])
             # English text has about four bytes per token.
             has_image = name is not None

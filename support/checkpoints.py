@@ -97,7 +97,7 @@ def save(folder, progress, model, optimizer, scaler, settings, processes):
         # With an open file, torch.save() says why a write failed, for example because of a full disk.
         with atomic_write(folder / "checkpoint.pt") as temporary, open(temporary, "wb") as file:
             torch.save({
-                "progress": asdict(progress), "settings": settings, "weights": model.trainable(),
+                "progress": asdict(progress), "settings": settings, "weights": model.trainable_parameters(),
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rngs,
                 "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0}, file)
     processes.barrier()
@@ -119,7 +119,7 @@ def restore_or_clear(checkpoint, folder, model, optimizer, scaler, records, proc
         raise UserError("--resume: the training records have changed since the run was interrupted, so its "
                         "order of samples is lost; restore the data, or start again with --restart")
     with torch.no_grad():
-        for name, parameter in model.trainable().items():
+        for name, parameter in model.trainable_parameters().items():
             parameter.copy_(checkpoint["weights"][name])
     optimizer.load_state_dict(checkpoint["optimizer"])
     if checkpoint["scaler"]:  # empty unless the run computed in fp16

@@ -64,7 +64,7 @@ def record_losses(model, batch, device):
     return torch.stack([record.sum() for record in per_record]).cpu().double()  # (B,)
 
 
-def measure_grounding(model, batches, device, blank=False, map=map):
+def measure_grounding(model, batches, device, blank=False, map_batches=map):
     """Measures how much the held-out answers depend on the image.
 
     A falling loss does not show that a model uses the image, because it also falls while the model learns the
@@ -72,8 +72,8 @@ def measure_grounding(model, batches, device, blank=False, map=map):
     image of the previous record in the batch. Only a model that uses the image does worse with a different
     one. If the previous record has the same image, the record counts only in "loss" and "loss_blank".
 
-    Args: batches: from make_heldout_batches(). blank: evaluate with a blank image too. map: Processes.map
-    distributes the batches over several processes.
+    Args: batches: from make_heldout_batches(). blank: evaluate with a blank image too. map_batches:
+    Processes.map distributes the batches over several processes.
     Returns: a dict.
         loss, loss_different, loss_blank: nats per token with the correct, a different and a blank image.
         correct_more_likely: fraction of records whose answers are more likely with the correct image. A tie
@@ -91,7 +91,8 @@ def measure_grounding(model, batches, device, blank=False, map=map):
 
     was_training = model.training
     model.eval()
-    correct, different, *blanks, tokens, differs = torch.cat(list(map(measure, batches)), dim=1)  # (records,)
+    rows = torch.cat(list(map_batches(measure, batches)), dim=1)  # (4 or 5, records)
+    correct, different, *blanks, tokens, differs = rows
     model.train(was_training)
     differs = differs.bool()
     wins = ((correct < different).float() + 0.5 * (correct == different))[differs]
@@ -116,11 +117,11 @@ def records_with_other_images(records, i, count=1):
     return found
 
 
-def evaluate_heldout(model, template, dataset, batches, device, map):
+def evaluate_heldout(model, template, dataset, batches, device, map_batches):
     """Returns what measure_grounding() returns for all held-out batches and, for the first record, the
     generated answer, the reference answer and the nearest tokens."""
     prompt, reference = dataset.make_prompt(0)
-    measured = measure_grounding(model, batches, device, map=map)
+    measured = measure_grounding(model, batches, device, map_batches=map_batches)
     [generated] = generate_answers(model, template, [prompt], device, max_new_tokens=64)
     return measured, generated, reference, nearest_tokens(model, template, prompt["pixel_values"])
 
@@ -212,7 +213,8 @@ def token_probabilities(model, template, prompt, answer_ids):
     """
     batch = prompt_batch(template, [prompt], model.llm.device)
     answer = torch.tensor([answer_ids], device=model.llm.device)  # (1, A)
-    embeds = model.embed(torch.cat([batch["input_ids"], answer], dim=1), batch["pixel_values"])  # (1, T + A, D)
+    input_ids = torch.cat([batch["input_ids"], answer], dim=1)  # (1, T + A)
+    embeds = model.embed(input_ids, batch["pixel_values"])  # (1, T + A, D)
     hidden = model.llm.get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state
     logits = model.llm.get_output_embeddings()(hidden[0, -answer.shape[1] - 1:-1])  # (A, D) -> (A, V)
     probabilities = logits.float().softmax(dim=-1)
@@ -226,7 +228,7 @@ def token_probabilities(model, template, prompt, answer_ids):
 
 def print_sample(dataset, i=0, color=False):
     """Prints sample i of a ChatDataset with its labeled tokens marked: in green if `color`, else in [[ ]]."""
-    template, (ids, labels) = dataset.template, dataset.encode(dataset.records[i])
+    template, (ids, labels) = dataset.template, dataset.encode_record(dataset.records[i])
     on, off = ("\033[1;32m", "\033[0m") if color else ("[[", "]]")
     text = ""
     for labeled, group in groupby(range(len(ids)), key=lambda t: labels[t] != IGNORE_INDEX):

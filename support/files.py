@@ -35,7 +35,8 @@ WRONG_FORMATS = {  # first bytes of files that are often mistaken for JSON or fo
 
 def describe_format(content):
     """Returns what a file is, by its first bytes, and what to do; or None if it may be JSON or an image."""
-    return next((kind for start, kind in WRONG_FORMATS.items() if content[:1000].lstrip().startswith(start)), None)
+    start = content[:1000].lstrip()
+    return next((kind for first, kind in WRONG_FORMATS.items() if start.startswith(first)), None)
 
 
 def make_writable_folder(path):

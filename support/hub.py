@@ -21,7 +21,7 @@ FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "m
          "added_tokens.json", "vocab.json", "merges.txt", "chat_template*"]
 
 
-def find_pretrained(name, required_file="config.json"):
+def find_or_fetch_pretrained(name, required_file="config.json"):
     """Returns the folder of a pretrained model: `name` itself if it is a folder, else that of the hub's model
     `name`, which is fetched if it is not complete in the cache. required_file: a file that the folder must
     have, beside config.json and the weights."""

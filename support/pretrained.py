@@ -17,7 +17,7 @@ from model import LORA_TARGETS
 from support.devices import choose_attention
 from support.errors import UserError, explain_errors
 from support.files import read_json
-from support.hub import find_pretrained
+from support.hub import find_or_fetch_pretrained
 from support.images import decode_image
 
 VISION_MODELS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel,
@@ -26,7 +26,7 @@ VISION_MODELS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": Si
 
 def load_vision_config(name):
     """Returns the configuration of a DINOv2, or of the vision half of a CLIP or SigLIP."""
-    folder = find_pretrained(name)
+    folder = find_or_fetch_pretrained(name)
     with explain_errors(f"read {folder}/config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config = getattr(config, "vision_config", config)
@@ -43,7 +43,7 @@ def load_image_processor(name):
     installed, and pixels would differ between machines.
     """
     size = load_vision_config(name).image_size
-    folder = find_pretrained(name, "preprocessor_config.json")
+    folder = find_or_fetch_pretrained(name, "preprocessor_config.json")
     with explain_errors(f"read {folder}/preprocessor_config.json"):
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
         pixel_values = image_processor(Image.new("RGB", (size, size)), return_tensors="pt")["pixel_values"]
@@ -65,12 +65,12 @@ def load_vision_tower(name, dtype):
     """Returns a CLIPVisionModel, SiglipVisionModel or Dinov2Model with its pretrained weights."""
     config = load_vision_config(name)
     vision_class = VISION_MODELS[config.model_type]
-    # The files of CLIP hold its text half too. Listing its weights here keeps transformers from reporting them,
-    # so that any other unexpected weight stands out.
+    # The files of CLIP hold its text half too. Listing its weights here keeps transformers from reporting
+    # them, so that any other unexpected weight stands out.
     vision_class._keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"projection\.", "logit_scale",
                                                        "logit_bias", "position_ids"]
     vision_tower = _load_strictly(vision_class, name, dtype, config=config)
-    # Skip the last norm, because we use an earlier layer, whose hidden state does not pass through it.
+    # Skip the last norm. hidden_states are taken before it, at every layer.
     if isinstance(vision_tower, SiglipVisionModel):
         vision_tower.post_layernorm, vision_tower.head, vision_tower.use_head = nn.Identity(), None, False
     if isinstance(vision_tower, Dinov2Model):
@@ -109,7 +109,7 @@ def load_language_model(name, dtype, device):
 def load_tokenizer(name):
     """Returns (tokenizer, ids of the end tokens that the model's own files list, how many tokens the model
     can read, prompt and answer together)."""
-    folder = find_pretrained(name, "tokenizer_config.json")
+    folder = find_or_fetch_pretrained(name, "tokenizer_config.json")
     with explain_errors(f"load the tokenizer in {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         text = tokenizer.get_chat_template() if tokenizer.chat_template else None
@@ -134,7 +134,7 @@ def load_tokenizer(name):
 def _load_strictly(model_class, name, dtype, **kwargs):
     """from_pretrained() that raises UserError if weights are missing or have another shape than the model;
     transformers would fill in random numbers."""
-    folder = find_pretrained(name)
+    folder = find_or_fetch_pretrained(name)
     with explain_errors(f"load the weights in {folder}"):
         model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True,
                                                   ignore_mismatched_sizes=True, use_safetensors=True,

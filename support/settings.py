@@ -24,7 +24,8 @@ FRACTION = number(float, 0.0, 1.0)
 
 FLAGS = {  # name: (type or choices, help)
     "run": (str, "folder of the run; stage1/ and stage2/ are created in it"),
-    "vision_tower": (str, "CLIP or SigLIP: a folder, or the name of a model of the hub; DINOv2: a folder of tools.small"),
+    "vision_tower": (str, "CLIP or SigLIP: a folder, or the name of a model of the hub; DINOv2: a "
+                     "folder of tools.small"),
     "vision_layer": (int, "which hidden state of the vision tower to use, counted from the end"),
     "llm": (str, "the chat model: a folder, or the name of a model of the hub"),
     "projector": (("linear", "mlp"), "linear: the paper; mlp: LLaVA-1.5's two layers"),

@@ -55,10 +55,11 @@ def plan_events(settings, total_steps):
     return log_at | {total_steps}, eval_at, save_at | {total_steps}
 
 
-def print_plan(settings, world_size, step_sizes, training, heldout, total_steps):
+def print_plan(settings, world_size, training, heldout, total_steps):
     """Prints the sizes of the batch and of the data."""
+    product = settings.batch_size * settings.grad_accum * world_size
     print(f"batch: {settings.batch_size} (micro-batch) × {settings.grad_accum} (accumulation) × {world_size} "
-          f"(processes) = {max(step_sizes, default=0)} samples per step\n"
+          f"(processes) = {product} samples per step\n"
           f"data: {training:,} samples to train on, {heldout:,} held out; {total_steps:,} steps")
 
 

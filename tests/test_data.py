@@ -155,16 +155,16 @@ LONG = record_of("<image>\nWhat is it?", "olive oil .", "Where?", "on a table ."
 
 
 def test_a_conversation_that_is_too_long_loses_whole_last_turns(dataset_of, template):
-    ids, labels = dataset_of([LONG]).encode(LONG)
+    ids, labels = dataset_of([LONG]).encode_record(LONG)
     ends = [t for t, label in enumerate(labels) if label == template.end_token_id]
     for max_length in range(ends[0] + 1, len(ids)):
         whole = sum(end < max_length for end in ends)  # answers that fit with their end token
-        short_ids, short_labels = dataset_of([LONG], max_length).encode(LONG)
+        short_ids, short_labels = dataset_of([LONG], max_length).encode_record(LONG)
         assert len(short_ids) <= max_length
         assert short_ids == ids[:ends[whole - 1] + 1] and short_labels == labels[:ends[whole - 1] + 1]
         assert short_ids.count(template.image_token_id) == N
     with pytest.raises(UserError, match="'one'.*--max-length"):
-        dataset_of([LONG], ends[0]).encode(LONG)
+        dataset_of([LONG], ends[0]).encode_record(LONG)
 
 
 def test_a_record_whose_image_would_be_cut_away_is_refused(dataset_of):
@@ -172,9 +172,9 @@ def test_a_record_whose_image_would_be_cut_away_is_refused(dataset_of):
     record = record_of("Hello?", "Hi .", "What is this?\n<image>", "A red circle on a table .",
                        image="red.png")
     dataset = dataset_of([record], max_length=40)
-    assert len(dataset_of([record]).encode(record)[0]) > 40
+    assert len(dataset_of([record]).encode_record(record)[0]) > 40
     with pytest.raises(UserError, match="--max-length"):
-        dataset.encode(record)
+        dataset.encode_record(record)
 
 
 def test_a_question_of_a_later_turn_is_asked_with_the_image_in_front(dataset_of, template):

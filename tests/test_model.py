@@ -93,7 +93,7 @@ def logits_of(model, batch):
 def randomize_adapter(model, std=0.1):
     """Makes the adapter do something. A new one changes nothing, because its B is zero."""
     torch.manual_seed(5)
-    for parameter in model.trainable().values():
+    for parameter in model.trainable_parameters().values():
         torch.nn.init.normal_(parameter, std=std)
 
 
@@ -246,7 +246,7 @@ def test_lora_is_added_to_the_llm_alone(tiny):
     model, _, _ = tiny()
     frozen = dict(model.named_parameters())
     model.add_lora(LoraConfig(**LORA))
-    trained = model.trainable()
+    trained = model.trainable_parameters()
     assert all(name.startswith("llm.") and ".lora_" in name for name in trained)
     assert len(trained) == 2 * len(LORA_TARGETS) * model.llm.config.num_hidden_layers  # A and B of each
     assert not any(p.requires_grad for p in frozen.values())

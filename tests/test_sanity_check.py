@@ -5,7 +5,7 @@ import re
 import torch
 from conftest import N, REPOSITORY, draw, metrics, preprocess
 
-from sanity_check import make_prompt, print_nearest_tokens
+from sanity_check import make_image_prompt, print_nearest_tokens
 from support.evaluation import nearest_tokens, prompt_batch, token_probabilities
 
 
@@ -50,7 +50,7 @@ def test_every_evaluation_logs_the_words_of_the_first_held_out_picture(script, f
 
 def test_token_probabilities_are_those_that_generation_chose_from(tiny):
     model, template, image_processor = tiny()
-    prompt = make_prompt(model, template, "What object is shown?", preprocess(image_processor, draw("red")))
+    prompt = make_image_prompt(model, template, "What object is shown?", preprocess(image_processor, draw("red")))
     ids = model.generate(**prompt_batch(template, [prompt], "cpu"), end_token_ids=template.end_token_ids,
                          max_new_tokens=6)[0].tolist()
     rows = token_probabilities(model, template, prompt, ids)

@@ -27,7 +27,7 @@ def step(tiny, template, image_processor):
         torch.manual_seed(3)
         if adapter:
             model.add_lora(LoraConfig(r=4, target_modules=LORA_TARGETS))
-            for parameter in model.trainable().values():
+            for parameter in model.trainable_parameters().values():
                 torch.nn.init.normal_(parameter, std=0.1)
         model.projector.requires_grad_(True)
         model.train()
@@ -35,7 +35,7 @@ def step(tiny, template, image_processor):
         change(model, batch)
         loss = model(**batch).sum()
         loss.backward()
-        return loss.detach(), {name: parameter.grad for name, parameter in model.trainable().items()}
+        return loss.detach(), {name: parameter.grad for name, parameter in model.trainable_parameters().items()}
 
     return run
 
@@ -74,7 +74,7 @@ def test_lora_reads_its_inputs_in_half_precision_under_autocast(tiny, template):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model.llm(ids).logits.float().sum().backward()
     assert dtypes == {torch.bfloat16}
-    assert {parameter.grad.dtype for parameter in model.trainable().values()} == {torch.float32}
+    assert {parameter.grad.dtype for parameter in model.trainable_parameters().values()} == {torch.float32}
 
 
 def test_logits_only_at_labels_change_no_gradient(step):

@@ -45,7 +45,7 @@ def test_one_batch_can_be_memorized_and_its_answers_depend_on_the_images(tiny):
         samples.append({"input_ids": ids, "labels": labels,
                         "pixel_values": preprocess(image_processor, draw(color))})
     batch = batch_of(samples, template)
-    optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.trainable_parameters().values(), lr=1e-2, weight_decay=0.0)
     model.train()
     for _ in range(50):
         model(**batch).mean().backward()
@@ -257,7 +257,7 @@ def test_trying_the_longest_batch_changes_no_bit_of_the_run(script, flags, watch
 
     def try_and_load(dataset, steps, pad_token_id, workers, device):
         settings = SimpleNamespace(batch_size=3, grad_accum=1, activation_checkpointing=False)
-        lengths = np.array([len(dataset.encode(record)[0]) for record in dataset.records])
+        lengths = np.array([len(dataset.encode_record(record)[0]) for record in dataset.records])
         model = seen["model"].train()
         try_longest_batch(model, dataset, lengths, pad_token_id, device, nullcontext, settings)
         assert all(parameter.grad is None for parameter in model.parameters())

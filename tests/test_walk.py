@@ -64,15 +64,15 @@ def on(hub, tmp_path):
 
 
 def find(on, *names, **changes):
-    """Returns what find_pretrained() prints or raises for each name, in a process of its own."""
+    """Returns what find_or_fetch_pretrained() prints or raises for each name, in a process of its own."""
     also = {CLIP: "preprocessor_config.json"}
     wanted = [(name, also.get(name, "tokenizer_config.json")) for name in names]
     done = on(sys.executable, "-c", f"""
 from support.errors import UserError
-from support.hub import find_pretrained
+from support.hub import find_or_fetch_pretrained
 for name, file in {wanted}:
     try:
-        print(find_pretrained(name, file))
+        print(find_or_fetch_pretrained(name, file))
     except UserError as error:
         print(error)
 """, **changes)
@@ -194,7 +194,7 @@ def test_a_model_that_cannot_be_fetched_is_refused_in_one_sentence(on, hub):
 
 
 def test_two_processes_fetch_a_model_once(on, hub):
-    code = f"from support.hub import find_pretrained; print(find_pretrained({CLIP!r}))"
+    code = f"from support.hub import find_or_fetch_pretrained; print(find_or_fetch_pretrained({CLIP!r}))"
     both = [subprocess.Popen([sys.executable, "-c", code], cwd=on.folder, env=on.environment, text=True,
                              stdout=subprocess.PIPE) for _ in range(2)]
     printed = [process.communicate(timeout=120)[0] for process in both]

@@ -33,7 +33,7 @@ from support.devices import DTYPES
 from support.errors import UserError, run_script
 from support.evaluation import load_heldout_dataset, prompt_batch
 from support.files import atomic_write, delete, read_json
-from support.hub import find_pretrained
+from support.hub import find_or_fetch_pretrained
 from support.results import add_run_flags, load_run, read_run
 from support.settings import POSITIVE
 from tools.model_card import write_model_card
@@ -80,7 +80,8 @@ def build_hf_model(model, template, run_json):
     # Llava has deleted the last blocks of its vision tower. transformers needs the complete tower, because it
     # counts the hidden states from the end too.
     vision_tower = type(model.vision_tower).from_pretrained(
-        find_pretrained(run_json["vision_tower"]), config=model.vision_tower.config, dtype=torch.float32)
+        find_or_fetch_pretrained(run_json["vision_tower"]), config=model.vision_tower.config,
+        dtype=torch.float32)
     config = LlavaConfig(
         vision_config=vision_tower.config, text_config=llm.config, image_token_index=template.image_token_id,
         image_seq_length=model.num_image_tokens, vision_feature_layer=run_json["vision_layer"],

@@ -13,7 +13,8 @@ from support.errors import UserError, explain_errors, run_script
 from support.files import atomic_write
 
 WIDTH, HEIGHT, LEFT, TOP = 340, 180, 44, 30  # of one stage's plot, and the margins around it, in pixels
-CURVES = {"heldout_loss": ("correct image", "#1a7f37"), "heldout_loss_different": ("different image", "#cf222e")}
+CURVES = {"heldout_loss": ("correct image", "#1a7f37"),
+          "heldout_loss_different": ("different image", "#cf222e")}
 
 
 def read_losses(path):

@@ -85,7 +85,7 @@ def split_text(template, ids):
 def describe_stage(folder, run_json, dataset):
     """Returns what the page shows of one stage: its curves, and its first held-out record."""
     training, evaluations = read_metrics(folder)
-    ids, labels = dataset.encode(dataset.records[0])
+    ids, labels = dataset.encode_record(dataset.records[0])
     ids, labels = ids[:MAX_TOKENS], labels[:MAX_TOKENS]
     count = ids.count(dataset.template.image_token_id)
     tokens = []

