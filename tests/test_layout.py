@@ -116,3 +116,11 @@ def test_the_readme_names_the_length_of_each_file():
     assert len(table) == len(TOP)
     for name, lines in table:
         assert len((REPOSITORY / name).read_text(encoding="utf-8").splitlines()) == int(lines), name
+
+
+def test_every_relative_link_of_a_document_leads_to_a_file():
+    documents = [path for path in REPOSITORY.glob("**/*.md") if not {".venv", "data", "runs"} & set(path.parts)]
+    assert len(documents) > 8
+    for document in documents:
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8")):
+            assert (document.parent / link).exists(), f"{document.name}: {link}"
