@@ -113,9 +113,9 @@ def training_loss(trained):
 
 def labels_changed(function):
     """Returns a context manager. In it, the labels of each sample are function(template, ids, labels)."""
-    encode = ChatDataset.encode
+    encode = ChatDataset.encode_record
 
     def encode_with_other_labels(self, record):
         ids, labels = encode(self, record)
         return ids, function(self.template, ids, labels)
-    return replaced(ChatDataset, encode=encode_with_other_labels)
+    return replaced(ChatDataset, encode_record=encode_with_other_labels)

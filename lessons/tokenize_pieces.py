@@ -27,6 +27,6 @@ def encode_in_pieces(self, record):
 
 def run(seed):
     after = train_baseline(1, seed)  # before anything is replaced
-    with replaced(ChatDataset, encode=encode_in_pieces):
+    with replaced(ChatDataset, encode_record=encode_in_pieces):
         pieces = train(2, seed, "pieces", after=after)
     return {"baseline": measure(train_baseline(2, seed)), "tokenized in pieces": measure(pieces)}

@@ -187,7 +187,7 @@ def test_padding_is_masked_by_its_position_so_end_tokens_stay_although_they_are_
     conversations = [user("Who?"), assistant("A cat .")], [user("Who is it, then?"), assistant("I .")]
     samples = [dict(zip(("input_ids", "labels"), template.encode(messages, N)), pixel_values=None)
                for messages in conversations]
-    # Cut after the end token, as ChatDataset.encode() does: the row's last token is the padding token.
+    # Cut after the end token, as ChatDataset.encode_record() does: the row's last token is the padding token.
     samples[0] = {key: value and value[:-1] for key, value in samples[0].items()}
     assert samples[0]["input_ids"][-1] == template.tokenizer.pad_token_id
     batch = collate(samples, template.tokenizer.pad_token_id)

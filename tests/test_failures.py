@@ -172,7 +172,7 @@ def test_an_image_that_cannot_be_decoded_is_replaced_named_and_counted_once(
     assert json.loads((folder / "run.json").read_text())["skipped_images"] == 1
     assert metrics(folder)[0][-1]["samples"] == 3 * 8
     sentence = refusal("stage1_align", *flags(1, **changes), "--restart")
-    assert "the images of 1 records cannot be decoded" in sentence and "green.png" in sentence
+    assert "1 records cannot be used" in sentence and "green.png" in sentence
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -192,9 +192,10 @@ def test_a_template_that_ends_no_answer_or_changes_texts_is_refused(tmp_path):
 
 
 def looks_complete(folder):
-    """Adds empty files, so that a folder with a tokenizer alone is taken for a model. Returns the folder."""
-    for name in ("config.json", "model.safetensors"):
-        (folder / name).write_text("{}")
+    """Adds a config and an empty file of weights, so that a folder with a tokenizer alone is taken for a model.
+    Returns the folder."""
+    LlamaConfig().save_pretrained(folder)
+    (folder / "model.safetensors").touch()
     return folder
 
 

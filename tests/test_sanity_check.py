@@ -80,6 +80,6 @@ def test_every_stage_answers_the_same_question(script, flags, tmp_path, capsys, 
     assert "--every-stage need --image" in refusal("sanity_check", "--every-stage")
     # The Python code of the README gives the same answer as the command.
     code = re.search("```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
-    exec(code.replace("toy/data/images/000000000115.jpg", "mine.png")
+    exec(code.replace("toy/data/images/000000000617.jpg", "mine.png")
          .replace("Describe the image concisely.", "What?"), {})
     assert capsys.readouterr().out.strip()[2:].startswith(answers[3][:10])
