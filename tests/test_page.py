@@ -253,7 +253,10 @@ def test_a_reader_moves_the_slider_and_breaks_the_picture(make_page):
         elements("#break .undo")[0].click()
         assert text("#break .answer") == "A cat."
 
-        assert len(elements("#cause .tokens button")) == len(described["questions"][0]["tokens"])
+        question = described["questions"][0]
+        assert len(elements("#cause .tokens button")) == len(question["tokens"]) == len(question["probabilities"])
+        chosen = max(range(len(question["tokens"])), key=lambda token: max(question["effect"][token]))
+        assert f"{100 * question['probabilities'][chosen][1]:.1f}%" in elements("#cause .output")[0].text
         assert len(elements("#labels .labeled")) == sum(
             labeled for stage in described["stages"] for _, labeled in stage["tokens"])
         shown = [example for group in described["answers"] for example in group["shown"]]

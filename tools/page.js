@@ -235,6 +235,7 @@ function showCause(asked) {
   function show() {
     if (token < 0) return output.replaceChildren("The answer is empty.");
     const [attention, effect] = [asked.attention[token], asked.effect[token]];
+    const [, p, other, pOther] = asked.probabilities[token];
     buttons.forEach((button, i) => button.setAttribute("aria-pressed", i === token));
     // The patch with the largest value is the brightest. If all effects are below 0.5 nats, even this patch
     // is darkened, because the effects are small.
@@ -249,6 +250,8 @@ function showCause(asked) {
     labelPatches(grids[1], patch, effect.map((value) => value.toFixed(1)));
     output.replaceChildren(
       titled("Token", asked.tokens[token].trim() || "(space)", "answer"),
+      titled("Its probability", percent(p, 1)),
+      titled("Most likely other token", `${other} (${percent(pOther, 1)})`),
       titled("Patch", patchName(patch, Math.sqrt(data.regions))),
       titled(`Attention (layer ${asked.layer}, mean over its heads)`, percent(attention[patch], 1)),
       titled("log p falls by (nats) if the patch is erased", effect[patch].toFixed(2)),

@@ -30,7 +30,7 @@ from data import IMAGE_TOKEN
 from model import IGNORE_INDEX
 from support.errors import UserError, explain_errors, run_script
 from support.evaluation import (generate_answers, load_heldout_dataset, prompt_batch,
-                                records_with_other_images)
+                                records_with_other_images, token_probabilities)
 from support.files import atomic_write
 from support.results import add_run_flags, load_run, read_run
 from support.settings import POSITIVE
@@ -260,6 +260,7 @@ def describe_question(model, template, dataset, question, mean, scenes, args):
         "second": image_url(images[1], dataset.image_processor),
         "question": question.text, "reference": question.reference, "answer": [answer, unchanged],
         "shuffled": [shuffled, unchanged], "order": order.tolist(),
+        "probabilities": token_probabilities(model, template, prompt, ids) if ids else [],
         "erased": list(zip(changed[:len(regions)], if_erased)),
         "copied": list(zip(changed[len(regions):], if_copied)), "tokens": split_text(template, ids)}
     if ids:
