@@ -22,8 +22,7 @@ import sys
 import torch
 from torch import nn
 
-from data import IMAGE_TOKEN, collate
-from model import IGNORE_INDEX
+from data import IMAGE_TOKEN, collate, count_labeled
 from support.errors import UserError, printable, run_script
 from support.evaluation import (AnswerPrinter, load_heldout_dataset, nearest_tokens, print_answer,
                                 print_sample, record_losses, records_with_other_images, shorten_image,
@@ -52,20 +51,24 @@ def print_every_stage(args, question):
     for stage in (1, 2):
         read_run(args.run / f"stage{stage}")  # raises UserError if the stage is not finished
     print(f"QUESTION\n{question}")
-    for args.stage in (1, 2):
+    for stage in (1, 2):
+        args.stage = stage
         model, template, image_processor, _ = load_run(args)
         pixel_values = load_image(args.image, image_processor)  # (3, S, S)
-        with_image = make_image_prompt(model, template, question, pixel_values)
-        without_image = make_image_prompt(model, template, question, None)
-        rows = [("AFTER STAGE 2", model.projector, with_image)]
-        if args.stage == 1:
-            rows = [("WITHOUT AN IMAGE", model.projector, without_image),
-                    ("UNTRAINED PROJECTOR", untrained_copy(model.projector), with_image),
-                    ("AFTER STAGE 1", model.projector, with_image)]
-        for title, model.projector, prompt in rows:
+
+        def show(title, pixel_values):
             print(f"\n{title}")
+            prompt = make_image_prompt(model, template, question, pixel_values)
             print_answer(model, template, prompt, AnswerPrinter(template), args.max_new_tokens,
                          args.temperature)
+
+        if stage == 1:
+            show("WITHOUT AN IMAGE", None)
+            trained = model.projector
+            model.projector = untrained_copy(trained)
+            show("UNTRAINED PROJECTOR", pixel_values)
+            model.projector = trained
+        show(f"AFTER STAGE {stage}", pixel_values)
 
 
 def make_image_prompt(model, template, question, pixel_values):
@@ -77,7 +80,7 @@ def make_image_prompt(model, template, question, pixel_values):
 
 
 def untrained_copy(projector):
-    """Returns a copy of the projector with other random weights than those that stage 1 began with."""
+    """Returns a copy of the projector with fresh random weights."""
     torch.manual_seed(0)
     copied = copy.deepcopy(projector)
     copied.apply(lambda layer: layer.reset_parameters() if isinstance(layer, nn.Linear) else None)
@@ -92,7 +95,7 @@ def print_losses(model, heldout_dataset, i):
     [record] = records_with_other_images(heldout_dataset.records, i)
     images["different image"] = heldout_dataset.load_pixel_values(record)[None]
     images["blank image"] = torch.zeros_like(correct)
-    tokens = (batch["labels"] != IGNORE_INDEX).sum().item()
+    tokens = count_labeled(batch).item()
     turns = len(heldout_dataset.messages_of(heldout_dataset.records[i])) // 2
     print(f"loss of all reference answers of this record ({turns} answers, {tokens} tokens), nats per token, "
           "with the")
@@ -107,30 +110,21 @@ def print_losses(model, heldout_dataset, i):
 
 
 def print_nearest_tokens(model, template, pixel_values, stage):
-    """Prints the two nearest tokens of each patch, with an untrained projector and with the trained one.
-
-    The patches are printed as they lie in the image. If there are more than 4 × 4, only those with the
-    largest cosine are printed.
-    """
+    """Prints the two nearest tokens of each patch, with an untrained projector and with the trained one. Of
+    more than 16 patches, only the 24 with the largest cosines are printed."""
     after = nearest_tokens(model, template, pixel_values, count=2)
     trained, model.projector = model.projector, untrained_copy(model.projector)
     before = nearest_tokens(model, template, pixel_values, count=2)
     model.projector = trained
     side, patches = math.isqrt(len(after)), list(range(len(after)))
-    columns = side if side <= 4 else 3
-    if side > 4:
+    if len(patches) > 16:
         patches = sorted(patches, key=lambda patch: -after[patch][0][1])[:24]
-    print(f"{'untrained projector':<{18 * columns + 4}}after stage {stage}")
-    for start in range(0, len(patches), columns):
-        row = patches[start:start + columns]
-        if side > 4:  # patches that are not neighbors: say where they are
-            places = "".join(f"{f'row {patch // side + 1}, col {patch % side + 1}':<18}" for patch in row)
-            print(f"{places:<{18 * columns + 4}}{places}".rstrip())
-        for k in range(2):
-            cells = [[f"{words[patch][k][0]:<12.12} {words[patch][k][1]:<5.2f}" for patch in row]
-                     for words in (before, after)]
-            print("    ".join("".join(half) for half in cells).rstrip())
-        print()
+    print(f"{'patch':<16}{'untrained projector':<36}after stage {stage}")
+    for patch in patches:
+        place = f"row {patch // side + 1}, col {patch % side + 1}"
+        cells = ("  ".join(f"{token:<10.10} {cosine:.2f}" for token, cosine in words[patch])
+                 for words in (before, after))
+        print(f"{place:<16}" + "    ".join(cells))
 
 
 def main():

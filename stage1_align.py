@@ -1,9 +1,10 @@
 """Stage 1: feature alignment (paper, section 4.2, "Stage 1: Pre-training for Feature Alignment").
 
 CLIP and the LLM are frozen. Only the projector between them is trained, on image-caption pairs. It learns to
-turn each of CLIP's features into a vector that the LLM can read like a token's embedding. The LLM stays
-frozen, as in the paper. The projector starts at random, so its first vectors mean nothing to the LLM, and
-updates computed from them could damage it.
+turn each of CLIP's features into a vector that the LLM can read like a token's embedding. The paper describes
+this stage as training a visual tokenizer that fits the frozen LLM. We think that the LLM stays frozen because
+the projector starts at random: its first vectors mean nothing to the LLM, and updates computed from them could
+damage it.
 
     python stage1_align.py                      the toy: about 1 minute on 2 CPU cores, held-out loss 0.02
     python stage1_align.py --preset small       DINOv2 and SmolLM2-135M, see docs/small.md
@@ -168,24 +169,24 @@ def main(argv=None):
             micro_batches, skipped, seconds_waiting = next(step_loader)
             record_skipped_or_stop(progress.skipped, skipped, folder, args.allow_bad, len(train_dataset))
 
-            # The loss is the mean over all n labeled tokens of the effective batch:
+            # The loss is the mean over all n labeled tokens of the effective batch, here num_labeled:
             #     L = 1/n · Σ over micro-batches Σ over their labeled tokens  -log p(x_t | x_<t, image)
             # With the usual loss.mean() / grad_accum, every micro-batch has the same weight. A token in a
             # micro-batch with few labeled tokens would then count more than one in a micro-batch with many,
             # and the result would depend on how the batch is split.
-            n = processes.sum(sum(count_labeled(batch).sum() for batch in micro_batches))
+            num_labeled = processes.sum(sum(count_labeled(batch).sum() for batch in micro_batches))
             loss = torch.zeros((), device=device)
             for batch in micro_batches:
                 batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
                 with autocast():
-                    losses = model(**batch)  # (K,)
-                micro_loss = losses.sum() / n
+                    token_losses = model(**batch)  # (K,)
+                micro_loss = token_losses.sum() / num_labeled
                 # backward() computes gradients through the frozen LLM, but stores none for its weights. It
                 # adds the projector's gradients to those of the previous micro-batches.
                 scaler.scale(micro_loss).backward()
                 loss += micro_loss.detach()
 
-            # n counts the labeled tokens of all processes, and each process has divided its loss by it. So
+            # num_labeled counts the tokens of all processes, and each process has divided its loss by it. So
             # their gradients are added. (DistributedDataParallel would average them.)
             processes.sum_gradients(parameters)
             loss = processes.sum(loss)
@@ -202,7 +203,8 @@ def main(argv=None):
             # Frees their memory before the next ones are loaded.
             del micro_batches
             if progress.step in log_at:
-                log.log_step(progress, optimizer, loss=loss, grad_norm=grad_norm, labeled_tokens=n)
+                log.log_step(progress, optimizer, loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
+            # Without --eval-every, evaluations take at most a tenth of the time.
             if progress.step in eval_at and (args.eval_every or log.may_evaluate()):
                 evaluate()
             # Not 0 if any process has got Ctrl-C or SIGTERM. Then all processes save and stop.

@@ -121,11 +121,10 @@ def main(argv=None):
 
     # -- 4. optimizer --------------------------------------------------------------------------------------
 
-    parameters = list(model.trainable_parameters().values())
-    in_llm = [parameter for name, parameter in model.trainable_parameters().items()
-              if not name.startswith("projector.")]
+    adapter_parameters = [parameter for parameter in model.llm.parameters() if parameter.requires_grad]
+    parameters = [*adapter_parameters, *model.projector.parameters()]
     # The projector has already been trained, so it gets a smaller learning rate than the new adapter.
-    optimizer = torch.optim.AdamW([{"params": in_llm, "peak_lr": args.lr},
+    optimizer = torch.optim.AdamW([{"params": adapter_parameters, "peak_lr": args.lr},
                                    {"params": model.projector.parameters(), "peak_lr": args.projector_lr}],
                                   weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -165,13 +164,13 @@ def main(argv=None):
             micro_batches, skipped, seconds_waiting = next(step_loader)
             record_skipped_or_stop(progress.skipped, skipped, folder, args.allow_bad, len(train_dataset))
 
-            n = processes.sum(sum(count_labeled(batch).sum() for batch in micro_batches))
+            num_labeled = processes.sum(sum(count_labeled(batch).sum() for batch in micro_batches))
             loss = torch.zeros((), device=device)
             for batch in micro_batches:
                 batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
                 with autocast():
-                    losses = model(**batch)  # (K,)
-                micro_loss = losses.sum() / n
+                    token_losses = model(**batch)  # (K,)
+                micro_loss = token_losses.sum() / num_labeled
                 # Gradients flow back through the frozen weights into LoRA's A and B, and through the image
                 # positions into the projector.
                 scaler.scale(micro_loss).backward()
@@ -191,7 +190,7 @@ def main(argv=None):
             log.count_step(num_samples, micro_batches, seconds_waiting)
             del micro_batches
             if progress.step in log_at:
-                log.log_step(progress, optimizer, loss=loss, grad_norm=grad_norm, labeled_tokens=n)
+                log.log_step(progress, optimizer, loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
             if progress.step in eval_at and (args.eval_every or log.may_evaluate()):
                 evaluate()
             stop = processes.max(stop_signal.number)

@@ -47,10 +47,10 @@ def check_and_make_datasets(train_records, heldout_records, template, settings, 
     heldout = check_records(heldout_records, template, num_image_tokens, max_length, decode=True,
                             processes=processes)
     print_check_result(heldout_records, heldout)
-    both = np.isin(heldout.usable.record_hashes, train.usable.record_hashes).sum()
-    if both:
-        print(f"WARNING: {both} of {len(heldout.usable)} held-out records are also trained on: pass other "
-              "--heldout-data")
+    num_overlapping = np.isin(heldout.usable.record_hashes, train.usable.record_hashes).sum()
+    if num_overlapping:
+        print(f"WARNING: {num_overlapping} of {len(heldout.usable)} held-out records are also trained on: "
+              "pass other --heldout-data")
     total = len(train_records) + len(heldout_records)
     bad = total - len(train.usable) - len(heldout.usable)
     if bad > allow_bad * total or not len(train.usable):
@@ -64,8 +64,7 @@ def check_and_make_datasets(train_records, heldout_records, template, settings, 
 
 class RecordChecks(ChatDataset):
     """Item i is (approximate number of tokens, whether turns are lost, whether it has an image, whether this
-    was found by its id) of record i, or its BadRecord. A token is at least one
-    byte long. So a text of at most max_length - N bytes always fits, and is not tokenized."""
+    was found by its id) of record i, or its BadRecord."""
 
     def __init__(self, *args, decode):
         super().__init__(*args)
@@ -79,9 +78,10 @@ class RecordChecks(ChatDataset):
         try:
             name, messages = self.records.image_name(record), self.messages_of(record)
             if name is not None:
-                look = images.open if self.decode else images.check
-                look(record, name)
+                check_image = images.open if self.decode else images.check
+                check_image(record, name)
             num_bytes = sum(len(message["content"].encode()) + self.overhead for message in messages)
+            # A token is at least one byte long. So a text with fewer bytes than this fits without a look.
             if num_bytes > self.max_length - self.num_image_tokens:
                 length = len(self.encode_record(record)[0])
                 lost = length < len(self.template.encode(messages, self.num_image_tokens)[0])

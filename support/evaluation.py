@@ -35,7 +35,8 @@ def load_heldout_dataset(run, template, image_processor, num_image_tokens, count
 
 
 def make_heldout_batches(dataset, pad_token_id, batch_size):
-    """Returns the records of a ChatDataset that have an image, as a list of training batches.
+    """Returns the records of a ChatDataset that have an image, as a list of training batches of nearly equal
+    size, with at least batch_size records each if there are so many, and fewer than twice as many.
     batch["image_names"] lists the names of the images. Raises UserError if there are fewer than two."""
     # measure_grounding() takes the image of the previous record as the different image. So the first record
     # of every image comes first, then the second of every image, and so on.
@@ -49,7 +50,7 @@ def make_heldout_batches(dataset, pad_token_id, batch_size):
         raise UserError(f"{dataset.records.file.path}: the usable held-out records have fewer than two "
                         "different images, so none can be evaluated with a different one; raise --heldout")
     order.sort()
-    # A last batch of one record would have no different image, so the batches are of nearly equal size.
+    # A last batch of one record would have no different image.
     chunks = np.array_split(np.arange(len(order)), max(1, len(order) // max(2, batch_size)))
     return [collate([dataset[order[k][1]] for k in chunk], pad_token_id)
             | {"image_names": [order[k][2] for k in chunk]} for chunk in chunks]
@@ -95,10 +96,10 @@ def measure_grounding(model, batches, device, blank=False, map_batches=map):
     correct, different, *blanks, tokens, differs = rows
     model.train(was_training)
     differs = differs.bool()
-    wins = ((correct < different).float() + 0.5 * (correct == different))[differs]
+    correct_wins = ((correct < different).float() + 0.5 * (correct == different))[differs]
     measured = {"loss": (correct.sum() / tokens.sum()).item(),
                 "loss_different": (different[differs].sum() / tokens[differs].sum()).item(),
-                "correct_more_likely": wins.mean().item()}
+                "correct_more_likely": correct_wins.mean().item()}
     if blank:
         measured["loss_blank"] = (blanks[0].sum() / tokens.sum()).item()
     if not differs.all():
@@ -110,8 +111,9 @@ def records_with_other_images(records, i, count=1):
     """Returns the next `count` records after record i that have a different image. After the last record
     follows the first. Raises UserError if there is none."""
     following = (records[j % len(records)] for j in range(i + 1, i + len(records)))
-    same = (None, records.image_name(records[i]))
-    found = list(islice((record for record in following if records.image_name(record) not in same), count))
+    excluded_names = (None, records.image_name(records[i]))
+    found = list(islice((record for record in following
+                         if records.image_name(record) not in excluded_names), count))
     if not found:
         raise UserError(f"{records.file.path}: all held-out records have the same image; raise --heldout")
     return found

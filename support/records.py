@@ -156,12 +156,12 @@ def open_records(settings):
     --limit counts training records, so the held-out records are the same for every limit.
     """
     file, store = RecordFile(find_file(settings.data)), ImageStore(find_file(settings.images))
-    random, heldout, limit = np.random.default_rng(settings.seed), settings.heldout, settings.limit or None
+    rng, heldout, limit = np.random.default_rng(settings.seed), settings.heldout, settings.limit or None
     if settings.heldout_data:
         other, images = RecordFile(find_file(settings.heldout_data)), find_file(settings.heldout_images)
-        return (RecordSet(file, store, random.permutation(len(file))[:limit]),
+        return (RecordSet(file, store, rng.permutation(len(file))[:limit]),
                 RecordSet(other, ImageStore(images), np.arange(len(other))[:heldout]))
-    hashes = file.image_hashes ^ random.integers(2**64, dtype=np.uint64)  # another order for every seed
+    hashes = file.image_hashes ^ rng.integers(2**64, dtype=np.uint64)  # another order for every seed
     order = np.lexsort((file.record_hashes, hashes))  # by image, and the records of one image by their hash
     first_of_image = np.unique(hashes[order], return_index=True)[1]  # positions in `order`
     if len(first_of_image) <= heldout:

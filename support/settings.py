@@ -25,7 +25,7 @@ FRACTION = number(float, 0.0, 1.0)
 FLAGS = {  # name: (type or choices, help)
     "run": (str, "folder of the run; stage1/ and stage2/ are created in it"),
     "vision_tower": (str, "CLIP or SigLIP: a folder, or the name of a model of the hub; DINOv2: a "
-                     "folder of tools.small"),
+                     "folder written by tools.small"),
     "vision_layer": (int, "which hidden state of the vision tower to use, counted from the end"),
     "llm": (str, "the chat model: a folder, or the name of a model of the hub"),
     "projector": (("linear", "mlp"), "linear: the paper; mlp: LLaVA-1.5's two layers"),
@@ -54,7 +54,8 @@ FLAGS = {  # name: (type or choices, help)
     "seed": (COUNT, "seed of all random numbers"),
     "eval_every": (POSITIVE, "optimizer steps between two evaluations on the held-out records; if not "
                    "set: up to 20 between the first and the last step, in at most a tenth of the time"),
-    "save_every": (POSITIVE, "optimizer steps between two checkpoints; if not set: 20 per run or more"),
+    "save_every": (POSITIVE, "optimizer steps between two checkpoints; if not set: 100, or fewer in a short "
+                   "run"),
     "log_every": (POSITIVE, "optimizer steps between two lines of metrics.jsonl"),
 }
 SWITCHES = {
@@ -75,13 +76,13 @@ def parse_settings(description, presets, argv=None):
     for name, (kind, text) in FLAGS.items():
         if name not in presets["toy"]:  # a setting of the other stage
             continue
-        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "X"}
+        type_or_choices = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "X"}
         values = {preset: preset_values[name] for preset, preset_values in presets.items()}
         defaults = ", ".join(f"{preset}: {value}" for preset, value in values.items())
         if len(set(map(str, values.values()))) == 1:
             defaults = f"default: {values['toy']}"
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f"{text} ({defaults})", **how)
+                            help=f"{text} ({defaults})", **type_or_choices)
     resume_or_restart = parser.add_mutually_exclusive_group()
     for name, text in SWITCHES.items():
         group = resume_or_restart if name in ("resume", "restart") else parser

@@ -25,14 +25,13 @@ def test_both_projectors_are_printed_side_by_side_in_the_order_of_the_patches(ti
     pixel_values = preprocess(image_processor, draw("red"))
     trained = nearest_tokens(model, template, pixel_values, count=2)
     print_nearest_tokens(model, template, pixel_values, stage=1)
-    lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"untrained projector +after stage 1", lines[0])
-    for row in range(2):
-        for k in range(2):
-            right = lines[1 + 3 * row + k][40:].split()
-            expected = [trained[2 * row + column][k] for column in range(2)]
-            assert right == [word for text, cosine in expected for word in (text, f"{cosine:.2f}")]
-    assert lines[1][:36].split() != lines[1][40:].split()
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"patch +untrained projector +after stage 1", title) and len(lines) == N
+    places = ["row 1, col 1", "row 1, col 2", "row 2, col 1", "row 2, col 2"]
+    for line, place, patch in zip(lines, places, trained):
+        words = [f"{token[:10]} {cosine:.2f}".split() for token, cosine in patch]
+        left, right = line[16:52].split(), line[52:].split()
+        assert line.startswith(place) and right == sum(words, []) and left != right
     assert nearest_tokens(model, template, pixel_values, count=2) == trained  # the model is unchanged
 
 
