@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
+CONSTRAINTS ?= -c constraints.txt
 
 .PHONY: demo test clean
 
@@ -19,11 +20,11 @@ $(VENV)/.installed: requirements.txt constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'This is Python ' \
 	  + sys.version.split()[0] + ', but the packages need 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.11')"
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -q -r requirements.txt -c constraints.txt
+	$(RUN) -m pip install -q -r requirements.txt $(CONSTRAINTS)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
-	$(RUN) -m pip install -q -r requirements-dev.txt -c constraints.txt
+	$(RUN) -m pip install -q -r requirements-dev.txt $(CONSTRAINTS)
 	touch $@
 
 clean:

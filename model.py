@@ -147,7 +147,7 @@ class Llava(nn.Module):
             z_v = torch.zeros(0, self.num_image_tokens, self.vision_tower.config.hidden_size,
                               device=pixel_values.device)
         else:
-            with torch.no_grad():  # CLIP is not trained, so none of its activations are kept
+            with torch.no_grad():  # nothing in CLIP is trained; this says so, and keeps it true
                 z_v = self.vision_tower(pixel_values.to(self.vision_tower.dtype)).last_hidden_state
             # (I, 1 + N, D_v) -> (I, N, D_v): drop the class token, which comes first and belongs to no patch.
             # We count from the end because SigLIP has no class token.
@@ -179,8 +179,8 @@ class Llava(nn.Module):
     def forward(self, input_ids, labels, pixel_values, attention_mask):
         """Returns the loss of each labeled token, unreduced: (K,) fp32, in nats.
 
-        Their sum is the negative logarithm of equation 3: -Σ log p(x_t | x_<t, image). The training loop adds
-        them up over the effective batch and divides by its number of labeled tokens.
+        For one record, their sum is the negative logarithm of equation 3: -Σ log p(x_t | x_<t, image). The
+        training loop adds them up over the effective batch and divides by its number of labeled tokens.
 
         Args:
             input_ids, labels: (B, T) int64, padded on the right. labels is IGNORE_INDEX except on answers

@@ -18,6 +18,7 @@ import argparse
 import copy
 import math
 import sys
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -29,7 +30,9 @@ from support.evaluation import (AnswerPrinter, load_heldout_dataset, nearest_tok
                                 token_probabilities)
 from support.pretrained import load_image
 from support.results import add_run_flags, load_run, read_run
-from support.settings import COUNT, POSITIVE, REAL
+from support.settings import INT_FROM_0, INT_FROM_1, FLOAT_FROM_0
+
+MAX_PATCHES = 24  # printed by --nearest-tokens
 
 
 def print_prompt_and_answer(model, template, prompt, args):
@@ -64,10 +67,8 @@ def print_every_stage(args, question):
 
         if stage == 1:
             show("WITHOUT AN IMAGE", None)
-            trained = model.projector
-            model.projector = untrained_copy(trained)
-            show("UNTRAINED PROJECTOR", pixel_values)
-            model.projector = trained
+            with untrained_projector(model):
+                show("UNTRAINED PROJECTOR", pixel_values)
         show(f"AFTER STAGE {stage}", pixel_values)
 
 
@@ -79,12 +80,16 @@ def make_image_prompt(model, template, question, pixel_values):
             "pixel_values": pixel_values}
 
 
-def untrained_copy(projector):
-    """Returns a copy of the projector with fresh random weights."""
-    torch.manual_seed(0)
-    copied = copy.deepcopy(projector)
-    copied.apply(lambda layer: layer.reset_parameters() if isinstance(layer, nn.Linear) else None)
-    return copied
+@contextmanager
+def untrained_projector(model):
+    """Gives the model a projector with fresh random weights, until the context ends."""
+    trained, model.projector = model.projector, copy.deepcopy(model.projector)
+    with torch.random.fork_rng():  # --temperature draws from the same generator
+        torch.manual_seed(0)
+        model.projector.apply(
+            lambda layer: layer.reset_parameters() if isinstance(layer, nn.Linear) else None)
+    yield
+    model.projector = trained
 
 
 def print_losses(model, heldout_dataset, i):
@@ -111,19 +116,18 @@ def print_losses(model, heldout_dataset, i):
 
 def print_nearest_tokens(model, template, pixel_values, stage):
     """Prints the two nearest tokens of each patch, with an untrained projector and with the trained one. Of
-    more than 16 patches, only the 24 with the largest cosines are printed."""
+    more than MAX_PATCHES, only those with the largest cosines are printed."""
     after = nearest_tokens(model, template, pixel_values, count=2)
-    trained, model.projector = model.projector, untrained_copy(model.projector)
-    before = nearest_tokens(model, template, pixel_values, count=2)
-    model.projector = trained
+    with untrained_projector(model):
+        before = nearest_tokens(model, template, pixel_values, count=2)
     side, patches = math.isqrt(len(after)), list(range(len(after)))
-    if len(patches) > 16:
-        patches = sorted(patches, key=lambda patch: -after[patch][0][1])[:24]
+    if len(patches) > MAX_PATCHES:
+        patches = sorted(patches, key=lambda patch: -after[patch][0][1])[:MAX_PATCHES]
     print(f"{'patch':<16}{'untrained projector':<36}after stage {stage}")
     for patch in patches:
         place = f"row {patch // side + 1}, col {patch % side + 1}"
-        cells = ("  ".join(f"{token:<10.10} {cosine:.2f}" for token, cosine in words[patch])
-                 for words in (before, after))
+        cells = ("  ".join(f"{token:<10.10} {cosine:.2f}" for token, cosine in nearest[patch])
+                 for nearest in (before, after))
         print(f"{place:<16}" + "    ".join(cells))
 
 
@@ -132,18 +136,18 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser)
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--sample", type=COUNT, metavar="N", help="answer held-out record N (default: 0)")
+    mode.add_argument("--sample", type=INT_FROM_0, metavar="N", help="answer held-out record N (default: 0)")
     mode.add_argument("--image", metavar="FILE", help="answer a question about this image")
-    mode.add_argument("--show-mask", type=COUNT, metavar="N", help="mark the labeled tokens of record N")
-    mode.add_argument("--nearest-tokens", type=COUNT, metavar="N",
+    mode.add_argument("--show-mask", type=INT_FROM_0, metavar="N", help="mark the labeled tokens of record N")
+    mode.add_argument("--nearest-tokens", type=INT_FROM_0, metavar="N",
                       help="nearest tokens of the patches of record N")
     parser.add_argument("--question", help="question about --image; default: ask for a brief description")
     parser.add_argument("--every-stage", action="store_true", help="ask about --image without the image, "
                         "with an untrained projector, after stage 1 and after stage 2")
     parser.add_argument("--probabilities", action="store_true", help="print the probability of each token of "
                         "the answer, and of the most likely other one")
-    parser.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="longest answer in tokens")
-    parser.add_argument("--temperature", type=REAL, default=0.0,
+    parser.add_argument("--max-new-tokens", type=INT_FROM_1, default=128, help="longest answer in tokens")
+    parser.add_argument("--temperature", type=FLOAT_FROM_0, default=0.0,
                         help="0 takes the most likely token; above 0 samples")
     args = parser.parse_args()
     if args.image is None and (args.question is not None or args.every_stage):
@@ -165,7 +169,7 @@ def main():
         return
 
     heldout_dataset = load_heldout_dataset(run, template, image_processor, model.num_image_tokens)
-    i = next((n for n in (args.show_mask, args.nearest_tokens, args.sample) if n is not None), 0)
+    i = args.show_mask or args.nearest_tokens or args.sample or 0
     if i >= len(heldout_dataset):
         raise UserError(f"there is no held-out record {i}: they are numbered 0 to {len(heldout_dataset) - 1}")
     if args.show_mask is not None:

@@ -3,8 +3,8 @@
 CLIP and the LLM are frozen. Only the projector between them is trained, on image-caption pairs. It learns to
 turn each of CLIP's features into a vector that the LLM can read like a token's embedding. The paper describes
 this stage as training a visual tokenizer that fits the frozen LLM. We think that the LLM stays frozen because
-the projector starts at random: its first vectors mean nothing to the LLM, and updates computed from them could
-damage it.
+the projector starts at random. Its first vectors mean nothing to the LLM, and updates computed from them
+could damage it.
 
     python stage1_align.py                      the toy: about 1 minute on 2 CPU cores, held-out loss 0.02
     python stage1_align.py --preset small       DINOv2 and SmolLM2-135M, see docs/small.md
@@ -156,7 +156,7 @@ def main(argv=None):
     warmup_steps = max(1, round(args.warmup * total_steps))
     with checkpoints.StopSignal() as stop_signal:
         if progress.step == 0:
-            progress.before = evaluate()
+            progress.grounding_before = evaluate()
         for indices, num_samples in zip(sample_indices, samples_per_step):
             # Linear warm-up, because Adam's first updates are about as large as lr however small the gradient
             # is. Then half a cosine, towards zero, while `decay` grows from 0 to 1.
@@ -216,10 +216,10 @@ def main(argv=None):
 
     # -- 6. save -------------------------------------------------------------------------------------------
 
-    after = evaluate()
+    grounding = evaluate()
     log.close()
-    save_result(folder, 1, model, settings, progress, after, train_dataset, heldout_dataset, processes)
-    print(f"before: {format_grounding(progress.before)}\nafter:  {format_grounding(after)}\n"
+    save_result(folder, 1, model, settings, progress, grounding, train_dataset, heldout_dataset, processes)
+    print(f"before: {format_grounding(progress.grounding_before)}\nafter:  {format_grounding(grounding)}\n"
           f"saved in {folder}; next: {next_command('stage2_instruct.py', args)}")
     return model
 

@@ -2,7 +2,7 @@
 
 CLIP stays frozen. This stage continues to train the projector of stage 1, and also trains the LLM, on
 conversations about images. The paper trains all weights of the LLM. Here the LLM gets a LoRA adapter, so that
-one small GPU is enough (as in the original code's scripts/v1_5/finetune_lora.sh).
+one small GPU is enough. The original code has a LoRA script, too: scripts/v1_5/finetune_lora.sh.
 
     python stage2_instruct.py                      the toy: about 1 minute on 2 CPU cores, held-out loss 0.01
     python stage2_instruct.py --preset small       DINOv2 and SmolLM2-135M, see docs/small.md
@@ -154,7 +154,7 @@ def main(argv=None):
     warmup_steps = max(1, round(args.warmup * total_steps))
     with checkpoints.StopSignal() as stop_signal:
         if progress.step == 0:
-            progress.before = evaluate()
+            progress.grounding_before = evaluate()
         for indices, num_samples in zip(sample_indices, samples_per_step):
             decay = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
             lr_factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * decay))
@@ -201,10 +201,10 @@ def main(argv=None):
 
     # -- 6. save -------------------------------------------------------------------------------------------
 
-    after = evaluate()
+    grounding = evaluate()
     log.close()
-    save_result(folder, 2, model, settings, progress, after, train_dataset, heldout_dataset, processes)
-    print(f"before: {format_grounding(progress.before)}\nafter:  {format_grounding(after)}\n"
+    save_result(folder, 2, model, settings, progress, grounding, train_dataset, heldout_dataset, processes)
+    print(f"before: {format_grounding(progress.grounding_before)}\nafter:  {format_grounding(grounding)}\n"
           f"saved in {folder}; next: {next_command('sanity_check.py', args)}")
     return model
 

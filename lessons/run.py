@@ -16,7 +16,7 @@ from pathlib import Path
 from lessons import experiment
 from support.errors import run_script
 from support.files import write_json
-from support.settings import COUNT, POSITIVE
+from support.settings import INT_FROM_0, INT_FROM_1
 from toy.world import draw_if_missing
 
 FOLDER = Path(__file__).parent
@@ -89,9 +89,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=["all", *NAMES], help="the lesson")
-    parser.add_argument("--seeds", type=COUNT, nargs="+", default=SEEDS, metavar="SEED",
+    parser.add_argument("--seeds", type=INT_FROM_0, nargs="+", default=SEEDS, metavar="SEED",
                         help="default: 0 1 2; with other seeds, it only prints")
-    parser.add_argument("--steps", type=POSITIVE, metavar="N",
+    parser.add_argument("--steps", type=INT_FROM_1, metavar="N",
                         help="train N steps per stage, to see that a lesson runs; only prints")
     args = parser.parse_args()
     if args.steps:

@@ -19,7 +19,7 @@ from model import IGNORE_INDEX
 from support.errors import UserError, printable, run_script
 from support.evaluation import load_heldout_dataset
 from support.results import add_run_flags, load_run
-from support.settings import COUNT
+from support.settings import INT_FROM_0
 
 
 def show(function, text):
@@ -38,7 +38,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser, precision="fp32")
-    parser.add_argument("--record", type=COUNT, default=0, metavar="N", help="held-out record (default: 0)")
+    parser.add_argument("--record", type=INT_FROM_0, default=0, metavar="N", help="held-out record (default: 0)")
     args = parser.parse_args()
     model, template, image_processor, run = load_run(args)
     dataset = load_heldout_dataset(run, template, image_processor, model.num_image_tokens)

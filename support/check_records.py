@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from data import ChatDataset
 from model import count_patches
-from support.checkpoints import ignore_signals_in_worker
+from support.processes import ignore_signals_in_worker
 from support.errors import BadRecord, UserError, explain_errors
 from support.pretrained import load_image_processor, load_vision_config
 from support.records import RecordSet, image_field

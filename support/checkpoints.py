@@ -31,7 +31,7 @@ class Progress:
     """How far a run has come."""
     step: int = 0  # optimizer steps taken
     samples: int = 0  # samples seen, over all processes
-    before: dict = None  # the held-out measurement before the first step
+    grounding_before: dict = None  # the held-out measurement before the first step
     bad_steps: int = 0  # steps in a row whose loss or gradient was not finite
     skipped: list = field(default_factory=list)  # sentences about images that could not be decoded
     records_hash: str = ""  # of the training records
@@ -161,12 +161,3 @@ class StopSignal:
             os._exit(128 + number)
         self.number = number
         print("\nfinishing this step, then saving (press again to stop at once)", file=sys.stderr)
-
-
-def ignore_signals_in_worker(worker):
-    """Keeps stop signals away from a DataLoader worker, because the main process needs its workers to finish
-    its step. A terminal and torchrun signal a whole group of processes, so the worker leaves this group."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
-    else:  # Windows
-        signal.signal(signal.SIGINT, signal.SIG_IGN)

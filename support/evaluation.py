@@ -97,14 +97,14 @@ def measure_grounding(model, batches, device, blank=False, map_batches=map):
     model.train(was_training)
     differs = differs.bool()
     correct_wins = ((correct < different).float() + 0.5 * (correct == different))[differs]
-    measured = {"loss": (correct.sum() / tokens.sum()).item(),
+    grounding = {"loss": (correct.sum() / tokens.sum()).item(),
                 "loss_different": (different[differs].sum() / tokens[differs].sum()).item(),
                 "correct_more_likely": correct_wins.mean().item()}
     if blank:
-        measured["loss_blank"] = (blanks[0].sum() / tokens.sum()).item()
+        grounding["loss_blank"] = (blanks[0].sum() / tokens.sum()).item()
     if not differs.all():
-        measured["same_image"] = (~differs).sum().item()
-    return measured
+        grounding["same_image"] = (~differs).sum().item()
+    return grounding
 
 
 def records_with_other_images(records, i, count=1):
@@ -123,9 +123,9 @@ def evaluate_heldout(model, template, dataset, batches, device, map_batches):
     """Returns what measure_grounding() returns for all held-out batches and, for the first record, the
     generated answer, the reference answer and the nearest tokens."""
     prompt, reference = dataset.make_prompt(0)
-    measured = measure_grounding(model, batches, device, map_batches=map_batches)
+    grounding = measure_grounding(model, batches, device, map_batches=map_batches)
     [generated] = generate_answers(model, template, [prompt], device, max_new_tokens=64)
-    return measured, generated, reference, nearest_tokens(model, template, prompt["pixel_values"])
+    return grounding, generated, reference, nearest_tokens(model, template, prompt["pixel_values"])
 
 
 def prompt_batch(template, prompts, device):

@@ -75,13 +75,13 @@ class MetricsLog:
         enough = time.time() - self.evaluated >= 10 * self.evaluation_seconds
         return self.processes.max(int(enough)) > 0
 
-    def log_heldout(self, step, measured, generated, reference, nearest):
+    def log_heldout(self, step, grounding, generated, reference, nearest):
         """Logs an evaluation: what measure_grounding() returned, one answer beside its reference answer, and
         what nearest_tokens() returned. tools/page.py shows the latter."""
-        measured_values = {f"heldout_{name}": value for name, value in measured.items()}
-        self._write(step, **measured_values, generated=generated, nearest_tokens=nearest)
+        values = {f"heldout_{name}": value for name, value in grounding.items()}
+        self._write(step, **values, generated=generated, nearest_tokens=nearest)
         if self.file:
-            text = f"step {step}: {format_grounding(measured)}"
+            text = f"step {step}: {format_grounding(grounding)}"
             if generated != self.last_generated:  # show an answer only when it has changed
                 text += printable(f"\n    generated: {generated}\n    reference: {reference}", keep="\n")
             self.last_generated = generated
@@ -116,10 +116,10 @@ class MetricsLog:
         sys.exit(128 + signal_number)
 
 
-def format_grounding(measured):
+def format_grounding(grounding):
     """Returns one line about what measure_grounding() measured."""
-    text = (f"held-out loss {measured['loss']:.3f} (different image {measured['loss_different']:.3f}); "
-            f"correct image more likely: {measured['correct_more_likely']:.0%} (chance 50%)")
-    if measured.get("same_image"):
-        text += f"; {measured['same_image']} records have no different image"
+    text = (f"held-out loss {grounding['loss']:.3f} (different image {grounding['loss_different']:.3f}); "
+            f"correct image more likely: {grounding['correct_more_likely']:.0%} (chance 50%)")
+    if grounding.get("same_image"):
+        text += f"; {grounding['same_image']} records have no different image"
     return text

@@ -1,6 +1,7 @@
 """The processes that train together: one, or as many as torchrun started."""
 
 import os
+import signal
 import sys
 
 import torch
@@ -73,3 +74,12 @@ class Processes:
         """Waits until all processes have come this far."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def ignore_signals_in_worker(worker):
+    """Keeps stop signals away from a DataLoader worker, because the main process needs its workers to finish
+    its step. A terminal and torchrun signal a whole group of processes, so the worker leaves this group."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    else:  # Windows
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

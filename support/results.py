@@ -28,11 +28,12 @@ MODEL_SETTINGS = ("vision_tower", "vision_layer", "llm", "projector")
 RESULT_FILES = ("projector.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 
 
-def save_result(folder, stage, model, settings, progress, heldout, train_dataset, heldout_dataset, processes):
+def save_result(folder, stage, model, settings, progress, grounding, train_dataset, heldout_dataset,
+                processes):
     """Writes projector.safetensors, adapter/ (if there is one, as plain peft writes it), and last run.json.
     Then deletes the checkpoint. Process 0 writes and the others wait for it. Raises UserError if the loss in
-    `heldout`, which measure_grounding() returned, is not finite."""
-    if not math.isfinite(heldout["loss"]):
+    `grounding`, which measure_grounding() returned, is not finite."""
+    if not math.isfinite(grounding["loss"]):
         raise UserError("the held-out loss is not finite, so the result was not saved; try a lower --lr")
     if processes.rank == 0:
         with atomic_write(folder / "projector.safetensors") as temporary:
@@ -43,7 +44,7 @@ def save_result(folder, stage, model, settings, progress, heldout, train_dataset
         write_json(folder / "run.json", {
             "stage": stage, **{name: settings[name] for name in MODEL_SETTINGS},
             "template": train_dataset.template.template_hash, "checksums": result_checksums(folder),
-            "steps": progress.step, "heldout": heldout, "settings": settings,
+            "steps": progress.step, "heldout": grounding, "settings": settings,
             "skipped_images": len(progress.skipped),  # those that process 0 could not decode
             "records": describe_records(train_dataset.records, heldout_dataset.records),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})

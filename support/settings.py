@@ -19,7 +19,7 @@ def number(kind, minimum, maximum=math.inf):
     return parse
 
 
-COUNT, POSITIVE, REAL = number(int, 0, 2**31), number(int, 1, 2**31), number(float, 0.0)
+INT_FROM_0, INT_FROM_1, FLOAT_FROM_0 = number(int, 0, 2**31), number(int, 1, 2**31), number(float, 0.0)
 FRACTION = number(float, 0.0, 1.0)
 
 FLAGS = {  # name: (type or choices, help)
@@ -33,30 +33,30 @@ FLAGS = {  # name: (type or choices, help)
     "images": (str, "folder or .zip file with the images of the records"),
     "heldout_data": (str, "JSON file of held-out records; if not given, some records of --data are held out"),
     "heldout_images": (str, "folder or .zip file with the images of --heldout-data"),
-    "heldout": (POSITIVE, "number of held-out records"),
-    "limit": (COUNT, "train on the first LIMIT records of a seeded shuffle; 0: on all"),
-    "max_length": (POSITIVE, "longest sample in tokens, image included; longer ones lose their last turns"),
+    "heldout": (INT_FROM_1, "number of held-out records"),
+    "limit": (INT_FROM_0, "train on the first LIMIT records of a seeded shuffle; 0: on all"),
+    "max_length": (INT_FROM_1, "longest sample in tokens, image included; longer ones lose their last turns"),
     "allow_bad": (FRACTION, "stop if more than this fraction of the records is unusable"),
-    "workers": (COUNT, "processes that load data; 0: the main process loads"),
-    "lr": (REAL, "peak learning rate"),
-    "projector_lr": (REAL, "peak learning rate of the projector"),
-    "lora_r": (POSITIVE, "rank r of the LoRA matrices"),
-    "lora_alpha": (POSITIVE, "the output of LoRA is scaled by alpha / r"),
+    "workers": (INT_FROM_0, "processes that load data; 0: the main process loads"),
+    "lr": (FLOAT_FROM_0, "peak learning rate"),
+    "projector_lr": (FLOAT_FROM_0, "peak learning rate of the projector"),
+    "lora_r": (INT_FROM_1, "rank r of the LoRA matrices"),
+    "lora_alpha": (INT_FROM_1, "the output of LoRA is scaled by alpha / r"),
     "lora_dropout": (FRACTION, "dropout before LoRA's A"),
-    "batch_size": (POSITIVE, "samples per forward pass (the micro-batch)"),
-    "grad_accum": (POSITIVE, "micro-batches per optimizer step"),
-    "epochs": (POSITIVE, "passes over the data"),
-    "max_steps": (COUNT, "optimizer steps, instead of --epochs; 0 trains nothing"),
+    "batch_size": (INT_FROM_1, "samples per forward pass (the micro-batch)"),
+    "grad_accum": (INT_FROM_1, "micro-batches per optimizer step"),
+    "epochs": (INT_FROM_1, "passes over the data"),
+    "max_steps": (INT_FROM_0, "optimizer steps, instead of --epochs; 0 trains nothing"),
     "warmup": (FRACTION, "fraction of the steps in which the learning rate rises"),
-    "max_grad_norm": (REAL, "gradients with a larger norm are scaled down to it; 0: no clipping"),
+    "max_grad_norm": (FLOAT_FROM_0, "gradients with a larger norm are scaled down to it; 0: no clipping"),
     "precision": (("auto", "fp32", "bf16", "fp16"), "of frozen weights and matrix products"),
     "device": (str, "auto, cpu, cuda, cuda:1, mps, …"),
-    "seed": (COUNT, "seed of all random numbers"),
-    "eval_every": (POSITIVE, "optimizer steps between two evaluations on the held-out records; if not "
-                   "set: up to 20 between the first and the last step, in at most a tenth of the time"),
-    "save_every": (POSITIVE, "optimizer steps between two checkpoints; if not set: 100, or fewer in a short "
-                   "run"),
-    "log_every": (POSITIVE, "optimizer steps between two lines of metrics.jsonl"),
+    "seed": (INT_FROM_0, "seed of all random numbers"),
+    "eval_every": (INT_FROM_1, "optimizer steps between two evaluations on the held-out records; if not "
+                   "set: up to 19 between the first and the last step, in at most a tenth of the time"),
+    "save_every": (INT_FROM_1, "optimizer steps between two checkpoints; if not set: 100, or fewer in a "
+                   "short run"),
+    "log_every": (INT_FROM_1, "optimizer steps between two lines of metrics.jsonl"),
 }
 SWITCHES = {
     "resume": "continue the unfinished run in the folder from its checkpoint",

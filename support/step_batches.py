@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import collate
-from support.checkpoints import ignore_signals_in_worker
+from support.processes import ignore_signals_in_worker
 from support.errors import UserError, is_out_of_memory
 
 
@@ -85,8 +85,8 @@ def load_steps(dataset, sample_indices, pad_token_id, workers, device):
 
 
 def try_longest_batch(model, dataset, lengths, pad_token_id, device, autocast, settings):
-    """Takes one forward and backward pass of a micro-batch of the samples that are probably the longest, and
-    prints its peak memory, so that a run that does not fit ends at once and not after hours, by a UserError.
+    """Takes one forward and backward pass of the micro-batch that is probably the longest, and prints the
+    peak memory. Raises UserError if it does not fit, so that a run does not fail hours later.
     Changes nothing in the run: weights and random numbers stay, and gradients are None afterwards."""
     longest = np.argsort(-lengths, kind="stable")[:settings.batch_size].tolist()
     batch = collate([dataset[i] for i in longest], pad_token_id)

@@ -24,7 +24,7 @@ from support.errors import UserError, printable, run_script
 from support.evaluation import AnswerPrinter, print_answer
 from support.pretrained import load_image
 from support.results import add_run_flags, load_run
-from support.settings import POSITIVE, REAL
+from support.settings import INT_FROM_1, FLOAT_FROM_0
 
 COMMANDS = "/image FILE shows another image, /quit or Ctrl-D ends the conversation, Ctrl-C stops an answer."
 
@@ -114,8 +114,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser)
     parser.add_argument("--image", metavar="FILE", help="the first image (default: none)")
-    parser.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="longest answer in tokens")
-    parser.add_argument("--temperature", type=REAL, default=0.0,
+    parser.add_argument("--max-new-tokens", type=INT_FROM_1, default=128, help="longest answer in tokens")
+    parser.add_argument("--temperature", type=FLOAT_FROM_0, default=0.0,
                         help="0 takes the most likely token; above 0 samples (default: 0)")
     args = parser.parse_args()
     model, template, image_processor, _ = load_run(args)

@@ -55,7 +55,7 @@ from support.evaluation import (generate_answers, load_heldout_dataset, make_hel
                                 measure_grounding, records_with_other_images)
 from support.files import make_writable_folder, write_json
 from support.results import add_run_flags, load_run, read_run
-from support.settings import COUNT, POSITIVE
+from support.settings import INT_FROM_0, INT_FROM_1
 from toy.world import PLACES, caption_of, objects_in
 
 
@@ -198,12 +198,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser)
-    parser.add_argument("--heldout", type=POSITIVE, help="evaluate only on the first HELDOUT of the "
+    parser.add_argument("--heldout", type=INT_FROM_1, help="evaluate only on the first HELDOUT of the "
                         "held-out records of each stage (default: all)")
-    parser.add_argument("--batch-size", type=POSITIVE, default=32, help="records per batch (default: 32)")
-    parser.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="longest answer in tokens")
-    parser.add_argument("--count", type=COUNT, default=5, help="how many mistakes to print; if the answers "
-                        "cannot be scored, how many of them to generate and print (default: 5)")
+    parser.add_argument("--batch-size", type=INT_FROM_1, default=32, help="records per batch (default: 32)")
+    parser.add_argument("--max-new-tokens", type=INT_FROM_1, default=128, help="longest answer in tokens")
+    parser.add_argument("--count", type=INT_FROM_0, default=5, help="how many mistakes to print; if the "
+                        "answers cannot be scored, how many of them to generate and print (default: 5)")
     args = parser.parse_args()
     model, template, image_processor, run_json = load_run(args)
     device, path = model.llm.device, args.run / f"stage{run_json['stage']}" / "eval.json"

@@ -35,7 +35,7 @@ from support.evaluation import load_heldout_dataset, prompt_batch
 from support.files import atomic_write, delete, read_json
 from support.hub import find_or_fetch_pretrained
 from support.results import add_run_flags, load_run, read_run
-from support.settings import POSITIVE
+from support.settings import INT_FROM_1
 from tools.model_card import write_model_card
 
 # Largest allowed difference of logits and of pixel values. The order of summation changes logits by about
@@ -262,7 +262,7 @@ def main():
     add_run_flags(parser, precision="fp32")  # the export is compared in fp32
     parser.add_argument("--out", type=Path, required=True, help="folder to write; it must not exist yet")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the exported weights")
-    parser.add_argument("--samples", type=POSITIVE, default=8, help="how many held-out records to compare")
+    parser.add_argument("--samples", type=INT_FROM_1, default=8, help="how many held-out records to compare")
     args = parser.parse_args()
     out = args.out.resolve()
     if os.path.lexists(out):

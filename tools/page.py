@@ -33,7 +33,7 @@ from support.evaluation import (generate_answers, load_heldout_dataset, prompt_b
                                 records_with_other_images, token_probabilities)
 from support.files import atomic_write
 from support.results import add_run_flags, load_run, read_run
-from support.settings import POSITIVE
+from support.settings import INT_FROM_1
 from tools.evaluate import answer_questions, evenly_spaced, is_toy_caption, list_questions
 from toy.world import PLACES, answer_to, objects_in
 
@@ -336,10 +336,10 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser)
     parser.add_argument("--out", type=Path, metavar="HTML", help="file to write (default: <run>/page.html)")
-    parser.add_argument("--questions", type=POSITIVE, default=5, help="questions whose image is changed "
+    parser.add_argument("--questions", type=INT_FROM_1, default=5, help="questions whose image is changed "
                         "(default: 5); at real size, each takes more than 100 answers")
-    parser.add_argument("--batch-size", type=POSITIVE, default=32, help="answers per batch (default: 32)")
-    parser.add_argument("--max-new-tokens", type=POSITIVE, default=64, help="longest answer in tokens")
+    parser.add_argument("--batch-size", type=INT_FROM_1, default=32, help="answers per batch (default: 32)")
+    parser.add_argument("--max-new-tokens", type=INT_FROM_1, default=64, help="longest answer in tokens")
     args = parser.parse_args()
     loaded = load_run(args)
     path = args.out or args.run / "page.html"
