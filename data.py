@@ -26,7 +26,7 @@ Three rules:
   * No code looks for padding by its id, because TinyLlama's padding token is also its end token.
   * labels[t] belongs to the token at position t. Llava.forward() shifts by one.
 
-`python sanity_check.py --show-mask 0` prints a record with its labeled tokens in color.
+`python stage1_align.py --check-data` prints a record with its labeled tokens in [[ ]].
 """
 
 import hashlib

@@ -88,8 +88,10 @@ def untrained_projector(model):
         torch.manual_seed(0)
         model.projector.apply(
             lambda layer: layer.reset_parameters() if isinstance(layer, nn.Linear) else None)
-    yield
-    model.projector = trained
+    try:
+        yield
+    finally:
+        model.projector = trained
 
 
 def print_losses(model, heldout_dataset, i):

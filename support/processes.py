@@ -32,7 +32,7 @@ class Processes:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
     def sum(self, value):
-        """Returns a number, summed over the processes."""
+        """Returns a number, summed over the processes, as a float."""
         return self._reduce(float(value), torch.float64, dist.ReduceOp.SUM)
 
     def max(self, number):
