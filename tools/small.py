@@ -60,7 +60,7 @@ def find_in_package(package, pattern):
 
 def read_onnx_encoder(path):
     """Returns DINOv2's weights from an ONNX file, as {name in transformers' files: tensor}."""
-    import onnx
+    import onnx  # a package that only this script needs
     graph = onnx.load(path).graph
     tensors = {each.name: torch.tensor(onnx.numpy_helper.to_array(each)) for each in graph.initializer}
     weights = {name.removeprefix("backbone."): value for name, value in tensors.items()
