@@ -35,7 +35,8 @@ def seconds_per_step(models, batch):
     The models take turns, so that another program on the machine slows down all of them. The learning rate is
     zero, so no weight changes. LoRA's dropout is off, because on a CPU it takes a third of a step.
     """
-    optimizers = [torch.optim.AdamW(model.trainable_parameters().values(), lr=0.0, weight_decay=0.0, fused=True)
+    optimizers = [torch.optim.AdamW(model.trainable_parameters().values(), lr=0.0, weight_decay=0.0,
+                                    fused=True)
                   for model in models]
     seconds = [[] for _ in models]
     for _ in range(TIMED_STEPS):

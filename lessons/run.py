@@ -60,7 +60,8 @@ def make_table(results):
             is_baseline = "baseline" in condition
             label = "" if is_baseline else f"{condition}: "
             cells[is_baseline].append(f"{label}{key} {sum(values) / len(values):.2f}")
-        rows.append(f"| [{name}](#{name}) | {'<br>'.join(cells[True]) or '–'} | {'<br>'.join(cells[False])} |")
+        baseline, changed = '<br>'.join(cells[True]) or '–', '<br>'.join(cells[False])
+        rows.append(f"| [{name}](#{name}) | {baseline} | {changed} |")
     return "\n".join(rows) + "\n"
 
 

@@ -81,7 +81,7 @@ class RecordChecks(ChatDataset):
                 check_image = images.open if self.decode else images.check
                 check_image(record, name)
             num_bytes = sum(len(message["content"].encode()) + self.overhead for message in messages)
-            # A token is at least one byte long. So a text with fewer bytes than this fits without a look.
+            # A token is at least one byte long. So a text with fewer bytes than this always fits.
             if num_bytes > self.max_length - self.num_image_tokens:
                 length = len(self.encode_record(record)[0])
                 lost = length < len(self.template.encode(messages, self.num_image_tokens)[0])
