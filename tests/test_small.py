@@ -210,6 +210,12 @@ def test_the_preset_trains_and_answers(prepared, script, tmp_path, capsys):
     assert "<image>×36" in output and "GENERATED" in output
 
 
+def test_without_its_data_the_preset_says_how_to_prepare_them(refusal, monkeypatch, tmp_path):
+    monkeypatch.setattr("support.files.REPOSITORY", tmp_path)  # where the data may exist
+    assert "data/small/pictures/captions.json does not exist: python -m tools.small writes it" in refusal(
+        "stage1_align", "--preset", "small", "--device", "cpu")
+
+
 def test_missing_packages_and_archives_are_named(packages, refusal, tmp_path, monkeypatch):
     flags = ["--output", tmp_path / "new", "--stamps", tmp_path / "stamps", "--packages", tmp_path / "nothing"]
     assert "emoji-datasource-google-16.0.0.tgz, which --help shows how to get" in refusal("tools.small", *flags)
