@@ -58,7 +58,7 @@ PRESETS = {
         data="data/small/pictures/captions.json", images="data/small/pictures/images.zip",
         heldout_data="data/small/pictures/heldout_captions.json",
         heldout_images="data/small/pictures/images.zip", heldout=368,
-        max_length=256, lr=3e-3, batch_size=8),
+        max_length=256, lr=5e-3, batch_size=8, epochs=3, eval_every=100),
     "tinyllama": COMMON | dict(
         run="runs/tinyllama", vision_tower="openai/clip-vit-large-patch14",
         llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",

@@ -17,16 +17,17 @@ from PIL import Image, ImageDraw
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data import ChatTemplate
 from support.pretrained import load_image_processor, load_vision_tower
 from tools import small
 
 onnx, gguf = pytest.importorskip("onnx"), pytest.importorskip("gguf")
 D_V, D, SPECIAL = 64, 64, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TEMPLATE = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
-            "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-            "{% endif %}")
+TEMPLATE = ("{% for message in messages %}{% if loop.first %}{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}"
+            "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+            "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 NAMES = {"food-fruit": ["TOMATO", "GRAPES", "LEMON", "BANANA"], "animal-bird": ["DUCK", "OWL", "SWAN"],
-         "tool": ["HAMMER", "WRENCH", "AXE"], "transport-ground": ["BUS", "TAXI", "TRAM", "CLOCK FACE ONE OCLOCK"]}
+         "tool": ["HAMMER", "WRENCH", "AXE"], "transport-ground": ["BUS", "TAXI", "TRAM", "ONCOMING BUS"]}
 
 
 def write_onnx(path):
@@ -172,6 +173,11 @@ def test_the_llm_has_the_weights_of_the_gguf_file(prepared, tmp_path):
                                    expected(ids).logits)
 
 
+def test_prompts_have_no_system_prompt(prepared):
+    prompt = ChatTemplate(prepared / "llm").render_prompt([{"role": "user", "content": "ab"}])
+    assert prompt == "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n"
+
+
 def test_held_out_things_are_never_trained_on(prepared):
     trained, heldout = read(prepared, "captions"), read(prepared, "heldout_captions")
     answers = {record["conversations"][1]["value"] for record in trained}
@@ -185,7 +191,7 @@ def test_held_out_things_are_never_trained_on(prepared):
         assert record["conversations"][1]["value"] not in answers
     for record in groups["drawing, name"]:  # a known thing, drawn by an unknown vendor
         assert record["conversations"][1]["value"] in answers and record["image"].startswith("twemoji")
-    assert not any("clock" in answer.lower() for answer in answers)  # an unclear name
+    assert not any("oncoming" in answer for answer in answers)  # an unclear name
 
 
 def test_conversations_ask_for_the_name_the_kind_and_both_answers(prepared):
