@@ -1,6 +1,8 @@
 """tools.page: its numbers are those of the model, the page is one safe file, and a browser shows it.
 
-    python tests/test_page.py runs/toy/page.html docs/page.png     takes the screenshot of the README
+These take the screenshots of the README:
+    python tests/test_page.py runs/toy/page.html docs/page.png nearest break
+    python tests/test_page.py runs/small/page.html docs/small.png training nearest
 """
 
 import io
@@ -279,14 +281,16 @@ def test_it_fits_a_phone(make_page):
         browser.quit()
 
 
-def take_screenshot(path, picture):
-    """Writes a picture of parts 2 and 3 of a page, with one patch erased that changes the answer."""
+def take_screenshot(path, picture, first, last):
+    """Writes a picture of the parts `first` to `last` of a page. In the part "break", a patch is erased that
+    changes the answer, if there is one."""
     question = results_of(Path(path))["questions"][0]
-    erased = next(i for i, (answer, _) in enumerate(question["erased"]) if answer != question["answer"][0])
+    erased = [i for i, (answer, _) in enumerate(question["erased"]) if answer != question["answer"][0]]
     browser = open_browser(path, width=940, height=2000)
-    browser.find_elements("css selector", "#break .cell")[erased].click()
+    if erased:
+        browser.find_elements("css selector", "#break .cell")[erased[0]].click()
     browser.execute_script("window.scrollTo(0, 0)")
-    top, bottom = (browser.find_element("css selector", selector).rect for selector in ("#nearest", "#break"))
+    top, bottom = (browser.find_element("css selector", f"#{part}").rect for part in (first, last))
     image = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
     browser.quit()
     image = image.crop((0, top["y"] - 10, 940, bottom["y"] + bottom["height"] + 10))
