@@ -53,7 +53,7 @@ PRESETS = {
         heldout_data="toy/data/heldout_chat.json", heldout_images="toy/data/heldout.zip", heldout=240,
         max_length=256, lr=1e-2, batch_size=32, epochs=2, eval_every=20, save_every=100),
     "small": COMMON | dict(
-        # Why layer -4 is explained in docs/small.md.
+        # docs/small.md compares the layers -4, -2 and -1.
         run="runs/small", vision_tower="data/small/encoder", vision_layer=-4, llm="data/small/llm",
         data="data/small/pictures/captions.json", images="data/small/pictures/images.zip",
         heldout_data="data/small/pictures/heldout_captions.json",

