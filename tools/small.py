@@ -50,7 +50,7 @@ def find_in_package(package, pattern):
     """Returns the path of a weight file in an installed package, after checking its checksum."""
     found = importlib.util.find_spec(package)  # does not run the package's own code
     path = next(Path(found.origin).parent.glob(pattern), None) if found else None
-    if path is None or not all(map(importlib.util.find_spec, ("onnx", "gguf"))):  # they read the weights
+    if path is None or not all(map(importlib.util.find_spec, ("onnx", "gguf"))):  # they read the files
         raise UserError(f"the package {package.replace('_', '-')}, onnx or gguf is missing: "
                         "python -m tools.small --help shows the command that installs them")
     if hashlib.sha256(path.read_bytes()).hexdigest()[:16] != CHECKSUMS[path.name]:
@@ -233,25 +233,26 @@ def render_png(picture, mirrored=False):
 
 
 def make_turns(name, kind, rng):
-    """Returns questions about a thing in random order, as (question, answer, kind of question): its name, its
-    kind, a question that is answered with yes, and one with no."""
+    """Returns turns about a thing in random order, as (question, answer, kind of question): its name, its kind,
+    a question that is answered with yes, and one with no."""
     turns = [(rng.choice(NAME_QUESTIONS), sentence(name), "name"),
              ("What kind of thing is it?", sentence(kind), "kind")]
     for answer, side in (("Yes.", 0), ("No.", 1)):
-        fitting = [question for question, kinds in YES_NO.items() if kind in kinds[side]]
+        fitting = [question for question, sides in YES_NO.items() if kind in sides[side]]
         turns.append((rng.choice(fitting), answer, "yes/no"))
     rng.shuffle(turns)
     return turns
 
 
-def make_record(image, turns, group):
+def make_record(file_name, turns, group):
     """Returns a LLaVA record. A held-out record has a group, and names the kinds of its questions for
     tools.evaluate."""
     texts = [text for question, answer, _ in turns for text in (question, answer)]
     texts[0] = f"<image>\n{texts[0]}"
-    record = {"id": image.removesuffix(".png"), "image": image, "conversations": [
+    record = {"id": file_name.removesuffix(".png"), "image": file_name, "conversations": [
         {"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate(texts)]}
-    return record | ({"kinds": [f"{group}, {kind}" for _, _, kind in turns]} if group else {})
+    kinds = [f"{group}, {question_kind}" for _, _, question_kind in turns]
+    return record | ({"kinds": kinds} if group else {})
 
 
 def write_pictures(folder, packages, stamps, num_drawings, num_photos, num_new):
@@ -276,18 +277,19 @@ def write_pictures(folder, packages, stamps, num_drawings, num_photos, num_new):
             group = ("new thing" if name in new_names and source != "twemoji" else
                      "drawing" if name in drawing_names and source == "twemoji" else
                      "photo" if name in photo_names and source == "photo" else None)
+            # Held-out pictures once, Twemoji and new things else never, and all others also mirrored.
             copies = 1 if group else 0 if source == "twemoji" or name in new_names else 2
             if group and (group, name) in seen:
                 continue  # one picture of each thing, so that a different image shows a different thing
             seen.add((group, name))
             for copy in range(copies):
-                image = f"{source}-{name.replace(' ', '-')}-{i}-{copy}.png"
+                file_name = f"{source}-{name.replace(' ', '-')}-{i}-{copy}.png"
                 prefix = "heldout_" if group else ""
-                archive.writestr(image, render_png(picture, mirrored=copy == 1))
+                archive.writestr(file_name, render_png(picture, mirrored=copy == 1))
                 turns = make_turns(name, kind, rng)
                 caption = [turn for turn in turns if turn[2] == "name"]
-                files[f"{prefix}captions"].append(make_record(image, caption, group))
-                files[f"{prefix}conversations"].append(make_record(image, turns, group))
+                files[f"{prefix}captions"].append(make_record(file_name, caption, group))
+                files[f"{prefix}conversations"].append(make_record(file_name, turns, group))
     for name, records in files.items():
         rng.shuffle(records)
         write_json(folder / f"{name}.json", records)
