@@ -1,7 +1,6 @@
 """From a JSON record to tensors: the chat template, the label mask, samples and batches.
 
-This is a record of LLaVA-CC3M-Pretrain-595K, for stage 1. The records of LLaVA-Instruct-150K, for stage 2,
-have the same form, but many have several questions and answers.
+This is a record of LLaVA-CC3M-Pretrain-595K, for stage 1.
 
     {"id": "GCC_train_002582585", "image": "GCC_train_002582585.jpg", "conversations": [
         {"from": "human", "value": "Provide a brief description of the given image.\\n<image>"},
@@ -21,15 +20,36 @@ to generate the answer and the end token after it.
     labeled   ol·ive·▁oil·▁is·▁a·▁health·y·▁ing·red·ient·▁used·▁liber·ally·▁.·</s>
     ignored   <0x0A>
 
+A record of LLaVA-Instruct-150K, for stage 2, has the same form. Many have several questions, and every answer is
+labeled (here in [[ ]]), because each is an answer to all that stands before it:
+
+    {"id": "000000033471", "image": "000000033471.jpg", "conversations": [
+        {"from": "human", "value": "What are the colors of the bus in the image?\\n<image>"},
+        {"from": "gpt",   "value": "The bus in the image is white and red."},
+        {"from": "human", "value": "What feature can be seen on the back of the bus?"},
+        {"from": "gpt",   "value": "The back of the bus features an advertisement."}, …]}
+
+    <s><|user|>
+    <image>×256
+    What are the colors of the bus in the image?</s>
+    <|assistant|>
+    [[The bus in the image is white and red.</s>]]
+    <|user|>
+    What feature can be seen on the back of the bus?</s>
+    <|assistant|>
+    [[The back of the bus features an advertisement.</s>]]
+
 Three rules:
   * The first token is the tokenizer's start token, here <s>, if it has one. See ChatTemplate.tokenize().
   * No code looks for padding by its id, because TinyLlama's padding token is also its end token.
   * labels[t] belongs to the token at position t. Llava.forward() shifts by one.
 
+An image position is never labeled, because the image token has no row in the LLM's vocabulary that could be
+predicted. (The original code marks the image's place with the id -200.)
+
 `python stage1_align.py --check-data` prints a record with its labeled tokens in [[ ]].
 """
 
-import hashlib
 import re
 
 import torch
@@ -38,13 +58,10 @@ from torch.utils.data import Dataset, get_worker_info
 from model import IGNORE_INDEX
 from support.errors import BadRecord, UserError
 from support.pretrained import load_tokenizer
-from support.records import check_turns
+from support.records import check_turns, image_name
+from support.template_check import check_chat_template
 
 IMAGE_TOKEN = "<image>"
-# A text that shows whether a template or tokenizer changes quotes, letters with accents, double spaces, line
-# breaks, or the space before a comma or "!" (which some tokenizers remove when they decode).
-TEMPLATE_PROBE = [{"role": role, "content": 'Is it 2 × "Größe"  (10%)?\nNo. , yes !'}
-                  for role in ("user", "assistant")] * 3
 
 # -- text: the chat template and the label mask ------------------------------------------------------------
 
@@ -57,27 +74,24 @@ class ChatTemplate:
     """
 
     def __init__(self, llm):
-        self.tokenizer, end_token_ids, self.context_length = load_tokenizer(llm)
+        (self.tokenizer, self.start_token_id, end_token_ids, self.context_length,
+         self.num_embeddings) = load_tokenizer(llm)
         # The tokenizer gets one more token. The LLM's embedding table does not: Llava.embed() puts an image
         # feature wherever this id stands, so the id is never looked up.
         self.tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         special = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        self.special_token = re.compile("|".join(map(re.escape, special.values())))
+        self.special_pattern = re.compile("|".join(map(re.escape, special.values())))
         # encode() labels up to the first of these after an answer.
         self.special_ids = special.keys() - {self.image_token_id}
-        if self.tokenizer.pad_token_id is None:  # any token will do, because padding is known by its position
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        # run.json stores this hash, because a model must be prompted with the template it was trained with.
-        self.template_hash = hashlib.sha256(self.tokenizer.chat_template.encode()).hexdigest()[:16]
-        try:
-            self.answer_prefixes = self._find_answer_prefixes()
-            self.end_token_id = self._find_end_token()  # the one that is trained
-        except Exception as error:  # a template is a program, which may raise anything
-            folder = self.tokenizer.name_or_path
-            raise UserError(f"the chat template in {folder} cannot be used: {error}") from error
-        # Generation stops at all end tokens.
-        self.end_token_ids = list(dict.fromkeys([self.end_token_id, *end_token_ids]))
+        # Any token of the LLM will do as padding, because padding is known by its position.
+        pad = self.tokenizer.pad_token_id
+        self.pad_token_id = pad if pad is not None and pad < self.num_embeddings else 0
+        # What the template writes between a question and its answer.
+        self.answer_header = self.render_prompt([{"role": "user", "content": "?"}]).rpartition("?")[2]
+        # What encode() relies on. Generation stops at all end tokens; the first is the one that is trained.
+        self.answer_prefixes, end_token_id = check_chat_template(self)
+        self.end_token_ids = list(dict.fromkeys([end_token_id, *end_token_ids]))
 
     def render(self, messages):
         """Returns the conversation as one text."""
@@ -94,11 +108,12 @@ class ChatTemplate:
         and join the ids. "olive" alone is ▁o·live, but after the newline of "<|assistant|>\\n" it is ol·ive.
         The LLM was tuned on the second form, so the separate pieces would train it on unusual tokens.
         """
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        # verbose=False: no warning about the context length, because encode_record() cuts.
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and ids[:1] != [bos]:  # some templates write it themselves
-            ids, offsets = [bos] + ids, [(0, 0)] + offsets
+        start = self.start_token_id
+        if start is not None and ids[:1] != [start]:  # some templates write it themselves
+            ids, offsets = [start] + ids, [(0, 0)] + offsets
         if self.image_token_id in ids:  # one <image> becomes N positions, one per image feature
             at = ids.index(self.image_token_id)
             ids[at:at + 1] = ids[at:at + 1] * num_image_tokens
@@ -106,27 +121,33 @@ class ChatTemplate:
         return ids, offsets
 
     def encode(self, messages, num_image_tokens):
-        """Returns (ids, labels) of a whole conversation, two lists of the same length.
+        """Returns (ids, labels) of a whole conversation, two lists of the same length. labels[t] == ids[t] on
+        every answer and on the end token after it; IGNORE_INDEX elsewhere.
 
-        labels[t] == ids[t] on every answer, on the end token after it, and on what the template writes
-        between prompt and answer, because the model must generate all of it; IGNORE_INDEX elsewhere.
-        Raises ValueError if the template changes the text of an answer.
+            text   <|user|>\\nWhat is it?</s>\\n<|assistant|>\\nolive oil .</s>\\n
+                             question   answer_header     |         |
+                                                        start      end
+
+        Everything from start to end is labeled. With some templates, this is a little more than the answer
+        (Mistral writes a space in front of it), because the model has to generate that, too.
+        Raises UserError if the template changes a text.
         Source: preprocess_v1() in the original code's train.py. It tokenizes the turns separately and adds up
         their lengths, and masks the whole sample if the sum is wrong. Character offsets avoid that.
         """
         text = self.render(messages)
         ids, offsets = self.tokenize(text, num_image_tokens)
         labels = [IGNORE_INDEX] * len(ids)
-        for i in range(1, len(messages), 2):
-            start = len(self.render_prompt(messages[:i]))  # in characters: where the prompt ends
-            answers = (prefix + messages[i]["content"] for prefix in self.answer_prefixes)
-            end = next((start + len(answer) for answer in answers if text.startswith(answer, start)), None)
-            if end is None:
-                raise ValueError("the chat template changes the text of an answer")
-            # The labeled tokens are those from the start to the first special token after the end.
-            first = next((t for t in range(len(ids)) if offsets[t][0] >= start), len(ids))
-            last = next((t for t in range(first, len(ids))
-                         if offsets[t][0] >= end and ids[t] in self.special_ids), len(ids) - 1)
+        end = last = 0
+        for question, answer in zip(messages[::2], messages[1::2]):
+            prompt_end = question["content"] + self.answer_header
+            found = text.find(prompt_end, end)
+            start = found + len(prompt_end)  # in characters, as end
+            # The tokens from the start of the answer to the first special token, which ends it.
+            first = next((t for t in range(last, len(ids)) if offsets[t][0] >= start), len(ids) - 1)
+            last = next((t for t in range(first, len(ids)) if ids[t] in self.special_ids), len(ids) - 1)
+            end = offsets[last][0] if ids[last] in self.special_ids else len(text)
+            if found < 0 or not text[start:end].strip().endswith(answer["content"]):
+                raise UserError("the chat template changes a question or an answer")
             labels[first:last + 1] = ids[first:last + 1]
         return ids, labels
 
@@ -134,81 +155,49 @@ class ChatTemplate:
         """Returns the ids of a conversation that ends with a question. With its answer, they are a prefix."""
         return self.tokenize(self.render_prompt(messages), num_image_tokens)[0]
 
-    def to_messages(self, record, has_image):
+    def to_messages(self, record):
         """Returns the record's turns as [{"role", "content"}], with the image at the front of its question.
 
         The original code does the same (preprocess_multimodal()): "<image>\\n" + question, wherever <image>
         stood. Raises BadRecord if the record is not a conversation that can be trained on.
         """
-        texts = check_turns(record, has_image)  # [question, answer, question, answer, …]
+        texts = check_turns(record)  # [question, answer, question, answer, …]
         # If no question contains <image>, the image is put in the first one.
         image_turn = next((i for i in range(0, len(texts), 2) if IMAGE_TOKEN in texts[i]), 0)
-        if has_image:
-            texts[image_turn] = texts[image_turn].replace(IMAGE_TOKEN, "")
         messages = []
-        for i, text in enumerate(map(self.escape, texts)):
-            if i % 2:  # some data contain what the template writes before an answer, and would have it twice
-                text = self.remove_answer_prefix(text) or text
-            elif has_image and i == image_turn:
-                text = f"{IMAGE_TOKEN}\n{text}"
-            messages.append({"role": "assistant" if i % 2 else "user", "content": text})
+        for i, text in enumerate(texts):
+            if i % 2:
+                messages.append({"role": "assistant", "content": self.escape(text)})
+            else:
+                has_image = i == image_turn and image_name(record) is not None
+                messages.append(self.make_question(text, has_image))
         return messages
+
+    def make_question(self, text, has_image):
+        """Returns the message of a question, with the image at its front if has_image."""
+        text = self.escape(text.replace(IMAGE_TOKEN, "")) if has_image else self.escape(text)
+        return {"role": "user", "content": f"{IMAGE_TOKEN}\n{text}" if has_image else text}
 
     def escape(self, text):
         """Returns the text stripped and with special tokens broken up. "</s>" becomes "< /s>", because the
         tokenizer would encode a literal "</s>" as the end token."""
-        return self.special_token.sub(lambda match: match[0][0] + " " + match[0][1:], text.strip())
+        return self.special_pattern.sub(lambda match: match[0][0] + " " + match[0][1:], text.strip())
 
     def decode(self, ids):
         """Returns the text of an answer, without special tokens and without an answer prefix."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return self.remove_answer_prefix(text.strip())
-
-    def remove_answer_prefix(self, text):
-        """Returns the text without what the template writes before an answer."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
         for prefix in self.answer_prefixes:
-            text = text.removeprefix(self.special_token.sub("", prefix).strip())
+            text = text.removeprefix(prefix.strip())
         return text.strip()
-
-    # -- the checks of __init__(): encode() relies on what they find ----------------------------------------
-
-    def _find_answer_prefixes(self):
-        """Returns what the template writes between prompt and answer, the longest first: Mistral a space, and
-        Qwen3 an empty thinking block before the last answer. Raises ValueError if adding an answer changes
-        the tokens of its prompt, because encode() relies on them."""
-        rendered, prefixes = self.render(TEMPLATE_PROBE), set()
-        ids, _ = self.tokenize(rendered, num_image_tokens=0)
-        for i in (1, 3, 5):
-            prompt = self.render_prompt(TEMPLATE_PROBE[:i])
-            prompt_ids = self.encode_prompt(TEMPLATE_PROBE[:i], num_image_tokens=0)
-            if not rendered.startswith(prompt) or ids[:len(prompt_ids)] != prompt_ids:
-                raise ValueError("it renders a prompt differently once its answer is added, so the model "
-                                 "would be trained on prompts that it never gets")
-            prefixes.add(rendered[len(prompt):rendered.find(TEMPLATE_PROBE[i]["content"], len(prompt))])
-        return sorted(prefixes, key=len, reverse=True)
-
-    def _find_end_token(self):
-        """Returns the id of the special token that ends every answer. Raises ValueError if there is none, or
-        if the tokenizer does not keep every character, because encode() relies on both."""
-        ids, labels = self.encode(TEMPLATE_PROBE, num_image_tokens=0)
-        labeled_ids = [label for label in labels if label != IGNORE_INDEX]
-        if labeled_ids[-1] not in self.special_ids or labeled_ids.count(labeled_ids[-1]) != 3:
-            raise ValueError("it writes no end token after an answer, so the model would never learn to stop")
-        prompt_length = len(self.encode_prompt(TEMPLATE_PROBE[:5], num_image_tokens=0))
-        text, decoded = TEMPLATE_PROBE[-1]["content"], self.decode(ids[prompt_length:])
-        if decoded != text:
-            raise ValueError(f"its tokenizer turns {text!r} into {decoded!r}; fetch the folder again if a "
-                             "file is missing, such as tokenizer.json")
-        return labeled_ids[-1]
 
 
 # -- samples and batches -----------------------------------------------------------------------------------
 
 
 class ChatDataset(Dataset):
-    """Training samples. Sample i is {"input_ids", "labels", "pixel_values", "skipped"}. `records` is a
-    RecordSet, `image_processor` the preprocessing of the vision tower, and `num_image_tokens` N. `max_length`
-    is the longest sample in tokens, image positions included."""
+    """Training samples. Sample i is {"input_ids", "labels", "pixel_values", "skipped"}. `records` are Records,
+    `image_processor` is the preprocessing of the vision tower, and `num_image_tokens` is N. `max_length` is the
+    longest sample in tokens, image positions included."""
 
     def __init__(self, records, template, image_processor, num_image_tokens, max_length):
         self.records, self.template, self.image_processor = records, template, image_processor
@@ -219,7 +208,7 @@ class ChatDataset(Dataset):
 
     def __getitem__(self, i):
         """Returns sample i. If its image cannot be decoded, returns the next usable sample and says why in
-        sample["skipped"]. check_records() has found nearly all other problems before the first step."""
+        sample["skipped"]. drop_unusable_records() has found nearly all other problems before."""
         skipped = []
         for j in range(i, i + min(20, len(self))):  # 20 bad records in a row: the image folder is broken
             record = self.records[j % len(self)]
@@ -231,15 +220,13 @@ class ChatDataset(Dataset):
                 skipped.append(str(error))
         raise UserError(f"{len(skipped)} records in a row cannot be used; the last: {skipped[-1]}")
 
-    def messages_of(self, record):
-        return self.template.to_messages(record, has_image=self.records.image_name(record) is not None)
-
     def encode_record(self, record):
         """Returns (input_ids, labels), cut after the last answer that fits into max_length tokens. (The
         original code cuts at max_length, inside of an answer.) Raises BadRecord if no answer fits."""
+        messages = self.template.to_messages(record)
         try:
-            ids, labels = self.template.encode(self.messages_of(record), self.num_image_tokens)
-        except ValueError as error:
+            ids, labels = self.template.encode(messages, self.num_image_tokens)
+        except UserError as error:
             raise BadRecord(record, str(error)) from error
         if len(ids) > self.max_length:
             has_image, following = self.template.image_token_id in ids, labels[1:] + [IGNORE_INDEX]
@@ -262,9 +249,9 @@ class ChatDataset(Dataset):
 
     def make_prompt(self, i, turn=0):
         """Returns ({"input_ids", "pixel_values"}, reference answer) for one question of record i: the first
-        if turn is 0. A later one is asked alone, without the turns before it."""
+        if turn is 0. A later one is asked alone, so that no earlier reference answer helps the model."""
         record = self.records[i]
-        messages, pixel_values = self.messages_of(record), self.load_pixel_values(record)
+        messages, pixel_values = self.template.to_messages(record), self.load_pixel_values(record)
         question, answer = (message["content"] for message in messages[2 * turn:2 * turn + 2])
         if pixel_values is not None and not question.startswith(IMAGE_TOKEN):
             question = f"{IMAGE_TOKEN}\n{question}"

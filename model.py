@@ -6,7 +6,8 @@
 
 CLIP cuts the image into patches and returns one vector per patch (Z_v). The projector, one linear layer, maps
 each of these vectors into the space of the LLM's token embeddings (H_v). From there on the LLM reads the
-image like text, whose embeddings are H_q. Nothing marks these positions as an image.
+image like text, whose embeddings are H_q. Nothing marks these positions as an image. They have consecutive
+positions, in reading order, and attention is causal, so patch k sees only the patches before it.
 
 Sizes used in the comments:                                          CLIP ViT-L/14 + TinyLlama       toy
     B    samples in the batch
@@ -17,7 +18,7 @@ Sizes used in the comments:                                          CLIP ViT-L/
     D_v  width of CLIP                                                                   1,024       128
     D    width of the LLM                                                                2,048       128
     V    size of the LLM's vocabulary                                                   32,000       615
-    K    labeled tokens in the batch, those that the loss is computed on
+    K    tokens in the batch that the loss is computed on (the labeled ones)
 
 "The original code" in the comments of this project is the authors', github.com/haotian-liu/LLaVA.
 """
@@ -98,8 +99,7 @@ class Llava(nn.Module):
         A and B are fp32. If W is in half precision, the model must be called under autocast.
         """
         self.llm = get_peft_model(self.llm, config)
-        # peft casts x to fp32 before A, and autocast would cast it back to half precision. Without peft's
-        # cast, neither copy is made.
+        # peft would cast x to fp32, and autocast back to half precision.
         for module in self.llm.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = False
@@ -147,7 +147,7 @@ class Llava(nn.Module):
             z_v = torch.zeros(0, self.num_image_tokens, self.vision_tower.config.hidden_size,
                               device=pixel_values.device)
         else:
-            with torch.no_grad():  # nothing in CLIP is trained; this says so, and keeps it true
+            with torch.no_grad():  # CLIP is frozen, so no activations need to be kept
                 z_v = self.vision_tower(pixel_values.to(self.vision_tower.dtype)).last_hidden_state
             # (I, 1 + N, D_v) -> (I, N, D_v): drop the class token, which comes first and belongs to no patch.
             # We count from the end because SigLIP has no class token.
@@ -224,7 +224,8 @@ class Llava(nn.Module):
         inputs_embeds = self.embed(input_ids, pixel_values)  # (B, T, D)
         # Each row counts its positions after its padding: [pad, pad, a, b] -> [0, 0, 0, 1]
         position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, T)
-        cache = DynamicCache()  # keys and values of all earlier positions, in every block
+        # In every block, keys and values: (B, key-value heads, positions so far, head_dim).
+        cache = DynamicCache()
         finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # (B,)
         answer = []
         for _ in range(max_new_tokens):

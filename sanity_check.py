@@ -2,7 +2,8 @@
 
     python sanity_check.py --sample 0            first question of a held-out record, and the model's answer
     python sanity_check.py --image photo.jpg     a question about any image; --question "What is this?"
-    python sanity_check.py --image photo.jpg --every-stage      the answer before and after each stage
+    python sanity_check.py --sample 0 --every-stage      the answer without the image, with an untrained
+                                                         projector, and after each stage; also with --image
     python sanity_check.py --show-mask 0         a held-out record with its labeled tokens marked
     python sanity_check.py --nearest-tokens 0    the vocabulary tokens that are nearest to each image patch
 
@@ -13,6 +14,8 @@ the toy, each command takes a few seconds. --probabilities adds the probability 
 image. If the three are equal for many records, the model ignores the image. --sample uses held-out records,
 because a good answer about a training image may be memorized.
 """
+
+import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
 
 import argparse
 import copy
@@ -29,7 +32,8 @@ from support.evaluation import (AnswerPrinter, load_heldout_dataset, nearest_tok
                                 print_sample, record_losses, records_with_other_images, shorten_image,
                                 token_probabilities)
 from support.pretrained import load_image
-from support.results import add_run_flags, load_run, read_run
+from support.records import image_name
+from support.results import add_run_flags, load_run, read_result
 from support.settings import INT_FROM_0, INT_FROM_1, FLOAT_FROM_0
 
 MAX_PATCHES = 24  # printed by --nearest-tokens
@@ -48,16 +52,21 @@ def print_prompt_and_answer(model, template, prompt, args):
             print(f"{token:<16}{p:<15.3f}{other} ({p_other:.3f})")
 
 
-def print_every_stage(args, question):
-    """Prints the answers to a question about args.image: without the image, with an untrained projector,
-    after stage 1, and after stage 2."""
+def print_every_stage(args):
+    """Prints the answers to one question: without the image, with an untrained projector, after stage 1, and
+    after stage 2."""
+    stage2 = args.run / "stage2"
     for stage in (1, 2):
-        read_run(args.run / f"stage{stage}")  # raises UserError if the stage is not finished
-    print(f"QUESTION\n{question}")
+        read_result(args.run / f"stage{stage}")  # raises UserError if the stage is not finished
     for stage in (1, 2):
         args.stage = stage
         model, template, image_processor, _ = load_run(args)
-        pixel_values = load_image(args.image, image_processor)  # (3, S, S)
+        if args.image is not None:
+            question, pixel_values = args.question, load_image(args.image, image_processor)  # (3, S, S)
+        else:
+            dataset = load_heldout_dataset(stage2, template, image_processor, model.num_image_tokens)
+            record = record_of(dataset, args.sample)
+            question, pixel_values = record["conversations"][0]["value"], dataset.load_pixel_values(record)
 
         def show(title, pixel_values):
             print(f"\n{title}")
@@ -66,6 +75,7 @@ def print_every_stage(args, question):
                          args.temperature)
 
         if stage == 1:
+            print(printable(f"QUESTION\n{question.replace(IMAGE_TOKEN, '').strip()}", keep="\n"))
             show("WITHOUT AN IMAGE", None)
             with untrained_projector(model):
                 show("UNTRAINED PROJECTOR", pixel_values)
@@ -74,10 +84,16 @@ def print_every_stage(args, question):
 
 def make_image_prompt(model, template, question, pixel_values):
     """Returns the prompt that asks about an image, (3, S, S), or without one if pixel_values is None."""
-    text = template.escape(question)
-    messages = [{"role": "user", "content": text if pixel_values is None else f"{IMAGE_TOKEN}\n{text}"}]
-    return {"input_ids": template.encode_prompt(messages, model.num_image_tokens),
+    message = template.make_question(question.replace(IMAGE_TOKEN, ""), pixel_values is not None)
+    return {"input_ids": template.encode_prompt([message], model.num_image_tokens),
             "pixel_values": pixel_values}
+
+
+def record_of(dataset, i):
+    """Returns held-out record i. Raises UserError if there is none."""
+    if i >= len(dataset):
+        raise UserError(f"there is no held-out record {i}: they are numbered 0 to {len(dataset) - 1}")
+    return dataset.records[i]
 
 
 @contextmanager
@@ -96,16 +112,15 @@ def untrained_projector(model):
 
 def print_losses(model, heldout_dataset, i):
     """Prints the loss of record i with the correct image, a different image and a blank image."""
-    batch = collate([heldout_dataset[i]], heldout_dataset.template.tokenizer.pad_token_id)
+    batch = collate([heldout_dataset[i]], heldout_dataset.template.pad_token_id)
     correct = batch["pixel_values"]  # (1, 3, S, S)
     images = {"correct image": correct}
     [record] = records_with_other_images(heldout_dataset.records, i)
     images["different image"] = heldout_dataset.load_pixel_values(record)[None]
     images["blank image"] = torch.zeros_like(correct)
     tokens = count_labeled(batch).item()
-    turns = len(heldout_dataset.messages_of(heldout_dataset.records[i])) // 2
-    print(f"loss of all reference answers of this record ({turns} answers, {tokens} tokens), nats per token, "
-          "with the")
+    turns = len(heldout_dataset.template.to_messages(heldout_dataset.records[i])) // 2
+    print(f"loss per token (nats) of this record's reference answers ({turns}, with {tokens} tokens):")
     losses = {name: record_losses(model, {**batch, "pixel_values": pixels}, model.llm.device).item() / tokens
               for name, pixels in images.items()}
     for name, loss in losses.items():
@@ -144,48 +159,47 @@ def main():
     mode.add_argument("--nearest-tokens", type=INT_FROM_0, metavar="N",
                       help="nearest tokens of the patches of record N")
     parser.add_argument("--question", help="question about --image; default: ask for a brief description")
-    parser.add_argument("--every-stage", action="store_true", help="ask about --image without the image, "
-                        "with an untrained projector, after stage 1 and after stage 2")
+    parser.add_argument("--every-stage", action="store_true", help="ask the question of --sample or --image "
+                        "without the image, with an untrained projector, after stage 1 and after stage 2")
     parser.add_argument("--probabilities", action="store_true", help="print the probability of each token of "
                         "the answer, and of the most likely other one")
     parser.add_argument("--max-new-tokens", type=INT_FROM_1, default=128, help="longest answer in tokens")
     parser.add_argument("--temperature", type=FLOAT_FROM_0, default=0.0,
                         help="0 takes the most likely token; above 0 samples")
     args = parser.parse_args()
-    if args.image is None and (args.question is not None or args.every_stage):
-        raise UserError("--question and --every-stage need --image, because a held-out record has its own "
-                        "question")
+    if args.image is None and args.question is not None:
+        raise UserError("--question needs --image, because a held-out record has its own question")
     other_mode = args.every_stage or args.show_mask is not None or args.nearest_tokens is not None
     if args.probabilities and other_mode:
         raise UserError("--probabilities needs --sample or --image without --every-stage")
-    question = args.question or "Provide a brief description of the given image."
+    args.question = args.question or "Provide a brief description of the given image."
+    args.sample = args.sample or 0
     if args.every_stage:
-        print_every_stage(args, question)
+        print_every_stage(args)
         return
 
-    model, template, image_processor, run = load_run(args)
+    model, template, image_processor, saved = load_run(args)
     if args.image is not None:
         pixel_values = load_image(args.image, image_processor)  # (3, S, S)
-        print_prompt_and_answer(model, template, make_image_prompt(model, template, question, pixel_values),
-                                args)
+        prompt = make_image_prompt(model, template, args.question, pixel_values)
+        print_prompt_and_answer(model, template, prompt, args)
         return
 
-    heldout_dataset = load_heldout_dataset(run, template, image_processor, model.num_image_tokens)
-    i = args.show_mask or args.nearest_tokens or args.sample or 0
-    if i >= len(heldout_dataset):
-        raise UserError(f"there is no held-out record {i}: they are numbered 0 to {len(heldout_dataset) - 1}")
+    heldout_dataset = load_heldout_dataset(args.run / f"stage{saved['stage']}", template, image_processor,
+                                           model.num_image_tokens)
+    i = args.show_mask or args.nearest_tokens or args.sample
+    record = record_of(heldout_dataset, i)
     if args.show_mask is not None:
         print_sample(heldout_dataset, i, color=sys.stdout.isatty())
         return
-    record = heldout_dataset.records[i]
     print(printable(f"held-out record {i} of {len(heldout_dataset)}: id {record.get('id')}, "
-                    f"image {heldout_dataset.records.image_name(record)}"))
+                    f"image {image_name(record)}"))
     prompt, reference = heldout_dataset.make_prompt(i)
     if args.nearest_tokens is not None:
         if prompt["pixel_values"] is None:
             raise UserError(f"held-out record {i} has no image: choose another one")
         print(printable(f"reference answer: {reference}\n", keep="\n"))
-        print_nearest_tokens(model, template, prompt["pixel_values"], run["stage"])
+        print_nearest_tokens(model, template, prompt["pixel_values"], saved["stage"])
         return
     print_prompt_and_answer(model, template, prompt, args)
     print(printable(f"REFERENCE\n{reference}\n", keep="\n"))

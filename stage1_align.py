@@ -11,75 +11,90 @@ could damage it.
     python stage1_align.py --preset tinyllama   the real models and data, see docs/real_data.md
 
 Writes projector.safetensors, run.json and metrics.jsonl to <run>/stage1/. Continue with stage2_instruct.py.
-This prints where the two stages differ, without comments:
-    diff <(grep -v '^ *#' stage1_align.py) <(grep -v '^ *#' stage2_instruct.py)
+This prints where main() of the two stages differs, without comments:
+    diff <(sed -n '/^def main/,$p' stage1_align.py | grep -v '^ *#') \\
+         <(sed -n '/^def main/,$p' stage2_instruct.py | grep -v '^ *#')
 """
+
+import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
 
 import math
 from functools import partial
-from pathlib import Path
+from itertools import chain
 
 import torch
+from torch.utils.data import DataLoader
 
-from data import ChatTemplate, count_labeled
-from model import Llava
-from support import checkpoints
-from support.check_records import check_and_make_datasets, record_skipped_or_stop
-from support.devices import choose_dtype
-from support.errors import explain_errors, run_script
-from support.evaluation import evaluate_heldout, make_heldout_batches, print_sample
-from support.metrics_log import MetricsLog, format_grounding
-from support.pretrained import load_language_model, load_vision_tower
+from data import ChatDataset, ChatTemplate, collate, count_labeled
+from model import Llava, count_patches
+from support import checkpoints, evaluation, results, settings, step_batches
+from support.check_records import drop_unusable_records
+from support.errors import run_script
+from support.metrics_log import MetricsLog
+from support.pretrained import (load_image_processor, load_language_model, load_vision_config,
+                                load_vision_tower)
 from support.processes import Processes
-from support.records import open_records
-from support.results import save_result
-from support.settings import next_command, parse_settings, print_settings
-from support.step_batches import load_steps, plan_events, plan_steps, print_plan, try_longest_batch
+from support.records import load_records
 
-# -- 1. settings: each one is also a flag, see --help ------------------------------------------------------
-
-COMMON = dict(  # what the presets share; each of them may change it
-    vision_layer=-2, projector="linear",
-    heldout_data=None, heldout_images=None,  # hold records out of the training data
-    limit=0,  # no limit
-    allow_bad=0.01, workers=0, grad_accum=1, epochs=1, max_steps=None, warmup=0.03, max_grad_norm=1.0,
-    precision="auto", device="auto", seed=0, eval_every=None, save_every=None, log_every=5)
-
+# Each setting is also a flag, see --help. support/settings.py has those that hardly anybody changes.
 PRESETS = {
-    "toy": COMMON | dict(
-        run="runs/toy", vision_tower="toy/clip-vit", llm="toy/llama-chat",
-        # The images of stage 1 are in a .zip file, and those of stage 2, other pictures, in a folder.
-        data="toy/data/chat.json", images="toy/data/images.zip",
-        heldout_data="toy/data/heldout_chat.json", heldout_images="toy/data/heldout.zip", heldout=240,
-        max_length=256, lr=1e-2, batch_size=32, epochs=2, eval_every=20, save_every=100),
-    "small": COMMON | dict(
-        # docs/small.md compares the layers -4, -2 and -1.
-        run="runs/small", vision_tower="data/small/encoder", vision_layer=-4, llm="data/small/llm",
-        data="data/small/pictures/captions.json", images="data/small/pictures/images.zip",
+    "toy": dict(
+        run="runs/toy",                       # the results go to runs/toy/stage1
+        vision_tower="toy/clip-vit",          # small models that were trained for this world
+        llm="toy/llama-chat",
+        data="toy/data/chat.json",            # records: an image, a question and a caption
+        images="toy/data/images.zip",         # a .zip file, or a folder as in stage 2
+        heldout_data="toy/data/heldout_chat.json",
+        heldout_images="toy/data/heldout.zip",
+        heldout=240,                          # records that are only evaluated
+        max_length=256,                       # longest sample in tokens, N image positions included
+        lr=1e-2,                              # at its peak; the small toy allows a high one
+        batch_size=32,                        # samples per micro-batch
+        grad_accum=1,                         # micro-batches per optimizer step
+        epochs=2,                             # passes over the data
+        eval_every=20,                        # steps between two evaluations
+        save_every=100),                      # steps between two checkpoints
+    "small": dict(
+        run="runs/small",
+        vision_tower="data/small/encoder",    # DINOv2
+        vision_layer=-4,                      # docs/small.md compares the layers -4, -2 and -1
+        llm="data/small/llm",                 # SmolLM2-135M
+        data="data/small/pictures/captions.json",
+        images="data/small/pictures/images.zip",
         heldout_data="data/small/pictures/heldout_captions.json",
-        heldout_images="data/small/pictures/images.zip", heldout=368,
-        max_length=256, lr=5e-3, batch_size=8, epochs=3, eval_every=100),
-    "tinyllama": COMMON | dict(
-        run="runs/tinyllama", vision_tower="openai/clip-vit-large-patch14",
+        heldout_images="data/small/pictures/images.zip",
+        heldout=368,
+        max_length=256,
+        lr=5e-3,
+        batch_size=8,
+        grad_accum=1,
+        epochs=3,
+        eval_every=100),
+    "tinyllama": dict(
+        run="runs/tinyllama",
+        vision_tower="openai/clip-vit-large-patch14",
         llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-        data="data/LLaVA-CC3M-Pretrain-595K/chat.json", images="data/LLaVA-CC3M-Pretrain-595K/images.zip",
-        heldout=256, max_length=2048, workers=2,
-        # The paper has the same learning rate, schedule and effective batch of 128 (here 4 × 32). It does not
-        # mention clipping.
-        lr=2e-3, batch_size=4, grad_accum=32),
+        data="data/LLaVA-CC3M-Pretrain-595K/chat.json",
+        images="data/LLaVA-CC3M-Pretrain-595K/images.zip",
+        heldout=256,                          # images that are taken out of the training data
+        max_length=2048,                      # TinyLlama cannot read more
+        workers=2,                            # processes that decode images
+        lr=2e-3,                              # the paper's, as are one epoch, the schedule and 128 samples per step
+        batch_size=4,                         # fits into 14.6 GiB, see docs/memory_and_speed.md
+        grad_accum=32,                        # 4 × 32 = 128 samples per step
+        epochs=1),
 }
 
 
 def main(argv=None):
-    args = parse_settings(__doc__, PRESETS, argv)
+    # -- 1. start: nothing here is about LLaVA -------------------------------------------------------------
+
+    args = settings.parse_settings(__doc__, PRESETS, argv)
     # One process, or several if torchrun has started this script.
-    processes = Processes(args.device)
-    device, dtype = processes.device, choose_dtype(args.precision, processes.device)
-    print_settings(args, device, dtype)
-    folder = Path(args.run) / "stage1"
-    # run.json and checkpoints store all settings. --resume refuses to change those that alter the result.
-    settings = {**vars(args), "effective_batch": args.batch_size * args.grad_accum * processes.world_size}
-    checkpoint = checkpoints.lock_and_find_checkpoint_or_exit(folder, settings, processes)
+    processes = Processes(args.device, args.precision)
+    device, dtype = processes.device, processes.dtype
+    # Locks the folder, and looks for an earlier run and its checkpoint.
+    folder = checkpoints.StageFolder(args, 1, processes)
     # Every process must start with the same random weights.
     torch.manual_seed(args.seed)
 
@@ -89,13 +104,16 @@ def main(argv=None):
     if args.data.startswith("toy/data/"):
         import toy.world
         toy.world.draw_if_missing()
-    train_records, heldout_records = open_records(args)
-    template = ChatTemplate(args.llm)
-    train_dataset, heldout_dataset, lengths = check_and_make_datasets(
-        train_records, heldout_records, template, args, processes)
-    pad_token_id = template.tokenizer.pad_token_id
-    heldout_batches = make_heldout_batches(heldout_dataset, pad_token_id, args.batch_size)
-    print_sample(train_dataset)
+    train_records, heldout_records = load_records(args)
+    template, image_processor = ChatTemplate(args.llm), load_image_processor(args.vision_tower)
+    num_image_tokens = count_patches(load_vision_config(args.vision_tower))  # N
+    train_dataset = ChatDataset(train_records, template, image_processor, num_image_tokens, args.max_length)
+    heldout_dataset = ChatDataset(heldout_records, template, image_processor, num_image_tokens, args.max_length)
+    # lengths[i]: about how many tokens sample i has
+    lengths = drop_unusable_records(train_dataset, args.allow_bad)
+    drop_unusable_records(heldout_dataset, open_images=True)
+    heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
+    evaluation.print_sample(train_dataset)
     if args.check_data:
         return None
 
@@ -104,9 +122,7 @@ def main(argv=None):
     # Frozen weights are never updated, so half precision is enough on a GPU, and halves their memory.
     vision_tower = load_vision_tower(args.vision_tower, dtype)
     llm = load_language_model(args.llm, dtype, device)
-    with explain_errors(f"use --vision-layer {args.vision_layer}"):
-        model = Llava(vision_tower, llm, template.image_token_id, args.projector, args.vision_layer)
-    model.to(device)
+    model = Llava(vision_tower, llm, template.image_token_id, args.projector, args.vision_layer).to(device)
     # The projector was created in fp32 and stays in fp32. bf16 has 8 significant bits, so an update smaller
     # than about 1/500 of the weight would always be rounded away.
     model.projector.requires_grad_(True)
@@ -119,7 +135,7 @@ def main(argv=None):
 
     parameters = list(model.trainable_parameters().values())
     # No weight decay, as in the original code. "peak_lr" is our own key, for the schedule below. fused=True
-    # updates all tensors in one kernel.
+    # updates all tensors in a few kernels.
     optimizer = torch.optim.AdamW([{"params": parameters, "peak_lr": args.lr}], weight_decay=0.0, fused=True)
     # fp16 rounds numbers below 3e-8 to zero, so small gradients would vanish on their way back. The scaler
     # multiplies the loss by a large number, which scales every gradient. unscale_() divides the gradients by
@@ -131,34 +147,36 @@ def main(argv=None):
 
     # -- 5. the loop ---------------------------------------------------------------------------------------
 
-    progress = checkpoints.restore_or_clear(
-        checkpoint, folder, model, optimizer, scaler, train_dataset.records, processes)
-    # sample_indices[k] lists the micro-batches of one optimizer step of this process. Each micro-batch lists
-    # the indices of its samples. samples_per_step[k] is the number of samples of that step in all processes.
-    sample_indices, samples_per_step = plan_steps(lengths, args, processes, progress)
-    total_steps = progress.step + len(samples_per_step)
-    log_at, eval_at, save_at = plan_events(args, total_steps)
-    step_loader = load_steps(train_dataset, sample_indices, pad_token_id, args.workers, device)
-    print_plan(args, processes.world_size, len(train_dataset), len(heldout_dataset), total_steps)
-    log = MetricsLog(folder, processes, checkpoint, total_steps)
+    # At step 0, or where the checkpoint ended.
+    progress = folder.begin(model, optimizer, scaler, train_dataset.records, heldout_dataset.records)
+    # steps[k] lists the micro-batches of one optimizer step of this process. Each micro-batch lists the indices
+    # of its samples. samples_per_step[k] is the number of samples of that step in all processes.
+    steps, samples_per_step = step_batches.plan_steps(lengths, args, processes, progress)
+    total_steps = progress.step + len(steps)
+    # Yields the micro-batches of all steps, one after the other. collate() says what a micro-batch contains.
+    loader = DataLoader(train_dataset, batch_sampler=list(chain(*steps)),
+                        collate_fn=partial(collate, pad_token_id=template.pad_token_id),
+                        pin_memory=device.type == "cuda", **step_batches.loader_options(steps, args.workers))
+    log = MetricsLog(folder, args, progress, total_steps)
 
     def evaluate():
         """Logs the held-out loss with the correct and a different image, an answer, and nearest tokens."""
         with autocast():
-            grounding, *example = evaluate_heldout(
-                model, template, heldout_dataset, heldout_batches, device, processes.map)
-        log.log_heldout(progress.step, grounding, *example)
-        return grounding
+            image_use, *example = evaluation.evaluate_heldout(
+                model, heldout_dataset, heldout_batches, processes)
+        log.log_heldout(progress.step, image_use, *example)
+        return image_use
 
     model.train()
     # The longest samples may come late in the run. If they do not fit into the GPU's memory, stop now.
     if device.type == "cuda":
-        try_longest_batch(model, train_dataset, lengths, pad_token_id, device, autocast, args)
+        step_batches.try_longest_batch(model, train_dataset, lengths, device, autocast, args)
     warmup_steps = max(1, round(args.warmup * total_steps))
     with checkpoints.StopSignal() as stop_signal:
         if progress.step == 0:
-            progress.grounding_before = evaluate()
-        for indices, num_samples in zip(sample_indices, samples_per_step):
+            progress.before = evaluate()
+        batches = iter(loader)
+        for indices, num_samples in zip(steps, samples_per_step):
             # Linear warm-up, because Adam's first updates are about as large as lr however small the gradient
             # is. Then half a cosine, towards zero, while `decay` grows from 0 to 1.
             decay = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -166,16 +184,16 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
 
-            # collate() in data.py says what a micro-batch contains.
-            micro_batches, skipped, seconds_waiting = next(step_loader)
-            record_skipped_or_stop(progress.skipped, skipped, folder, args.allow_bad, len(train_dataset))
+            micro_batches, skipped, seconds_waiting = step_batches.take_step(batches, len(indices))
+            folder.record_skipped(progress, skipped, len(train_dataset))
 
             # The loss is the mean over all n labeled tokens of the effective batch, here num_labeled:
             #     L = 1/n · Σ over micro-batches Σ over their labeled tokens  -log p(x_t | x_<t, image)
             # With the usual loss.mean() / grad_accum, every micro-batch has the same weight. A token in a
             # micro-batch with few labeled tokens would then count more than one in a micro-batch with many,
             # and the result would depend on how the batch is split.
-            num_labeled = processes.sum(sum(count_labeled(batch).sum() for batch in micro_batches))
+            own_labeled = sum(count_labeled(batch).sum().item() for batch in micro_batches)
+            num_labeled = processes.sum(own_labeled)
             loss = torch.zeros((), device=device)
             for batch in micro_batches:
                 batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -201,27 +219,25 @@ def main(argv=None):
             progress.step += 1
             progress.samples += num_samples
             log.count_step(num_samples, micro_batches, seconds_waiting)
+            log.log_step(progress, optimizer, loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
             # Frees their memory before the next ones are loaded.
             del micro_batches
-            if progress.step in log_at:
-                log.log_step(progress, optimizer, loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
-            # Without --eval-every, evaluations take at most a tenth of the time.
-            if progress.step in eval_at and (args.eval_every or log.may_evaluate()):
+            if log.evaluation_is_due(progress.step):
                 evaluate()
             # Not 0 if any process has got Ctrl-C or SIGTERM. Then all processes save and stop.
             stop = processes.max(stop_signal.number)
-            if stop or progress.step in save_at:
-                checkpoints.save(folder, progress, model, optimizer, scaler, settings, processes)
+            if stop or log.checkpoint_is_due(progress.step):
+                folder.save_checkpoint(progress, model, optimizer, scaler)
             if stop:
-                log.close_and_exit(stop, progress.step)
+                log.exit_on_signal(stop, progress.step)
 
     # -- 6. save -------------------------------------------------------------------------------------------
 
-    grounding = evaluate()
+    image_use = evaluate()
     log.close()
-    save_result(folder, 1, model, settings, progress, grounding, train_dataset, heldout_dataset, processes)
-    print(f"before: {format_grounding(progress.grounding_before)}\nafter:  {format_grounding(grounding)}\n"
-          f"saved in {folder}; next: {next_command('stage2_instruct.py', args)}")
+    results.save_result(folder, 1, model, progress, image_use)
+    log.print_result(progress.before, image_use,
+                     settings.next_command("stage2_instruct.py", args, PRESETS[args.preset]))
     return model
 
 

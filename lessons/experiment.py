@@ -15,7 +15,7 @@ import stage1_align
 import stage2_instruct
 from data import ChatDataset, ChatTemplate
 from model import Llava
-from support.evaluation import load_heldout_dataset, make_heldout_batches, measure_grounding
+from support.evaluation import load_heldout_dataset, make_heldout_batches, measure_image_use
 from support.pretrained import load_image_processor
 from support.results import read_run
 from tools.evaluate import answer_questions, list_questions, score_answers, score_captions
@@ -97,8 +97,8 @@ def measure(trained, different_image=False):
         measured["captions"] = scores["caption_f1"]
     else:
         measured["answers"] = score_answers(questions, answer(trained, questions))["qa_exact"]
-    batches = make_heldout_batches(dataset, trained.template.tokenizer.pad_token_id, batch_size=40)
-    losses = measure_grounding(model, batches, model.llm.device)
+    batches = make_heldout_batches(dataset, trained.template.pad_token_id, batch_size=40)
+    losses = measure_image_use(model, batches, model.llm.device)
     measured["loss"] = losses["loss"]
     if different_image:
         measured["loss with a different image"] = losses["loss_different"]

@@ -57,7 +57,7 @@ def run(seed):
         trained["all weights"] = train(2, seed, "all-weights", before)
     [tuned, *_] = trained.values()
     samples = [tuned.heldout_dataset[i] for i in range(len(tuned.heldout_dataset))][:32]
-    batch = collate(samples, tuned.template.tokenizer.pad_token_id)
+    batch = collate(samples, tuned.template.pad_token_id)
     del batch["skipped"]
     seconds = seconds_per_step([each.model for each in trained.values()], batch)
 

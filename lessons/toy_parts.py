@@ -10,9 +10,10 @@ import toy.world
 from data import ChatDataset, ChatTemplate
 from model import Llava
 from support.pretrained import load_image_processor, load_language_model, load_vision_tower
-from support.records import open_records
+from support.records import load_records
+from support.settings import DEFAULTS
 
-PRESETS = {1: stage1_align.PRESETS["toy"], 2: stage2_instruct.PRESETS["toy"]}
+PRESETS = {1: DEFAULTS | stage1_align.PRESETS["toy"], 2: DEFAULTS | stage2_instruct.PRESETS["toy"]}
 
 
 def load_model(model_class=Llava, seed=0):
@@ -32,4 +33,4 @@ def load_datasets(template, num_image_tokens, stage):
     toy.world.draw_if_missing()  # about 10 s, only once
     image_processor = load_image_processor(settings.vision_tower)
     return [ChatDataset(records, template, image_processor, num_image_tokens, settings.max_length)
-            for records in open_records(settings)]
+            for records in load_records(settings)]

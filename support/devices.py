@@ -10,16 +10,21 @@ from support.errors import UserError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_device(name):
-    """Returns the torch.device called `name`; for "auto" a CUDA GPU, else Apple's mps, else the CPU."""
+def choose_device(name, local_rank=None):
+    """Returns the torch.device called `name`; for "auto" a CUDA GPU, else Apple's mps, else the CPU. Process
+    `local_rank` of several on one machine gets the GPU of this number. Raises UserError if it cannot be used."""
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
     try:
-        torch.zeros(1, device=name).item()
+        device = torch.device(name)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # else CUDA would also take memory on GPU 0
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0][:100]}") from error
-    return torch.device(name)
+        raise UserError(f"the device {name} cannot be used here: {str(error).splitlines()[0][:100]}") from error
+    return device
 
 
 def choose_dtype(name, device):
@@ -40,10 +45,10 @@ def expanded_attention(module, query, key, value, attention_mask, scaling=None, 
     """Attention as transformers' "sdpa" computes it, but every query head gets its own copy of its keys and
     values. (In TinyLlama, 8 query heads share them.)
 
-    For shared keys and values, PyTorch before 2.14 has flash attention only in half precision and on an
-    A100, an RTX 30xx or a later GPU. Elsewhere it uses the kernel "math", which keeps all T×T attention
-    weights in fp32 for the backward pass. With copies, it can use its memory-efficient kernel, which keeps
-    none and runs on every CUDA GPU.
+    For shared keys and values, PyTorch 2.13 has flash attention only in half precision and on an A100, an
+    RTX 30xx or a later GPU. Elsewhere it uses the kernel "math", which keeps all T×T attention weights in fp32
+    for the backward pass. With copies, it can use its memory-efficient kernel, which keeps none and runs on
+    older CUDA GPUs too, in fp16 and fp32. (Source: sdp_utils.cpp of PyTorch.)
 
     Shapes: query (B, heads, T, head_dim); key, value (B, key-value heads, T, head_dim).
     """

@@ -1,22 +1,21 @@
 """Errors that a user can fix, and how a script ends with them: in one sentence and an exit code."""
 
 import re
+import signal
 import sys
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import transformers
 
 # Control characters, line separators, changes of the writing direction, and half characters.
 UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text, keep=""):
-    """Returns the text with unprintable characters escaped, except those to keep, because a file name can
-    contain a line break or a code that changes the terminal."""
+    """Returns the text of a record, a file name or a model with unprintable characters escaped, except those to
+    keep, because such a text can contain a code that changes the terminal."""
     return UNPRINTABLE.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text)
 
 
@@ -37,8 +36,9 @@ class BadRecord(UserError):
 
 @contextmanager
 def explain_errors(action):
-    """Turns every exception into the UserError "cannot <action>: …". It is for reading and writing files,
-    because libraries can raise almost anything if a file is damaged or the disk is full."""
+    """Turns every exception into the UserError "cannot <action>: …". Put it only around calls of a library that
+    read or write a file, because these can raise almost anything if the file is damaged or the disk is full.
+    Around code of this project it would hide the line of a bug."""
     try:
         yield
     except UserError:
@@ -51,13 +51,8 @@ def explain_errors(action):
 
 
 def run_script(main):
-    """Runs main(). A UserError exits with its sentence and code 1; a bug still shows its traceback."""
-    transformers.logging.disable_progress_bar()  # the bar of loading weights
-    # peft 0.21 asks transformers 5 for an attribute by its old name. The user can do nothing about it.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    # Older versions of transformers 5 lack the new names activation_checkpointing_enable and cache.
-    warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
-    warnings.filterwarnings("ignore", "`past_key_values` is deprecated.*Use `cache`", FutureWarning)
+    """Runs main(). A UserError exits with its sentence and code 1; every other error shows its traceback."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # support/start.py has set another one
     script = Path(sys.argv[0]).name
     for output in (sys.stdout, sys.stderr):  # a character that the terminal lacks must not end a run
         if hasattr(output, "reconfigure"):  # not in a notebook
@@ -70,13 +65,7 @@ def run_script(main):
         # An error of a DataLoader worker arrives as text, with the worker's traceback above it.
         sentence = re.split(r"support\.errors\.(?:UserError|BadRecord): ", str(error))[-1].strip()
         sys.exit(f"{script}: {printable(sentence)}")
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if "shared memory" in str(error):
-            sys.exit(f"{script}: the worker processes have too little shared memory to pass their batches "
-                     "on. Pass --workers 0, or start Docker with --shm-size=4g")
-        if re.search("DataLoader worker.*(exited unexpectedly|signal: Killed)", str(error)):
-            sys.exit(f"{script}: a worker process was killed, probably because the memory was full. Lower "
-                     "--workers")
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not is_out_of_memory(error):
             raise
         details = (str(error).splitlines() or ["no details"])[0]
@@ -89,6 +78,6 @@ def run_script(main):
 
 
 def is_out_of_memory(error):
-    """Returns True for a lack of memory. On a CPU, PyTorch reports it as a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        words in str(error) for words in ("can't allocate memory", "not enough memory"))
+    """Returns True for a lack of memory. PyTorch often reports it as a plain RuntimeError."""
+    words = "can't allocate memory", "not enough memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED"
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error) for w in words)

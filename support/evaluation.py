@@ -6,53 +6,59 @@ Both stages call evaluate_heldout(). The tools call the functions that it uses o
 
 from collections import Counter
 from itertools import groupby, islice
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import TextStreamer
 
 from data import IMAGE_TOKEN, ChatDataset, collate, count_labeled
 from model import IGNORE_INDEX
-from support.check_records import check_records, print_check_result
+from support.check_records import drop_unusable_records
 from support.errors import UserError, printable
-from support.records import reopen_heldout
+from support.files import find_file
+from support.images import ImageStore
+from support.records import image_name, read_records
+from support.results import read_result
 
 
-def load_heldout_dataset(run, template, image_processor, num_image_tokens, count=None):
-    """Returns the ChatDataset of the records that a run has held out, or of the first `count`. `run` is its
-    run.json. Records that have become unusable are left out and printed."""
-    settings = run["settings"]
-    prefix = "heldout_" if settings["heldout_data"] else ""
-    records = reopen_heldout(settings[f"{prefix}data"], settings[f"{prefix}images"], run["records"])
-    records = records.subset(np.arange(len(records))[:count])
-    max_length = settings["max_length"]
-    result = check_records(records, template, num_image_tokens, max_length, decode=True)
-    if result.failures:
-        print_check_result(records, result)
-    if not len(result.usable):
-        raise UserError(f"none of the {len(records)} held-out records of {records.file.path} can be used")
-    return ChatDataset(result.usable, template, image_processor, num_image_tokens, max_length)
+def load_heldout_dataset(folder, template, image_processor, num_image_tokens, count=None):
+    """Returns the ChatDataset of the records that a finished stage has held out, or of the first `count`.
+    Records that have become unusable are left out and printed."""
+    settings = read_result(folder)["settings"]
+    images = settings["heldout_images"] or settings["images"]
+    try:
+        store = ImageStore(find_file(images))
+    except UserError as error:
+        raise UserError(f"{error}; {folder}/run.json names it as the place of the held-out images, relative to "
+                        "the folder where the stage was started") from error
+    records = read_records(Path(folder) / "heldout.json", store)
+    records = records.subset(slice(count))
+    dataset = ChatDataset(records, template, image_processor, num_image_tokens, settings["max_length"])
+    drop_unusable_records(dataset, open_images=True, quiet=True)
+    return dataset
 
 
-def make_heldout_batches(dataset, pad_token_id, batch_size):
+def make_heldout_batches(dataset, batch_size):
     """Returns the records of a ChatDataset that have an image, as a list of training batches of nearly equal
     size, with at least batch_size records each if there are so many, and fewer than twice as many.
     batch["image_names"] lists the names of the images. Raises UserError if there are fewer than two."""
-    # measure_grounding() takes the image of the previous record as the different image. So the first record
+    # measure_image_use() takes the image of the previous record as the different image. So the first record
     # of every image comes first, then the second of every image, and so on.
     earlier, order = Counter(), []  # earlier[name]: how many records with this image came before
     for i in range(len(dataset)):
-        name = dataset.records.image_name(dataset.records[i])
+        name = image_name(dataset.records[i])
         if name is not None:
             order.append((earlier[name], i, name))
             earlier[name] += 1
     if len(earlier) < 2:
-        raise UserError(f"{dataset.records.file.path}: the usable held-out records have fewer than two "
-                        "different images, so none can be evaluated with a different one; raise --heldout")
+        raise UserError(f"{dataset.records.path}: the usable held-out records have fewer than two different "
+                        "images, so none can be evaluated with a different one; raise --heldout")
     order.sort()
     # A last batch of one record would have no different image.
     chunks = np.array_split(np.arange(len(order)), max(1, len(order) // max(2, batch_size)))
-    return [collate([dataset[order[k][1]] for k in chunk], pad_token_id)
+    return [collate([dataset[order[k][1]] for k in chunk], dataset.template.pad_token_id)
             | {"image_names": [order[k][2] for k in chunk]} for chunk in chunks]
 
 
@@ -65,7 +71,7 @@ def record_losses(model, batch, device):
     return torch.stack([record.sum() for record in per_record]).cpu().double()  # (B,)
 
 
-def measure_grounding(model, batches, device, blank=False, map_batches=map):
+def measure_image_use(model, batches, device, blank=False, map_batches=map):
     """Measures how much the held-out answers depend on the image.
 
     A falling loss does not show that a model uses the image, because it also falls while the model learns the
@@ -80,6 +86,8 @@ def measure_grounding(model, batches, device, blank=False, map_batches=map):
         correct_more_likely: fraction of records whose answers are more likely with the correct image. A tie
             counts half, so chance is 0.5.
         same_image: number of records without a different image, if there are any.
+        not_finite: image names of the records that are left out, because one of their losses is not a finite
+            number, if there are any. fp16 can overflow.
     """
     def measure(batch):
         pixel_values, names = batch["pixel_values"], batch["image_names"]  # (B, 3, S, S)
@@ -93,44 +101,47 @@ def measure_grounding(model, batches, device, blank=False, map_batches=map):
     was_training = model.training
     model.eval()
     rows = torch.cat(list(map_batches(measure, batches)), dim=1)  # (4 or 5, records)
-    correct, different, *blanks, tokens, differs = rows
     model.train(was_training)
+    finite = rows.isfinite().all(dim=0)  # (records,)
+    names = [name for batch in batches for name in batch["image_names"]]
+    correct, different, *blanks, tokens, differs = rows[:, finite]
     differs = differs.bool()
     correct_wins = ((correct < different).float() + 0.5 * (correct == different))[differs]
-    grounding = {"loss": (correct.sum() / tokens.sum()).item(),
-                "loss_different": (different[differs].sum() / tokens[differs].sum()).item(),
-                "correct_more_likely": correct_wins.mean().item()}
+    image_use = {"loss": (correct.sum() / tokens.sum()).item(),
+                 "loss_different": (different[differs].sum() / tokens[differs].sum()).item(),
+                 "correct_more_likely": correct_wins.mean().item()}
     if blank:
-        grounding["loss_blank"] = (blanks[0].sum() / tokens.sum()).item()
+        image_use["loss_blank"] = (blanks[0].sum() / tokens.sum()).item()
     if not differs.all():
-        grounding["same_image"] = (~differs).sum().item()
-    return grounding
+        image_use["same_image"] = (~differs).sum().item()
+    if not finite.all():
+        image_use["not_finite"] = [name for name, ok in zip(names, finite.tolist()) if not ok]
+    return image_use
 
 
 def records_with_other_images(records, i, count=1):
     """Returns the next `count` records after record i that have a different image. After the last record
     follows the first. Raises UserError if there is none."""
     following = (records[j % len(records)] for j in range(i + 1, i + len(records)))
-    excluded_names = (None, records.image_name(records[i]))
-    found = list(islice((record for record in following
-                         if records.image_name(record) not in excluded_names), count))
+    excluded_names = (None, image_name(records[i]))
+    found = list(islice((record for record in following if image_name(record) not in excluded_names), count))
     if not found:
-        raise UserError(f"{records.file.path}: all held-out records have the same image; raise --heldout")
+        raise UserError(f"{records.path}: all held-out records have the same image; raise --heldout")
     return found
 
 
-def evaluate_heldout(model, template, dataset, batches, device, map_batches):
-    """Returns what measure_grounding() returns for all held-out batches and, for the first record, the
-    generated answer, the reference answer and the nearest tokens."""
+def evaluate_heldout(model, dataset, batches, processes):
+    """Returns what measure_image_use() returns for all held-out batches and, for the first record, the generated
+    answer, the reference answer and the nearest tokens."""
     prompt, reference = dataset.make_prompt(0)
-    grounding = measure_grounding(model, batches, device, map_batches=map_batches)
-    [generated] = generate_answers(model, template, [prompt], device, max_new_tokens=64)
-    return grounding, generated, reference, nearest_tokens(model, template, prompt["pixel_values"])
+    image_use = measure_image_use(model, batches, processes.device, map_batches=processes.map)
+    [generated] = generate_answers(model, dataset.template, [prompt], processes.device, max_new_tokens=64)
+    return image_use, generated, reference, nearest_tokens(model, dataset.template, prompt["pixel_values"])
 
 
 def prompt_batch(template, prompts, device):
     """Returns the batch of a list of prompts (see ChatDataset.make_prompt()) on the device."""
-    batch = collate(prompts, template.tokenizer.pad_token_id, padding_side="left")
+    batch = collate(prompts, template.pad_token_id, padding_side="left")
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -144,26 +155,19 @@ def generate_answers(model, template, prompts, device, max_new_tokens=128):
     return [template.decode(row) for row in ids]
 
 
-class AnswerPrinter:
-    """Prints the text of an answer while Llava.generate() passes on its ids, and keeps them in `ids`."""
+class AnswerPrinter(TextStreamer):
+    """Prints the text of an answer word by word while Llava.generate() passes on its ids, and keeps them."""
 
     def __init__(self, template):
-        self.template, self.ids, self.printed = template, [], 0  # printed: number of characters
+        super().__init__(template.tokenizer, skip_special_tokens=True)
+        self.ids = []
 
-    def put(self, ids):
-        self.ids += ids.flatten().tolist()
-        text = self.template.decode(self.ids)
-        # The end of the text can be a part of a character, and the beginning a part of what decode() removes.
-        if not text.endswith("\ufffd") and not any(
-                prefix.startswith(text) for prefix in self.template.answer_prefixes):
-            self._print_rest(text)
+    def put(self, value):
+        self.ids += value.tolist()
+        super().put(value)
 
-    def end(self):
-        self._print_rest(self.template.decode(self.ids), end="\n")
-
-    def _print_rest(self, text, end=""):
-        print(printable(text[self.printed:], keep="\n"), end=end, flush=True)
-        self.printed = len(text)
+    def on_finalized_text(self, text, stream_end=False):
+        print(printable(text, keep="\n"), end="\n" if stream_end else "", flush=True)
 
 
 def print_answer(model, template, prompt, printer, max_new_tokens, temperature):
@@ -183,7 +187,8 @@ def nearest_tokens(model, template, pixel_values, count=3):
     pixel_values: (3, S, S), or None for a record without an image, which has no patches.
 
     After stage 1 of the toy, the nearest tokens of a patch that shows an object are usually its color and its
-    shape. Of the image tokens of real models, only about a third can be read in this way (arXiv:2602.00462).
+    shape. Of the image tokens of real models, about a third can be read in this way, and two thirds by comparing
+    them with token vectors inside the LLM (LatentLens, arXiv:2602.00462).
     """
     if pixel_values is None:
         return []

@@ -1,9 +1,9 @@
 """Files: where the inputs are, and writing outputs so that a killed run never leaves half a file."""
 
+import errno
 import json
 import os
 import shutil
-import tempfile
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from support.errors import UserError, is_out_of_memory
+from support.errors import UserError, explain_errors, is_out_of_memory
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -21,47 +21,24 @@ def find_file(name):
     for path in (Path(name), REPOSITORY / name):
         if os.path.exists(path):  # Path.exists() raises an error if the name is too long
             return path
-    makers = {"data/small/": ": python -m tools.small writes it", "data/": ": tools/download.sh fetches it"}
+    makers = {"data/small/": ": python -m tools.small writes it", "data/": ": tools/download.sh fetches it",
+              "toy/data/": ": delete toy/data, so that it is drawn again"}
     hint = next((hint for start, hint in makers.items() if str(name).startswith(start)), "")
-    raise UserError(f"{name} does not exist{hint}")
-
-
-WRONG_FORMATS = {  # first bytes of files that are often mistaken for JSON or for an image
-    b"version https://git-lfs": "a Git LFS pointer instead of the file: run git lfs pull",
-    b"PAR1": "a Parquet file: save it as JSON", b"\x1f\x8b": "compressed by gzip: unpack it",
-    b"PK\3\4": "a .zip file: unpack it", b"\xff\xfe": "UTF-16 text: save it as UTF-8",
-    b"\xfe\xff": "UTF-16 text: save it as UTF-8", b"<": "a web page or XML: fetch the file itself",
-}
-
-
-def describe_format(content):
-    """Returns what a file is, by its first bytes, and what to do; or None if it may be JSON or an image."""
-    start = content[:1000].lstrip()
-    return next((kind for first, kind in WRONG_FORMATS.items() if start.startswith(first)), None)
-
-
-def make_writable_folder(path):
-    """Creates a folder and returns its path. Raises UserError if it is not writable."""
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder with --run"
-                        ) from error
-    return path
+    raise UserError(f"{name} does not exist, neither in this folder nor in {REPOSITORY}{hint}")
 
 
 def lock_folder(folder):
-    """Locks the folder until this process ends, even if it is killed. Raises UserError if another process
-    trains in it."""
+    """Creates a folder and locks it until this process ends, even if it is killed. Raises UserError if it is
+    not writable, or if another process trains in it."""
     try:
-        folder_lock(Path(folder).resolve() / ".lock").acquire(blocking=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        folder_lock(folder.resolve() / ".lock").acquire(blocking=False)
     except Timeout as error:
         raise UserError(f"another process is training in {folder}: wait until it ends, or choose another "
                         "folder with --run") from error
     except OSError as error:
-        raise UserError(f"cannot write {folder}/.lock: {error.strerror}") from error
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another folder with --run"
+                        ) from error
 
 
 @cache  # a second stage in this process gets the same lock, which it already holds
@@ -73,17 +50,22 @@ def folder_lock(path):
 def atomic_write(path):
     """Yields a temporary path beside `path`; what is written there, a file or a folder, then replaces `path`.
     A run killed at any moment leaves the old or the new version, never half of one. (An old folder is deleted
-    first, so a kill in between leaves none.)"""
-    path = Path(path)
+    first, so a kill in between leaves none.) If `path` is a link, the file that it points to is replaced.
+    Raises UserError if `path` is a device, or a folder that a file would replace."""
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         delete(temporary)  # left by a run that was killed here
         yield temporary
+        if path.exists() and not (path.is_dir() if temporary.is_dir() else path.is_file()):
+            raise OSError(errno.EEXIST, "something else has this name")
+        os.umask(mask := os.umask(0))
         for file in [temporary] if temporary.is_file() else temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o666 & ~mask)  # safetensors lets only the owner read its files
                 with open(file, "r+b") as handle:
                     os.fsync(handle.fileno())
-        if path.is_dir() and not path.is_symlink():  # a rename cannot replace a folder with contents
+        if path.is_dir():  # a rename cannot replace a folder with contents
             delete(path)
         os.replace(temporary, path)
     # torch and safetensors report a full disk by errors of their own.
@@ -106,22 +88,13 @@ def delete(path):
 
 def write_json(path, value):
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path):
     """Returns the content of a JSON file, or None if there is no such file."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.exists(path):
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-
-
-def read_part(path, offset, size):
-    """Returns `size` bytes of a file, from `offset` on. Opens the file each time, because DataLoader workers
-    that shared one handle would move its position while others read."""
-    with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
-        return file.read(size)
+    with explain_errors(f"read {path}"):
+        return json.loads(Path(path).read_text(encoding="utf-8"))

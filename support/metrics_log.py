@@ -4,32 +4,49 @@ import json
 import math
 import sys
 import time
+from math import ceil
 
 import torch
 from tqdm import tqdm
 
 from support.errors import explain_errors, printable
 
+LOG_EVERY = 5  # steps between two lines of metrics.jsonl about the training
+
 
 class MetricsLog:
-    """Writes the metrics of one stage to metrics.jsonl in `folder`, in process 0. Lines written after the
+    """Writes the metrics of one stage to metrics.jsonl in its StageFolder, in process 0. Lines written after the
     checkpoint that the run resumes from are removed, because their steps are taken again."""
 
-    def __init__(self, folder, processes, checkpoint, total_steps):
-        self.folder, self.processes, self.file = folder, processes, None
-        if processes.rank == 0:
-            path = folder / "metrics.jsonl"
+    def __init__(self, folder, args, progress, total_steps):
+        self.folder, self.processes, self.file = folder.path, folder.processes, None
+        if self.processes.rank == 0:
+            path, length = self.folder / "metrics.jsonl", (folder.checkpoint or {}).get("metrics_bytes", 0)
             with explain_errors(f"write {path}"):
                 self.file = open(path, "ab")
-                self.file.truncate(min(checkpoint["metrics_bytes"] if checkpoint else 0, self.file.tell()))
-        step = checkpoint["progress"]["step"] if checkpoint else 0
+                self.file.truncate(min(length, self.file.tell()))
         # disable=None: no bar where stderr is not a terminal, because it would fill a log file.
-        self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True,
-                        disable=True if processes.rank > 0 else None)
+        self.bar = tqdm(total=total_steps, initial=progress.step, unit="step", dynamic_ncols=True,
+                        disable=True if self.processes.rank > 0 else None)
+        # Without --eval-every and --save-every, there are up to 19 evaluations between the first and the last
+        # step, and a checkpoint at the same steps, but at least every 100 steps.
+        automatic = max(1, ceil(total_steps / 20))
+        self.eval_every, self.is_limited = args.eval_every or automatic, not args.eval_every
+        self.save_every = args.save_every or min(100, automatic)
         self.total_steps, self.steps_counted, self.evaluation_seconds = total_steps, 0, 0.0
         self.started = self.evaluated = self.step_ended = time.time()
         self.last_line, self.last_generated = 0.0, None
         self._start_interval()
+
+    def evaluation_is_due(self, step):
+        """Returns True if the held-out records should be evaluated after this step. Without --eval-every,
+        evaluations take at most a tenth of the time. All processes get the same answer."""
+        enough = not self.is_limited or time.time() - self.evaluated >= 10 * self.evaluation_seconds
+        is_due = step % self.eval_every == 0 and step < self.total_steps  # the last one follows the loop
+        return is_due and self.processes.max(int(enough)) > 0
+
+    def checkpoint_is_due(self, step):
+        return step % self.save_every == 0 or step == self.total_steps
 
     def _start_interval(self):
         self.interval_start, self.interval_waiting = time.time(), 0.0
@@ -46,9 +63,12 @@ class MetricsLog:
         self.bar.update()
 
     def log_step(self, progress, optimizer, **metrics):
-        """Logs a training step. Adds the learning rates, samples and tokens per second, the fraction of time
-        spent waiting for data, the seconds left, evaluations included, and the peak memory of a GPU."""
+        """Logs every fifth step and the last: loss and gradient norm, learning rates, samples and
+        tokens per second, the fraction of time spent waiting for data, the seconds left, evaluations included,
+        and the peak memory of a GPU."""
         step, seconds = progress.step, time.time() - self.interval_start
+        if step % LOG_EVERY and step != self.total_steps:
+            return
         rates = (group["lr"] for group in optimizer.param_groups)
         metrics = {name: float(value) for name, value in metrics.items()} | {
             **dict(zip(("lr", "projector_lr"), rates)), "samples": progress.samples,
@@ -69,19 +89,13 @@ class MetricsLog:
             print(f"step {step} of {self.total_steps}: {state}, {left} left", flush=True)
         self._start_interval()
 
-    def may_evaluate(self):
-        """Returns True if training since the last evaluation has taken ten times as long as that evaluation.
-        So evaluations take at most a tenth of the time. All processes get the same answer."""
-        enough = time.time() - self.evaluated >= 10 * self.evaluation_seconds
-        return self.processes.max(int(enough)) > 0
-
-    def log_heldout(self, step, grounding, generated, reference, nearest):
-        """Logs an evaluation: what measure_grounding() returned, one answer beside its reference answer, and
+    def log_heldout(self, step, image_use, generated, reference, nearest):
+        """Logs an evaluation: what measure_image_use() returned, one answer beside its reference answer, and
         what nearest_tokens() returned. tools/page.py shows the latter."""
-        values = {f"heldout_{name}": value for name, value in grounding.items()}
+        values = {f"heldout_{name}": value for name, value in image_use.items()}
         self._write(step, **values, generated=generated, nearest_tokens=nearest)
         if self.file:
-            text = f"step {step}: {format_grounding(grounding)}"
+            text = f"step {step}: {format_image_use(image_use)}"
             if generated != self.last_generated:  # show an answer only when it has changed
                 text += printable(f"\n    generated: {generated}\n    reference: {reference}", keep="\n")
             self.last_generated = generated
@@ -108,18 +122,26 @@ class MetricsLog:
         if self.file:
             self.file.close()
 
-    def close_and_exit(self, signal_number, step):
+    def exit_on_signal(self, signal_number, step):
         """Says how to continue a run that a signal has stopped, and ends the process."""
         self.close()
         print(f"saved {self.folder} at step {step:,} of {self.total_steps:,}: continue with the same command "
               "and --resume", file=sys.stderr)
         sys.exit(128 + signal_number)
 
+    def print_result(self, before, after, next_command):
+        """Prints the held-out losses before the first and after the last step, and what to type next."""
+        print(f"before: {format_image_use(before)}\nafter:  {format_image_use(after)}\n"
+              f"saved in {self.folder}; next: {next_command}")
 
-def format_grounding(grounding):
-    """Returns one line about what measure_grounding() measured."""
-    text = (f"held-out loss {grounding['loss']:.3f} (different image {grounding['loss_different']:.3f}); "
-            f"correct image more likely: {grounding['correct_more_likely']:.0%} (chance 50%)")
-    if grounding.get("same_image"):
-        text += f"; {grounding['same_image']} records have no different image"
+
+def format_image_use(image_use):
+    """Returns one line about what measure_image_use() measured."""
+    text = (f"held-out loss {image_use['loss']:.3f} (different image {image_use['loss_different']:.3f}); "
+            f"correct image more likely: {image_use['correct_more_likely']:.1%} (chance 50%)")
+    if image_use.get("same_image"):
+        text += f"; records without a different image: {image_use['same_image']}"
+    if names := image_use.get("not_finite"):
+        text += (f"; left out, because their loss is not finite, are the records of {', '.join(names[:5])}"
+                 f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}: pass --precision fp32")
     return text

@@ -1,13 +1,21 @@
-"""Loads pretrained models: the vision tower with its preprocessing, the language model and its tokenizer.
+"""Finds and loads pretrained models: the vision tower with its preprocessing, the language model and its
+tokenizer.
 
-Loading is strict. A missing tensor is an error and never a warning, because a model with random weights in
-one place still answers fluently.
+Loading is strict. A tensor that is missing or has no place in the model is an error and never a warning, because
+a model with random weights in one place still answers fluently.
 """
 
+import os
 import re
+import warnings
+from contextlib import suppress
 from datetime import date
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import transformers
+from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import nn
 from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer,
@@ -16,17 +24,43 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, 
 from model import LORA_TARGETS
 from support.devices import choose_attention
 from support.errors import UserError, explain_errors
-from support.files import read_json
-from support.hub import find_or_fetch_pretrained
+from support.files import REPOSITORY, read_json
 from support.images import decode_image
+
+transformers.logging.disable_progress_bar()  # the bar of loading weights
+# peft 0.21 asks transformers 5 for an attribute by its old name. The user can do nothing about it.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+# Older versions of transformers 5 lack the new names activation_checkpointing_enable and cache.
+warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
+warnings.filterwarnings("ignore", "`past_key_values` is deprecated.*Use `cache`", FutureWarning)
 
 VISION_MODELS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel,
                  "dinov2": Dinov2Model}
+# What this project reads of a model. Many repositories hold the same weights in several other formats.
+FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+         "model.safetensors", "model.safetensors.index.json", "model-*.safetensors", "tokenizer*",
+         "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*"]
+
+
+def find_pretrained(name):
+    """Returns the folder of a pretrained model: `name` itself if it is a folder, else the files of the hub's
+    model `name`. They are fetched on first use, as transformers does, and then stay in the hub's cache, which
+    HF_HOME moves. HF_HUB_OFFLINE=1 forbids every request."""
+    for folder in (Path(name), REPOSITORY / name):
+        if os.path.isdir(folder):
+            return str(folder)
+    with suppress(OSError, ValueError):  # without a request, if the files are in the cache
+        folder = snapshot_download(str(name), allow_patterns=FILES, local_files_only=True)
+        if list(Path(folder).glob("model*.safetensors")):
+            return folder
+    print(f"fetching {name} from the hub", flush=True)
+    with explain_errors(f"fetch the model {name}, which is not a folder here"):
+        return snapshot_download(str(name), allow_patterns=FILES)
 
 
 def load_vision_config(name):
     """Returns the configuration of a DINOv2, or of the vision half of a CLIP or SigLIP."""
-    folder = find_or_fetch_pretrained(name)
+    folder = find_pretrained(name)
     with explain_errors(f"read {folder}/config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config = getattr(config, "vision_config", config)
@@ -42,23 +76,24 @@ def load_image_processor(name):
     The Pillow implementation is asked for by name. Otherwise transformers would use torchvision where that is
     installed, and pixels would differ between machines.
     """
-    size = load_vision_config(name).image_size
-    folder = find_or_fetch_pretrained(name, "preprocessor_config.json")
-    with explain_errors(f"read {folder}/preprocessor_config.json"):
+    folder, size = find_pretrained(name), load_vision_config(name).image_size
+    with explain_errors(f"load the preprocessing in {folder}"):
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-        pixel_values = image_processor(Image.new("RGB", (size, size)), return_tensors="pt")["pixel_values"]
-    if pixel_values.shape != (1, 3, size, size):
-        raise UserError(f"{folder}/preprocessor_config.json makes images of another size than {size} × "
-                        f"{size}, which the vision tower needs")
+        shapes = {tuple(image_processor(Image.new("RGB", image_size))["pixel_values"][0].shape)
+                  for image_size in ((size, size), (2 * size, size), (size, 2 * size))}
+    if shapes != {(3, size, size)}:
+        raise UserError(f"the preprocessing in {folder} does not make every image {size} × {size} pixels large, "
+                        "as the vision tower needs it")
     return image_processor
 
 
 def load_image(path, image_processor):
     """Returns the pixel values, (3, S, S), of an image file that the user has named."""
-    try:
-        return image_processor(decode_image(path, path), return_tensors="pt")["pixel_values"][0]
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is not a file: name an image on this machine")
+    with explain_errors(f"read {path}"):
+        content = Path(path).read_bytes()
+    return image_processor(decode_image(content, path), return_tensors="pt")["pixel_values"][0]
 
 
 def load_vision_tower(name, dtype):
@@ -84,6 +119,11 @@ def load_language_model(name, dtype, device):
     will compute, decides the attention kernel."""
     attention = choose_attention(device, dtype)
     llm = _load_strictly(AutoModelForCausalLM, name, dtype, attn_implementation=attention)
+    if device.type == "cpu" and llm.num_parameters() > 5e8:
+        print(f"WARNING: {name} is large, and on a CPU it is many times slower than on a GPU. If this machine has "
+              "one, install a PyTorch that supports it.")
+    if llm.config is not llm.config.get_text_config():
+        raise UserError(f"{name} is a multimodal model: --llm must name a language model alone")
     # LoRA would leave out the layers that have other names. (A weight matrix has two dimensions.)
     blocks = max((module for module in llm.modules() if isinstance(module, nn.ModuleList)), key=len)
     layers = {key.removesuffix(".weight").split(".")[-1]
@@ -106,15 +146,22 @@ def load_language_model(name, dtype, device):
     return llm
 
 
+class LoadedTokenizer(NamedTuple):
+    """A tokenizer, and what the files of its model say about it."""
+    tokenizer: transformers.PreTrainedTokenizerFast
+    start_token_id: int  # of the token that opens every sequence, or None
+    end_token_ids: list  # those that end an answer
+    context_length: int  # how many tokens the model can read, prompt and answer together
+    num_embeddings: int  # rows of the embedding table
+
+
 def load_tokenizer(name):
-    """Returns (tokenizer, ids of the end tokens that the model's own files list, how many tokens the model
-    can read, prompt and answer together)."""
-    folder = find_or_fetch_pretrained(name, "tokenizer_config.json")
+    """Returns the LoadedTokenizer of a chat model."""
+    folder = find_pretrained(name)
     with explain_errors(f"load the tokenizer in {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         text = tokenizer.get_chat_template() if tokenizer.chat_template else None
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-        context_length = config.max_position_embeddings
     if not text:
         raise UserError(f"the tokenizer in {folder} has no chat template: --llm must name a chat model")
     if not tokenizer.is_fast:
@@ -124,23 +171,28 @@ def load_tokenizer(name):
     fixed = date(2024, 7, 26)  # Llama 3's own default
     tokenizer.chat_template = re.sub(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""",
                                      lambda call: repr(fixed.strftime(call[2])), text)
+    files = [read_json(f"{folder}/{file}") or {} for file in
+             ("tokenizer_config.json", "generation_config.json", "config.json")]
+    # Only an explicit false counts, because TinyLlama was tuned with <s> and its files do not mention it.
+    start_token_id = None if files[0].get("add_bos_token") is False else tokenizer.bos_token_id
     end_token_ids = []
-    for file in ("generation_config.json", "config.json"):
-        ids = (read_json(f"{folder}/{file}") or {}).get("eos_token_id")  # a number, a list or nothing
+    for ids in (file.get("eos_token_id") for file in files[1:]):  # a number, a list or nothing
         end_token_ids += ids if isinstance(ids, list) else [ids]
-    return tokenizer, [i for i in end_token_ids if i is not None], context_length
+    return LoadedTokenizer(tokenizer, start_token_id, [i for i in end_token_ids if i is not None],
+                           config.max_position_embeddings, config.vocab_size)
 
 
 def _load_strictly(model_class, name, dtype, **kwargs):
-    """from_pretrained() that raises UserError if weights are missing or have another shape than the model;
-    transformers would fill in random numbers."""
-    folder = find_or_fetch_pretrained(name)
+    """from_pretrained() that raises UserError if weights are missing, have another shape than the model, or
+    have no place in it; transformers would fill in random numbers, or leave weights out."""
+    folder = find_pretrained(name)
     with explain_errors(f"load the weights in {folder}"):
         model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True,
                                                   ignore_mismatched_sizes=True, use_safetensors=True,
                                                   trust_remote_code=False, **kwargs)
-    wrong = sorted(info["missing_keys"]) + sorted(str(key) for key, *_ in info["mismatched_keys"])
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if wrong:
-        raise UserError(f"the weights in {folder} do not fit its config.json: {len(wrong)} missing or of "
-                        f"another shape, for example {wrong[0]}; fetch the folder again")
+        raise UserError(f"the weights in {folder} do not fit its config.json: {len(wrong)} are missing, of "
+                        f"another shape or have no place, for example {wrong[0]}; fetch the folder again, or "
+                        "name another model")
     return model

@@ -7,32 +7,36 @@ import sys
 import torch
 import torch.distributed as dist
 
-from support.devices import choose_device
+from support.devices import choose_device, choose_dtype
 
 
 class Processes:
     """This process and the others that train with it. Rank 0 is the one that prints and saves. With a single
-    process, no method communicates."""
+    process, no method communicates. `device` and `dtype` are what this process computes with."""
 
-    def __init__(self, device_name):
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = choose_device(device_name)
-        if self.world_size == 1:
-            return
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(self.device)
-        # If torchrun restarts the processes, its store still holds the addresses of those before, so every
-        # attempt uses a key prefix of its own.
-        store, _, _ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank,
-                                world_size=self.world_size)
+    def __init__(self, device_name, precision):
+        self.rank, self.world_size, local_rank = 0, 1, None
+        if dist.is_torchelastic_launched():  # other launchers and notebooks set RANK, too
+            self.rank, self.world_size, local_rank = (
+                int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        self.device = choose_device(device_name, local_rank)
+        if self.world_size > 1:
+            # If torchrun restarts the processes, its store still holds the addresses of those before, so every
+            # attempt uses a key prefix of its own.
+            store, _, _ = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store,
+                                    rank=self.rank, world_size=self.world_size)
         if self.rank > 0:  # only rank 0 prints; errors go to stderr and are shown for all
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        self.dtype = choose_dtype(precision, self.device)
+        # If one GPU computes in fp16, all do, because only then all processes scale their gradients alike.
+        if self.max(int(self.dtype == torch.float16)):
+            self.dtype = torch.float16
+        print(f"device {self.device}, {self.dtype}")
 
     def sum(self, value):
-        """Returns a number, summed over the processes, as a float."""
+        """Returns a number, summed over the processes, as a float. (On a GPU, this waits for it.)"""
         return self._reduce(float(value), torch.float64, dist.ReduceOp.SUM)
 
     def max(self, number):

@@ -5,8 +5,8 @@ pickle, which is loaded with weights_only=True.)
 """
 
 import hashlib
-import math
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -21,80 +21,70 @@ from support.devices import DTYPES, choose_device, choose_dtype
 from support.errors import UserError, explain_errors
 from support.files import atomic_write, delete, read_json, write_json
 from support.pretrained import load_image_processor, load_language_model, load_vision_tower
-from support.records import describe_records
 
 # A projector translates from one layer of one vision tower to one LLM. It works with no others.
 MODEL_SETTINGS = ("vision_tower", "vision_layer", "llm", "projector")
-RESULT_FILES = ("projector.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 
 
-def save_result(folder, stage, model, settings, progress, grounding, train_dataset, heldout_dataset,
-                processes):
+def save_result(folder, stage, model, progress, image_use):
     """Writes projector.safetensors, adapter/ (if there is one, as plain peft writes it), and last run.json.
-    Then deletes the checkpoint. Process 0 writes and the others wait for it. Raises UserError if the loss in
-    `grounding`, which measure_grounding() returned, is not finite."""
-    if not math.isfinite(grounding["loss"]):
-        raise UserError("the held-out loss is not finite, so the result was not saved; try a lower --lr")
-    if processes.rank == 0:
-        with atomic_write(folder / "projector.safetensors") as temporary:
+    Then deletes the checkpoint. Process 0 writes and the others wait for it.
+
+    Args: folder: a StageFolder. image_use: what measure_image_use() returned after the last step.
+    Raises UserError if a trained weight is not finite.
+    """
+    if not all(parameter.isfinite().all() for parameter in model.trainable_parameters().values()):
+        raise UserError("trained weights are not finite, so the result was not saved; try a lower --lr")
+    if folder.processes.rank == 0:
+        with atomic_write(folder.path / "projector.safetensors") as temporary:
             save_file(model.projector.state_dict(), temporary)
         if hasattr(model.llm, "peft_config"):
-            with atomic_write(folder / "adapter") as temporary:
+            # Else the adapter would name the folder of the LLM on this machine.
+            model.llm.peft_config["default"].base_model_name_or_path = folder.settings["llm"]
+            with atomic_write(folder.path / "adapter") as temporary:
                 model.llm.save_pretrained(temporary)
-        write_json(folder / "run.json", {
-            "stage": stage, **{name: settings[name] for name in MODEL_SETTINGS},
-            "template": train_dataset.template.template_hash, "checksums": result_checksums(folder),
-            "steps": progress.step, "heldout": grounding, "settings": settings,
-            "skipped_images": len(progress.skipped),  # those that process 0 could not decode
-            "records": describe_records(train_dataset.records, heldout_dataset.records),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})
-        delete(folder / "checkpoint.pt")
-    processes.barrier()
+        gpu = torch.cuda.get_device_name() if folder.processes.device.type == "cuda" else None
+        write_json(folder.path / "run.json", {
+            "stage": stage, **{name: folder.settings[name] for name in MODEL_SETTINGS},
+            "steps": progress.step, "heldout": image_use, "settings": folder.settings,
+            "skipped": progress.skipped,  # images that process 0 could not decode
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "gpu": gpu}})
+        delete(folder.path / "checkpoint.pt")
+    folder.processes.barrier()
 
 
-def result_checksums(folder):
-    """Returns {name: checksum} of the result files of a stage."""
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16] for name in RESULT_FILES
-            if (folder / name).is_file()}
-
-
-def read_run(folder):
-    """Returns run.json of a finished stage. Raises UserError if it is not finished, or a file is damaged."""
-    run = read_json(Path(folder) / "run.json")
-    if run is None:
-        script = "stage2_instruct.py" if Path(folder).name == "stage2" else "stage1_align.py"
-        raise UserError(f"{folder} holds no finished run: run python {script} --run {Path(folder).parent} "
-                        "first")
-    if not {"stage", "template", "settings", "records", "checksums", *MODEL_SETTINGS} <= set(run):
+def read_result(folder, preset="toy"):
+    """Returns run.json of a finished stage. Raises UserError if it is not finished."""
+    folder = Path(folder)
+    saved = read_json(folder / "run.json")
+    if saved is None:
+        if folder.parent.name in ("stage1", "stage2"):
+            raise UserError(f"pass --run {shlex.quote(str(folder.parents[1]))}, the folder of the run")
+        script = "stage2_instruct.py" if folder.name == "stage2" else "stage1_align.py"
+        raise UserError(f"{folder} holds no finished run: train it first, with python {script} --preset {preset} "
+                        f"--run {shlex.quote(str(folder.parent))} and the flags of your data and models")
+    if not {"stage", "settings", *MODEL_SETTINGS} <= set(saved):
         raise UserError(f"{folder}/run.json is damaged, or an older version of this code wrote it: copy the "
                         "folder again, or train again with --restart")
-    # One flipped bit changes the answers and raises no error.
-    if run["checksums"] != result_checksums(Path(folder)):
-        raise UserError(f"{folder} is damaged: a file is missing or has changed since it was written (one of "
-                        f"{', '.join(RESULT_FILES)}): copy the folder again, or train again with --restart")
-    return run
+    return saved
 
 
-def read_matching_run(folder, settings):
-    """Returns read_run(folder). Raises UserError if the run used another vision tower, layer, LLM or
-    projector than `settings`."""
-    run = read_run(folder)
+def read_stage1(args):
+    """Returns (folder of stage 1, a hash of its projector). Raises UserError if it is not finished, or if it was
+    trained with another vision tower, layer, LLM or projector than those of `args`."""
+    folder = Path(args.run) / "stage1"
+    saved = read_result(folder, args.preset)
     for name in MODEL_SETTINGS:
-        if run[name] != getattr(settings, name):
-            raise UserError(f"{folder} was trained for {name} {run[name]}, not {getattr(settings, name)}: "
-                            f"use --{name.replace('_', '-')} {run[name]}, or another --run")
-    return run
+        if saved[name] != getattr(args, name):
+            raise UserError(f"{folder} was trained for {name} {saved[name]}, not {getattr(args, name)}: "
+                            f"use --{name.replace('_', '-')} {saved[name]}, or another --run")
+    with explain_errors(f"read {folder}/projector.safetensors"):
+        return folder, hashlib.sha256((folder / "projector.safetensors").read_bytes()).hexdigest()[:16]
 
 
-def check_same_template(run, template, folder):
-    """Raises UserError if the run was trained with a different chat template."""
-    if run["template"] != template.template_hash:
-        raise UserError(f"{folder} was trained with a different chat template from the one now in "
-                        f"{template.tokenizer.name_or_path}: restore the original template, or train again")
-
-
-def load_projector(model, path):
+def load_projector(model, folder):
     """Loads projector.safetensors into the model. Raises UserError if it does not fit exactly."""
+    path = Path(folder) / "projector.safetensors"
     with explain_errors(f"load {path}, which must fit this projector"):
         model.projector.load_state_dict(load_file(path), strict=True)
 
@@ -102,53 +92,50 @@ def load_projector(model, path):
 def load_adapter(model, folder):
     """Adds a saved LoRA adapter to the model, frozen. Raises UserError if it does not fit exactly (peft
     itself only warns about missing tensors)."""
-    with explain_errors(f"load the adapter in {folder}, which must fit the LLM"):
-        # Other fields of the file are not used, because some of them would change the base weights.
-        saved = read_json(Path(folder) / "adapter_config.json")
-        model.add_lora(LoraConfig(r=saved["r"], lora_alpha=saved["lora_alpha"], task_type="CAUSAL_LM",
-                                  target_modules=list(saved["target_modules"]), inference_mode=True))
+    with explain_errors(f"read the adapter in {folder}"):
         tensors = load_file(Path(folder) / "adapter_model.safetensors")
+        saved = read_json(Path(folder) / "adapter_config.json")
+        # Other fields of the file are not used, because some of them would change the base weights.
+        config = LoraConfig(r=saved["r"], lora_alpha=saved["lora_alpha"], task_type="CAUSAL_LM",
+                            target_modules=list(saved["target_modules"]), inference_mode=True)
+    model.add_lora(config)
+    with explain_errors(f"load the adapter in {folder}, which must fit the LLM"):
         loaded = set_peft_model_state_dict(model.llm, tensors)
-        wrong = loaded.unexpected_keys + [name for name in loaded.missing_keys if ".lora_" in name]
-        if wrong:
-            raise UserError(f"the adapter in {folder} does not fit the LLM: {len(wrong)} tensors are missing "
-                            f"or unexpected, for example {wrong[0]}")
+    wrong = loaded.unexpected_keys + [name for name in loaded.missing_keys if ".lora_" in name]
+    if wrong:
+        raise UserError(f"the adapter in {folder} does not fit the LLM: {len(wrong)} tensors are missing "
+                        f"or unexpected, for example {wrong[0]}")
 
 
 def load_trained(folder, device, dtype):
-    """Returns (model, template, image_processor, run.json) of a finished stage, ready to answer."""
-    run = read_run(folder)
-    template, image_processor = ChatTemplate(run["llm"]), load_image_processor(run["vision_tower"])
-    check_same_template(run, template, folder)
-    vision_tower = load_vision_tower(run["vision_tower"], dtype)
-    llm = load_language_model(run["llm"], dtype, device)
-    with explain_errors(f"build the model of {folder}/run.json"):
-        model = Llava(vision_tower, llm, template.image_token_id, run["projector"], run["vision_layer"])
-    load_projector(model, Path(folder) / "projector.safetensors")
-    if run["stage"] == 2:
-        stage1, expected = Path(folder).parent / "stage1", run["settings"].get("stage1_checksum")
-        if expected and result_checksums(stage1).get("projector.safetensors", expected) != expected:
-            print(f"NOTE: {folder} was trained from another stage 1 than the one that is now in {stage1}: "
-                  "train stage 2 again with --restart, or pass --stage 1")
+    """Returns (model, template, image_processor, content of run.json) of a finished stage, ready to answer."""
+    folder, saved = Path(folder), read_result(folder)
+    template, image_processor = ChatTemplate(saved["llm"]), load_image_processor(saved["vision_tower"])
+    vision_tower = load_vision_tower(saved["vision_tower"], dtype)
+    llm = load_language_model(saved["llm"], dtype, device)
+    model = Llava(vision_tower, llm, template.image_token_id, saved["projector"], saved["vision_layer"])
+    load_projector(model, folder)
+    if saved["stage"] == 2:
         # W + (alpha / r)·B·A has the shape of W, so the adapter can be added to W once. The sum is computed
         # in fp32 and then rounded. Buffers are not rounded, because RoPE needs its frequencies in fp32.
         model.llm.float()
-        load_adapter(model, Path(folder) / "adapter")
+        load_adapter(model, folder / "adapter")
         model.llm = model.llm.merge_and_unload(safe_merge=True)
         for parameter in model.llm.parameters():
             parameter.data = parameter.data.to(dtype)
-    return model.to(device).eval(), template, image_processor, run
+    return model.to(device).eval(), template, image_processor, saved
 
 
 def add_run_flags(parser, precision=None):
     """Adds the flags that all tools share: --run, --stage, --device, and --precision unless it is given."""
     parser.add_argument("--run", type=Path, default="runs/toy", help="folder of the run (default: runs/toy)")
     parser.add_argument("--stage", type=int, choices=(1, 2), help="default: 2 if it is finished, else 1")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, … (default: auto)")
     if precision:
         parser.set_defaults(precision=precision)
     else:
-        parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
+        parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto",
+                            help="of frozen weights and matrix products (default: auto)")
 
 
 def load_run(args):
@@ -156,7 +143,7 @@ def load_run(args):
     device = choose_device(args.device)
     stage = args.stage or (2 if os.path.exists(args.run / "stage2" / "run.json") else 1)
     folder = args.run / f"stage{stage}"
-    *loaded, run = load_trained(folder, device, choose_dtype(args.precision, device))
-    print(f"{folder}: {run['steps']:,} steps, {run['projector']} projector, "
-          f"{'LoRA adapter' if run['stage'] == 2 else 'no adapter'}", file=sys.stderr)
-    return *loaded, run
+    *loaded, saved = load_trained(folder, device, choose_dtype(args.precision, device))
+    print(f"{folder}: {saved['steps']:,} steps, {saved['projector']} projector, "
+          f"{'LoRA adapter' if saved['stage'] == 2 else 'no adapter'}", file=sys.stderr)
+    return *loaded, saved

@@ -3,7 +3,6 @@
 import argparse
 import math
 import shlex
-import textwrap
 
 from support.errors import UserError
 
@@ -19,8 +18,13 @@ def number(kind, minimum, maximum=math.inf):
     return parse
 
 
-INT_FROM_0, INT_FROM_1, FLOAT_FROM_0 = number(int, 0, 2**31), number(int, 1, 2**31), number(float, 0.0)
+INT_FROM_0, INT_FROM_1, FLOAT_FROM_0 = number(int, 0, 10**6), number(int, 1, 10**6), number(float, 0.0)
 FRACTION = number(float, 0.0, 1.0)
+
+# Settings that hardly anybody changes. A preset may.
+DEFAULTS = dict(projector="linear", vision_layer=-2, heldout_data=None, heldout_images=None, limit=0,
+                allow_bad=0.01, workers=0, max_steps=None, warmup=0.03, max_grad_norm=1.0, precision="auto",
+                device="auto", seed=0, eval_every=None, save_every=None)
 
 FLAGS = {  # name: (type or choices, help)
     "run": (str, "folder of the run; stage1/ and stage2/ are created in it"),
@@ -33,8 +37,8 @@ FLAGS = {  # name: (type or choices, help)
     "images": (str, "folder or .zip file with the images of the records"),
     "heldout_data": (str, "JSON file of held-out records; if not given, some records of --data are held out"),
     "heldout_images": (str, "folder or .zip file with the images of --heldout-data"),
-    "heldout": (INT_FROM_1, "number of held-out records"),
-    "limit": (INT_FROM_0, "train on the first LIMIT records of a seeded shuffle; 0: on all"),
+    "heldout": (INT_FROM_1, "number of held-out images; the records of these images are not trained on"),
+    "limit": (INT_FROM_0, "train on the first LIMIT records, in a seeded random order; 0: on all"),
     "max_length": (INT_FROM_1, "longest sample in tokens, image included; longer ones lose their last turns"),
     "allow_bad": (FRACTION, "stop if more than this fraction of the records is unusable"),
     "workers": (INT_FROM_0, "processes that load data; 0: the main process loads"),
@@ -56,20 +60,20 @@ FLAGS = {  # name: (type or choices, help)
                    "set: up to 19 between the first and the last step, in at most a tenth of the time"),
     "save_every": (INT_FROM_1, "optimizer steps between two checkpoints; if not set: 100, or fewer in a "
                    "short run"),
-    "log_every": (INT_FROM_1, "optimizer steps between two lines of metrics.jsonl"),
 }
 SWITCHES = {
     "resume": "continue the unfinished run in the folder from its checkpoint",
     "restart": "discard the run in the folder and train again",
     "check_data": "check the data and stop; no weights are loaded",
-    "decode": "check the data more slowly: open every image too, in --workers processes",
     "activation_checkpointing": "recompute activations in the backward pass: less memory, more time",
 }
 
 
 def parse_settings(description, presets, argv=None):
-    """Returns the settings as an argparse.Namespace: those of the chosen preset, changed by the flags in
-    `argv` (None: of the command line). presets: {name: {setting: value}}."""
+    """Returns the settings as an argparse.Namespace: DEFAULTS, changed by the chosen preset, changed by the
+    flags in `argv` (None: of the command line). Prints those that differ from the preset.
+    presets: {name: {setting: value}}."""
+    presets = {name: DEFAULTS | preset for name, preset in presets.items()}
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=presets, default="toy", help="where the default values come from")
@@ -95,22 +99,28 @@ def parse_settings(description, presets, argv=None):
     if bool(settings.heldout_data) != bool(settings.heldout_images):
         raise UserError("--heldout-data and --heldout-images belong together: pass both, or neither to hold "
                         "records out of --data")
+    changed = changed_settings(settings, presets[settings.preset])
+    print(f"preset {settings.preset}" + "".join(f", {name}={value}" for name, value in changed.items()))
     return settings
 
 
-def print_settings(settings, device, dtype):
-    """Prints all settings in a paragraph, and the device and dtype that "auto" stands for."""
-    pairs = (f"{name}={value}" for name, value in vars(settings).items())
-    print(textwrap.fill("settings: " + ", ".join(pairs), 110, subsequent_indent="    ",
-                        break_on_hyphens=False))
-    print(f"device {device}, {dtype}")
-    if settings.preset == "tinyllama" and settings.device == "auto" and device.type == "cpu":
-        print("WARNING: no GPU was found, and on a CPU this training is many times slower. Install a PyTorch "
-              "that supports your GPU, or pass --device cpu if this is what you want.")
+def changed_settings(settings, preset):
+    """Returns {name: value} of the settings that differ from those of the preset."""
+    defaults = DEFAULTS | preset
+    return {name: value for name, value in vars(settings).items() if defaults.get(name, value) != value}
 
 
-def next_command(script, settings):
-    """Returns the command that continues with the run of these settings."""
-    has_presets = script != "sanity_check.py"  # which reads all settings from run.json
-    flags = ["--preset", settings.preset] if has_presets and settings.preset != "toy" else []
-    return shlex.join(["python", script, *flags, "--run", str(settings.run)])
+def next_command(script, settings, preset):
+    """Returns the command that continues with the run of these settings: with the same models and data, if they
+    are not those of the preset."""
+    names = ["run", "vision_tower", "vision_layer", "llm", "projector", "data", "images"]
+    changed = changed_settings(settings, preset)
+    words = ["python", script]
+    if script == "sanity_check.py":  # it reads all other settings from run.json
+        names = ["run"]
+    elif settings.preset != "toy":
+        words += ["--preset", settings.preset]
+    for name in names:
+        if name in changed or name == "run":
+            words += ["--" + name.replace("_", "-"), str(vars(settings)[name])]
+    return shlex.join(words)

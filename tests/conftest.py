@@ -19,7 +19,6 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -33,12 +32,12 @@ sys.path.insert(0, str(REPOSITORY))
 
 from data import ChatDataset, ChatTemplate, collate
 from model import Llava
+from support import metrics_log, step_batches
 from support.checkpoints import STOP_SIGNALS
 from support.errors import run_script
 from support.images import ImageStore
 from support.pretrained import load_image_processor, load_language_model, load_vision_tower
-from support.records import RecordFile, RecordSet
-from support.results import result_checksums
+from support.records import read_records
 
 torch.set_num_threads(1)  # models this small are slower with more threads
 
@@ -179,7 +178,7 @@ def preprocess(image_processor, image):
 
 def batch_of(samples, template):
     """Returns a training batch of samples as the loop passes it to the model: tensors only."""
-    batch = collate(samples, template.tokenizer.pad_token_id)
+    batch = collate(samples, template.pad_token_id)
     return {name: value for name, value in batch.items() if torch.is_tensor(value)}
 
 
@@ -252,8 +251,7 @@ def dataset_of(tmp_path, template, image_processor):
 
     def make(records, max_length=500):
         (tmp_path / "chat.json").write_text(json.dumps(records))
-        records = RecordSet(RecordFile(tmp_path / "chat.json"), ImageStore(tmp_path / "images"),
-                            np.arange(len(records)))
+        records = read_records(tmp_path / "chat.json", ImageStore(tmp_path / "images"))
         return ChatDataset(records, template, image_processor, N, max_length)
 
     return make
@@ -273,7 +271,7 @@ def drawn(tmp_path_factory):
 
 # -- running the scripts -----------------------------------------------------------------------------------
 
-SMALL = ["--precision", "fp32", "--device", "cpu", "--workers", "0", "--log-every", "1"]
+SMALL = ["--precision", "fp32", "--device", "cpu", "--workers", "0"]
 
 
 @pytest.fixture(scope="session")
@@ -332,7 +330,7 @@ def watched(monkeypatch):
     def watch(stage):
         module = importlib.import_module({1: "stage1_align", 2: "stage2_instruct"}[stage])
         seen = {"gradients": []}
-        make_model, plan_steps, clip = module.Llava, module.plan_steps, torch.nn.utils.clip_grad_norm_
+        make_model, plan_steps, clip = module.Llava, step_batches.plan_steps, torch.nn.utils.clip_grad_norm_
 
         def watching_model(*args):
             seen["model"] = make_model(*args)
@@ -348,27 +346,19 @@ def watched(monkeypatch):
             return clip(parameters, *args)
 
         monkeypatch.setattr(module, "Llava", watching_model)
-        monkeypatch.setattr(module, "plan_steps", watching_plan)
+        monkeypatch.setattr(step_batches, "plan_steps", watching_plan)
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watching_clip)
         return seen
 
     return watch
 
 
-def refresh_checksums(folder):
-    """Makes run.json fit files of a finished stage that a test has changed."""
-    run = json.loads((folder / "run.json").read_text())
-    run["checksums"] = result_checksums(folder)
-    (folder / "run.json").write_text(json.dumps(run))
+@pytest.fixture(autouse=True)
+def every_step_is_logged(monkeypatch):
+    monkeypatch.setattr(metrics_log, "LOG_EVERY", 1)
 
 
 def metrics(folder):
     """Returns the lines of metrics.jsonl: (those of training steps, those of evaluations)."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line], [line for line in lines if "heldout_loss" in line]
-
-
-def pytest_configure(config):
-    # As in run_script(): peft asks transformers for an attribute by its old name.
-    config.addinivalue_line("filterwarnings",
-                            "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -52,9 +52,9 @@ from tqdm import tqdm
 from data import IMAGE_TOKEN, ChatDataset
 from support.errors import UserError, printable, run_script
 from support.evaluation import (generate_answers, load_heldout_dataset, make_heldout_batches,
-                                measure_grounding, records_with_other_images)
-from support.files import make_writable_folder, write_json
-from support.results import add_run_flags, load_run, read_run
+                                measure_image_use, records_with_other_images)
+from support.files import write_json
+from support.results import add_run_flags, load_run
 from support.settings import INT_FROM_0, INT_FROM_1
 from toy.world import PLACES, caption_of, objects_in
 
@@ -73,7 +73,7 @@ def list_questions(dataset):
     questions = []
     for i in range(len(dataset)):
         record = dataset.records[i]
-        messages, kinds = dataset.messages_of(record), record.get("kinds")
+        messages, kinds = dataset.template.to_messages(record), record.get("kinds")
         pairs = list(zip(messages[::2], messages[1::2]))
         if (not isinstance(kinds, list) or len(kinds) != len(pairs)
                 or not all(isinstance(kind, str) for kind in kinds)):
@@ -117,7 +117,7 @@ def answer_questions(model, template, dataset, questions, device, batch_size, ma
 
 
 def measure_groups(model, dataset, questions, batch_size, device):
-    """Returns {group: what measure_grounding() returns for its records}. The different image is of the same
+    """Returns {group: what measure_image_use() returns for its records}. The different image is of the same
     group."""
     records = {}  # {group: numbers of its records}
     for question in questions:
@@ -127,8 +127,8 @@ def measure_groups(model, dataset, questions, batch_size, device):
     for group in sorted(records):
         part = ChatDataset(dataset.records.subset(list(records[group])), dataset.template,
                            dataset.image_processor, dataset.num_image_tokens, dataset.max_length)
-        batches = make_heldout_batches(part, dataset.template.tokenizer.pad_token_id, batch_size)
-        measured[group] = measure_grounding(model, batches, device, blank=True)
+        batches = make_heldout_batches(part, batch_size)
+        measured[group] = measure_image_use(model, batches, device, blank=True)
     return measured
 
 
@@ -205,28 +205,27 @@ def main():
     parser.add_argument("--count", type=INT_FROM_0, default=5, help="how many mistakes to print; if the "
                         "answers cannot be scored, how many of them to generate and print (default: 5)")
     args = parser.parse_args()
-    model, template, image_processor, run_json = load_run(args)
-    device, path = model.llm.device, args.run / f"stage{run_json['stage']}" / "eval.json"
-    make_writable_folder(path.parent)
-    result = {"stage": run_json["stage"], "checksums": run_json.get("checksums"), "counts": {}}
+    model, template, image_processor, saved = load_run(args)
+    device, path = model.llm.device, args.run / f"stage{saved['stage']}" / "eval.json"
+    result = {"stage": saved["stage"], "counts": {}}
     examples, matches, records = [], 0, 0
     for stage, name in ((1, "captions"), (2, "answers")):
         folder = args.run / f"stage{stage}"
         if not (folder / "run.json").exists():
             continue
         try:
-            dataset = load_heldout_dataset(read_run(folder), template, image_processor,
-                                           model.num_image_tokens, args.heldout)
-            batches = make_heldout_batches(dataset, template.tokenizer.pad_token_id, args.batch_size)
+            dataset = load_heldout_dataset(folder, template, image_processor, model.num_image_tokens,
+                                           args.heldout)
+            batches = make_heldout_batches(dataset, args.batch_size)
         except UserError as error:
-            if stage == run_json["stage"]:
+            if stage == saved["stage"]:
                 raise
             print(f"The {name} are left out, because the held-out records of stage {stage} cannot be used: "
                   f"{error}")
             continue
 
         # 1. With the reference answers. This can be measured on any data.
-        measured = measure_grounding(model, batches, device, blank=True)
+        measured = measure_image_use(model, batches, device, blank=True)
         result |= {f"{name}_{key}": value for key, value in measured.items()}
         count = sum(len(batch["input_ids"]) for batch in batches) - measured.get("same_image", 0)
         matches, records = matches + measured["correct_more_likely"] * count, records + count

@@ -45,7 +45,7 @@ def main():
     model, template = load_model()
     _, heldout_dataset = load_datasets(template, model.num_image_tokens, stage=1)
     # Records 0 to 3 have prompts of different lengths, so some rows have padding.
-    batch = collate([heldout_dataset.make_prompt(i)[0] for i in range(4)], template.tokenizer.pad_token_id,
+    batch = collate([heldout_dataset.make_prompt(i)[0] for i in range(4)], template.pad_token_id,
                     padding_side="left")
     assert not batch["attention_mask"].all(), "no row has padding"
     lengths = []  # of the sequences that the decoder reads

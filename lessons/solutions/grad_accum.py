@@ -32,7 +32,7 @@ def main():
     samples = [train_dataset[i] for i in range(8)]
 
     def split(size):
-        batches = [collate(samples[i:i + size], template.tokenizer.pad_token_id) for i in range(0, 8, size)]
+        batches = [collate(samples[i:i + size], template.pad_token_id) for i in range(0, 8, size)]
         return [{name: value for name, value in batch.items() if name != "skipped"} for batch in batches]
 
     whole = gradient(model, split(8), mean_of_means=False)

@@ -45,7 +45,7 @@ def main():
     for stage in (1, 2):
         _, heldout_dataset = load_datasets(template, model.num_image_tokens, stage)
         for i in range(len(heldout_dataset)):
-            messages = heldout_dataset.messages_of(heldout_dataset.records[i])
+            messages = heldout_dataset.template.to_messages(heldout_dataset.records[i])
             ids, labels = encode(template, messages, model.num_image_tokens)
             assert (ids, labels) == template.encode(messages, model.num_image_tokens), messages
             records, tokens = records + 1, tokens + sum(label != IGNORE_INDEX for label in labels)

@@ -86,7 +86,7 @@ def compare(llm, inputs_embeds):
 def main():
     model, template = load_model()
     train_dataset, _ = load_datasets(template, model.num_image_tokens, stage=2)
-    batch = collate([train_dataset[i] for i in range(4)], template.tokenizer.pad_token_id)
+    batch = collate([train_dataset[i] for i in range(4)], template.pad_token_id)
     with torch.no_grad():
         inputs_embeds = model.embed(batch["input_ids"], batch["pixel_values"])  # (B, T, D)
     # In fp64, rounding does not hide an error. (transformers' norms and angles stay in fp32.)

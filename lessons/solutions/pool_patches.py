@@ -14,7 +14,7 @@ from data import collate
 from lessons.toy_parts import load_datasets, load_model
 from model import IGNORE_INDEX, Llava
 from support.errors import run_script
-from support.evaluation import make_heldout_batches, measure_grounding
+from support.evaluation import make_heldout_batches, measure_image_use
 from toy.world import PLACES
 
 
@@ -58,13 +58,13 @@ def main():
     steps = parser.parse_args().steps
     model, template = load_model(PooledLlava)
     model.projector.requires_grad_(True)
-    count, pad_token_id = count_pooled(model.num_image_tokens), template.tokenizer.pad_token_id
+    count, pad_token_id = count_pooled(model.num_image_tokens), template.pad_token_id
     (long_dataset, _), (train_dataset, heldout_dataset) = (
         load_datasets(template, number, stage=1) for number in (model.num_image_tokens, count))
     long, short = (len(dataset[0]["input_ids"]) for dataset in (long_dataset, train_dataset))
     assert (count, long - short) == (4, 5)
-    heldout_batches = make_heldout_batches(heldout_dataset, pad_token_id, batch_size=32)
-    before = measure_grounding(model, heldout_batches, "cpu")
+    heldout_batches = make_heldout_batches(heldout_dataset, batch_size=32)
+    before = measure_image_use(model, heldout_batches, "cpu")
 
     optimizer = torch.optim.AdamW(model.trainable_parameters().values(), weight_decay=0.0)
     model.train()
@@ -77,7 +77,7 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
 
-    after = measure_grounding(model, heldout_batches, "cpu")
+    after = measure_image_use(model, heldout_batches, "cpu")
     place, other = place_losses(model, template, heldout_batches)
     print(f"{count} image tokens instead of {model.num_image_tokens}; the first sample has {short} tokens "
           f"instead of {long}")

@@ -54,7 +54,7 @@ def train(path, seed, until=TOTAL_STEPS, **load_settings):
     while step < until:
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / TOTAL_STEPS)
         chosen = torch.randint(len(train_dataset), (4,)).tolist()
-        batch = collate([train_dataset[i] for i in chosen], template.tokenizer.pad_token_id)
+        batch = collate([train_dataset[i] for i in chosen], template.pad_token_id)
         del batch["skipped"]
         model(**batch).mean().backward()
         optimizer.step()

@@ -43,7 +43,7 @@ def main():
     def make_batch(template, images):
         ids, labels = template.encode(messages, model.num_image_tokens)
         sample = {"input_ids": ids, "labels": labels, "pixel_values": images}
-        return collate_many_images([sample], template.tokenizer.pad_token_id)
+        return collate_many_images([sample], template.pad_token_id)
 
     batch = make_batch(template, images)
     with torch.no_grad():
