@@ -12,6 +12,7 @@ import mmap
 import re
 import threading
 import zipfile
+from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
@@ -88,16 +89,21 @@ def make_data(records):
                 {"from": "human", "value": "Is it a photo?"}, {"from": "gpt", "value": "No."}]})
             content = io.BytesIO()
             draw(color, size=(40 + i % 9, 30)).save(content, "JPEG")
-            images.writestr(f"{name}.jpg", content.getvalue())
+            compression = zipfile.ZIP_DEFLATED if i % 2 else zipfile.ZIP_STORED
+            images.writestr(f"{name}.jpg", content.getvalue(), compression)
             train2017.writestr(f"train2017/{i:012d}.jpg", content.getvalue())
     return {CHAT: {"chat.json": json.dumps(chat).encode(), "images.zip": cc3m.getvalue()},
             INSTRUCT: {"llava_instruct_150k.json": json.dumps(instruct).encode()}}, coco.getvalue()
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers the requests of the client. The class attributes are set by serve()."""
-    protocol_version = "HTTP/1.1"
-    repositories, coco, requested, gated, break_off = {}, b"", [], set(), {}
+    """Answers the requests of the client. The class attributes are set by serve().
+
+    requested: a list of (name, first byte). redirects: how often a .zip file's storage was named, as the hub
+    does. sent: bytes by name. ranges: False for a server that ignores the Range header.
+    """
+    protocol_version, ranges, redirects = "HTTP/1.1", True, 0
+    repositories, coco, requested, sent, gated, break_off = {}, b"", [], Counter(), set(), {}
 
     def log_message(self, *_):
         pass
@@ -114,17 +120,18 @@ class Hub(BaseHTTPRequestHandler):
     def send_file(self, name, body, **headers):
         """Sends a file, or the part of it that a Range header asks for. break_off = {name: how many more of
         its downloads end in the middle}."""
-        start = 0
-        if match := re.match(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            start = int(match[1])
+        start, end = 0, len(body)
+        asked = self.ranges and re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked:
+            start, end = int(asked[1]), int(asked[2]) + 1 if asked[2] else end
         if self.command == "GET":
             self.requested.append((name, start))
-        rest = body[start:]
-        self.send_response(206 if start else 200)
+        rest = body[start:end]
+        self.send_response(206 if asked else 200)
         self.send_header("Content-Length", str(len(rest)))
-        self.send_header("Accept-Ranges", "bytes")
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        self.send_header("Accept-Ranges", "bytes" if self.ranges else "none")
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(body)}")
         for header, value in headers.items():
             self.send_header(header.replace("_", "-"), value)
         self.end_headers()
@@ -136,6 +143,7 @@ class Hub(BaseHTTPRequestHandler):
                 self.connection.close()
             else:
                 self.wfile.write(rest)
+                self.sent[name] += len(rest)
 
     def do_HEAD(self):
         self.do_GET()
@@ -146,7 +154,13 @@ class Hub(BaseHTTPRequestHandler):
             return self.send_file(path, self.coco)
         if path.startswith("coco/"):  # one image
             with zipfile.ZipFile(io.BytesIO(self.coco)) as images:
-                return self.send_file(path, images.read(path.removeprefix("coco/")))
+                name = path.removeprefix("coco/")
+                if name not in images.namelist():
+                    return self.answer(b"", 404)
+                return self.send_file(path, images.read(name))
+        if path.startswith("storage/"):
+            _, owner, name, file = path.split("/")
+            return self.send_file(file, self.repositories[f"{owner}/{name}"][file])
         kind, _, rest = path.partition("/") if path.startswith("datasets/") else ("", "", path)
         if path.startswith("api/"):
             kind, _, rest = path.removeprefix("api/").partition("/")
@@ -158,6 +172,9 @@ class Hub(BaseHTTPRequestHandler):
                 return self.answer(b"{}", 403, X_Error_Code="GatedRepo", X_Error_Message="restricted")
             if what.startswith("resolve/"):
                 file = what.split("/", 2)[2]
+                if file in files and file.endswith(".zip"):
+                    type(self).redirects += 1
+                    return self.answer(b"", 302, Location=f"{self.url}/storage/{name}/{file}")
                 if file in files:
                     etag = f'"{hashlib.sha1(files[file]).hexdigest()}"'
                     return self.send_file(file, files[file], ETag=etag, X_Repo_Commit=commit)
@@ -175,13 +192,14 @@ class Hub(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(folder, records, shared=SHARED / "hub", small=True):
-    """Yields the handler class of a running server. Its `url` is the address."""
+    """Yields the handler class of a running server. Its `url` is the address. Without a folder for them, it
+    has no models."""
     data, coco = make_data(records)
-    repositories = {**make_models(folder, shared, small), **data}
-    for name, unused in UNUSED.items():
-        repositories[name] |= {file: b"x" for file in unused}
+    repositories = {**(make_models(folder, shared, small) if folder else {}), **data}
+    for name, files in repositories.items():
+        files |= {file: b"x" for file in UNUSED[name]}
     handler = type("RunningHub", (Hub,), {"repositories": repositories, "coco": coco, "requested": [],
-                                          "gated": set(), "break_off": {}})
+                                          "sent": Counter(), "gated": set(), "break_off": {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     handler.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
