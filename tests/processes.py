@@ -14,6 +14,7 @@ import sys
 
 import torch
 
+from support import metrics_log
 from support.errors import run_script
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -21,13 +22,14 @@ CONTEXT.set_forkserver_preload(["stage1_align", "stage2_instruct"])
 
 # Runs of the toy models that take a second or two.
 SMALL = ["--batch-size", "4", "--grad-accum", "2", "--heldout", "4", "--save-every", "3",
-         "--eval-every", "8", "--log-every", "1", "--device", "cpu"]
+         "--eval-every", "8", "--device", "cpu"]
 
 
 def _child(script, arguments, output, environment, plain_sgd, max_file_size, max_open_files):
     os.environ.update(environment)
     os.setpgid(0, 0)  # a group of its own, so that a signal can be sent to this process and its workers
     torch.set_num_threads(1)
+    metrics_log.LOG_EVERY = 1
     if plain_sgd:  # with lr 1, a step subtracts the gradient from the weight
         torch.optim.AdamW = lambda groups, **_: torch.optim.SGD(groups, lr=1.0)
     sys.argv = [f"{script}.py", *arguments]
@@ -55,21 +57,24 @@ def start(script, arguments, output, environment=None, plain_sgd=False, max_file
     return process
 
 
-def start_all(script, arguments, output, world_size, plain_sgd=False):
-    """Starts a script in `world_size` processes, as torchrun would. Returns the processes."""
+def start_all(script, arguments, output, world_size, plain_sgd=False, own_arguments=((), ())):
+    """Starts a script in `world_size` processes, as torchrun would. Returns the processes. own_arguments[rank]
+    are passed to one process only."""
     environments = [{}]
     if world_size > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         environments = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in range(world_size)]
-    return [start(script, arguments, output, environment, plain_sgd) for environment in environments]
+                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+                        for rank in range(world_size)]
+    return [start(script, [*arguments, *own_arguments[rank]], output, environment, plain_sgd)
+            for rank, environment in enumerate(environments)]
 
 
-def finish(script, arguments, output, world_size=1, plain_sgd=False):
+def finish(script, arguments, output, world_size=1, **more):
     """Runs a script to its end, which must be a success."""
-    for child in start_all(script, arguments, output, world_size, plain_sgd):
+    for child in start_all(script, arguments, output, world_size, **more):
         child.join(240)
         assert child.exitcode == 0, output.read_text()[-3000:]
 

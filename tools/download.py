@@ -30,7 +30,7 @@ import stage1_align
 import stage2_instruct
 from support.errors import UserError, explain_errors, run_script
 from support.files import atomic_write
-from support.records_temporary import image_name, read_records, split_records
+from support.records import image_name, read_records, split_records
 from support.settings import INT_FROM_0, INT_FROM_1
 
 STAGES = {1: stage1_align, 2: stage2_instruct}

@@ -2,15 +2,16 @@
 
     python -m tools.evaluate --run runs/toy             stage 2 if it is finished, else stage 1
     python -m tools.evaluate --run runs/toy --stage 1   how much is already known before stage 2
+    python -m tools.evaluate --data FILE --images DIR   on other records in LLaVA's format, such as POPE's
 
 The toy takes about 30 seconds on 2 CPU cores. The script prints a table and the first mistakes, and writes
-the numbers to eval.json in the stage's folder. If they are as good with a different image, the model ignores
-the image.
+the numbers to eval.json in the stage's folder (eval_FILE.json for other records). If they are as good with a
+different image, the model ignores the image.
 
-"Captions" are the held-out records of stage 1, and "answers" are those of stage 2. Each stage is evaluated on
-both, if the run has both. Stage 2 may have forgotten how to write captions. The keys of eval.json:
+"Captions" are the held-out records of stage 1, and "answers" are those of stage 2 or of --data. Each stage is
+evaluated on both, if the run has both. Stage 2 may have forgotten how to write captions. The keys of eval.json:
 
-    stage, checksums      the stage that was evaluated, and the checksums of its files, as in run.json
+    stage                 the stage that was evaluated
     captions_loss, captions_loss_different, captions_loss_blank
                           loss of the reference answers with the correct, a different and a blank image, in
                           nats per token
@@ -19,8 +20,8 @@ both, if the run has both. Stage 2 may have forgotten how to write captions. The
                           image than with a different one; chance is 0.5
     captions_same_image   number of records that the two controls with a different image leave out, because
                           their different image would be the same one; only if there are any
+    captions_not_finite   images of the records that are left out, because their loss is not finite; likewise
     answers_loss, …       the same numbers for the records of stage 2
-    correct_more_likely   the same fraction of the records of both stages
     objects_f1, caption_f1
                           F1 of the objects (color, shape) in the generated captions, and of (color, shape,
                           place); only for the toy
@@ -33,27 +34,36 @@ both, if the run has both. Stage 2 may have forgotten how to write captions. The
     qa_exact_by_kind, qa_exact_different_by_kind
                           the same for each kind of question
     captions_exact, …     the same for the captions, if their records name kinds
+    yes_no, yes_no_different
+                          accuracy, precision, recall, F1 and the fraction of answers with "yes", for questions
+                          whose reference answer is yes or no, as POPE (arXiv:2305.10355) counts them
     captions_groups, answers_groups
                           {group: losses and fraction as above}, if the kinds name groups: "photo, color" and
                           "photo, count" belong to the group "photo"
     most_frequent_by_kind
-                          for each kind, the share of the most frequent answer among the generated and among
+                          for each kind, the fraction of the most frequent answer among the generated and among
                           the reference answers. The second is what always giving that answer would score. If
                           the first is much larger, the model has a habit.
     counts                number of generated captions and answers, and of answers by kind
 """
 
+import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
+
 import argparse
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from data import IMAGE_TOKEN, ChatDataset
+from support.check_records import drop_unusable_records
 from support.errors import UserError, printable, run_script
 from support.evaluation import (generate_answers, load_heldout_dataset, make_heldout_batches,
                                 measure_image_use, records_with_other_images)
-from support.files import write_json
+from support.files import find_file, write_json
+from support.images import ImageStore
+from support.records import image_name, read_records
 from support.results import add_run_flags, load_run
 from support.settings import INT_FROM_0, INT_FROM_1
 from toy.world import PLACES, caption_of, objects_in
@@ -118,17 +128,19 @@ def answer_questions(model, template, dataset, questions, device, batch_size, ma
 
 def measure_groups(model, dataset, questions, batch_size, device):
     """Returns {group: what measure_image_use() returns for its records}. The different image is of the same
-    group."""
+    group, so a group with a single image is left out, and this is printed."""
     records = {}  # {group: numbers of its records}
     for question in questions:
         if "," in question.kind:
             records.setdefault(question.kind.split(",")[0], {})[question.record] = None
     measured = {}
-    for group in sorted(records):
-        part = ChatDataset(dataset.records.subset(list(records[group])), dataset.template,
-                           dataset.image_processor, dataset.num_image_tokens, dataset.max_length)
-        batches = make_heldout_batches(part, batch_size)
-        measured[group] = measure_image_use(model, batches, device, blank=True)
+    for group, numbers in sorted(records.items()):
+        if len({image_name(dataset.records[i]) for i in numbers}) < 2:
+            print(printable(f"The group {group!r} is left out, because it has a single image."))
+            continue
+        part = ChatDataset(dataset.records.subset(list(numbers)), dataset.template, dataset.image_processor,
+                           dataset.num_image_tokens, dataset.max_length)
+        measured[group] = measure_image_use(model, make_heldout_batches(part, batch_size), device, blank=True)
     return measured
 
 
@@ -159,6 +171,21 @@ def score_answers(questions, answers, name="qa_exact"):
             f"{name}_by_kind": {kind: sum(correct[kind]) / len(correct[kind]) for kind in sorted(correct)}}
 
 
+def is_yes_or_no(text):
+    return text.lower().rstrip(".") in ("yes", "no")
+
+
+def score_yes_no(references, answers):
+    """Returns the scores of POPE's evaluate.py, in which "yes" is the positive class. As there, an answer counts
+    as yes unless its first sentence contains "no" or "not"."""
+    says_yes = [not {"No", "no", "not"} & set(answer.split(".")[0].replace(",", "").split()) for answer in answers]
+    is_yes = [reference.lower().startswith("yes") for reference in references]
+    hits = sum(says and true for says, true in zip(says_yes, is_yes))
+    return {"accuracy": sum(says == true for says, true in zip(says_yes, is_yes)) / len(answers),
+            "precision": hits / max(1, sum(says_yes)), "recall": hits / max(1, sum(is_yes)),
+            "f1": 2 * hits / max(1, sum(says_yes) + sum(is_yes)), "yes": sum(says_yes) / len(answers)}
+
+
 def most_frequent_shares(questions, answers):
     """Returns {kind: [share of the most frequent generated answer, share of the most frequent reference]}."""
     pairs = {}  # {kind: [(generated answer, reference answer)]}
@@ -173,11 +200,7 @@ def make_table(result):
     rows = [("held-out records, with the", "correct image", "different image", "blank image")]
     for name in ("captions", "answers"):
         if f"{name}_loss" in result:
-            rows.append((f"{name}: loss, nats per token",
-                         *(f"{result[f'{name}_loss{image}']:.3f}" for image in ("", "_different", "_blank"))))
-        for group, measured in result.get(f"{name}_groups", {}).items():
-            rows.append((f"    {group}: correct more likely {measured['correct_more_likely']:.1%}",
-                         *(f"{measured[f'loss{image}']:.3f}" for image in ("", "_different", "_blank"))))
+            rows += loss_rows(name, {key.removeprefix(f"{name}_"): value for key, value in result.items()})
     for key, label in (("objects_f1", "captions: F1 of color and shape"),
                        ("caption_f1", "captions: F1 of color, shape and place"),
                        ("captions_exact", "captions: equal to the reference answer"),
@@ -186,82 +209,111 @@ def make_table(result):
             rows.append((label, f"{result[key]:.3f}", f"{result[f'{key}_different']:.3f}"))
         for kind, fraction in result.get(f"{key}_by_kind", {}).items():
             count = result["counts"]["captions_by_kind" if "captions" in key else "answers_by_kind"][kind]
-            rows.append((f"    {kind} ({count})", f"{fraction:.3f}",
+            rows.append((printable(f"    {kind} ({count})"), f"{fraction:.3f}",
                          f"{result[f'{key}_different_by_kind'][kind]:.3f}"))
+    if "yes_no" in result:
+        rows.append((f"answers to {result['counts']['yes_no']} yes/no questions",))
+        rows += [(f"    {'answered with yes' if name == 'yes' else name}", f"{value:.3f}",
+                  f"{result['yes_no_different'][name]:.3f}") for name, value in result["yes_no"].items()]
     if shares := result.get("most_frequent_by_kind"):
-        rows.append(("share of the most frequent answer among", "generated", "reference"))
-        rows += [(f"    {kind}", *(f"{share:.3f}" for share in pair)) for kind, pair in shares.items()]
+        rows.append(("fraction of the most frequent answer among", "generated", "reference"))
+        rows += [(printable(f"    {kind}"), *(f"{share:.3f}" for share in pair)) for kind, pair in shares.items()]
     return rows
 
 
+def loss_rows(name, measured):
+    """Returns the rows of what measure_image_use() returned, and of its groups."""
+    rows = [(f"{name}: loss, nats per token", *(f"{measured[f'loss{image}']:.3f}"
+                                                for image in ("", "_different", "_blank"))),
+            (f"{name}: correct image more likely", f"{measured['correct_more_likely']:.1%}", "chance 50%")]
+    for note in ("same_image", "not_finite"):
+        if note in measured:
+            count = measured[note] if note == "same_image" else len(measured[note])
+            rows.append((f"    records left out: {note.replace('_', ' ')}", str(count)))
+    for group, values in measured.get("groups", {}).items():
+        rows += [(printable(f"    {label.replace(name, group)}"), *cells) for label, *cells in loss_rows(name, values)]
+    return rows
+
+
+def evaluate(model, dataset, name, result, args):
+    """Evaluates the model on a ChatDataset and adds the numbers to `result`. Returns a title and pairs of a
+    question and its generated answer, to be printed. `name` is "captions" or "answers"."""
+    device = model.llm.device
+    # 1. With the reference answers. This can be measured on any data.
+    batches = make_heldout_batches(dataset, args.batch_size)
+    measured = measure_image_use(model, batches, device, blank=True)
+    questions = list_questions(dataset)
+    if groups := measure_groups(model, dataset, questions, args.batch_size, device):
+        measured["groups"] = groups
+    result |= {f"{name}_{key}": value for key, value in measured.items()}
+
+    # 2. With generated answers. They can be scored only if no other answer is correct.
+    is_toy = name == "captions" and any(is_toy_caption(question.reference) for question in questions)
+    scored = [q for q in questions if (is_toy_caption(q.reference) if is_toy else q.kind)]
+    yes_no = [q for q in questions if is_yes_or_no(q.reference)]
+    asked = scored or yes_no or evenly_spaced(questions, args.count)
+    settings = dataset, asked, device, args.batch_size, args.max_new_tokens
+    answers = answer_questions(model, dataset.template, *settings)
+    result["counts"][name] = len(asked)
+    if is_toy:
+        result |= score_captions(answers, [question.reference for question in asked])
+    elif scored or yes_no:
+        different = answer_questions(model, dataset.template, *settings, different_image=True)
+        if scored:
+            key = "captions_exact" if name == "captions" else "qa_exact"
+            result["counts"][f"{name}_by_kind"] = Counter(sorted(question.kind for question in asked))
+            result |= score_answers(asked, answers, key) | score_answers(asked, different, f"{key}_different")
+            if name == "answers":
+                result["most_frequent_by_kind"] = most_frequent_shares(asked, answers)
+        positions = [i for i, question in enumerate(asked) if is_yes_or_no(question.reference)]
+        if positions and name == "answers":
+            result["counts"]["yes_no"] = len(positions)
+            for key, texts in (("yes_no", answers), ("yes_no_different", different)):
+                result[key] = score_yes_no([asked[i].reference for i in positions], [texts[i] for i in positions])
+    pairs, title = list(zip(asked, answers)), f"{len(asked)} of the generated {name}"
+    if scored or yes_no:
+        pairs = [(question, answer) for question, answer in pairs if answer != question.reference]
+        title = f"{len(pairs)} of {len(asked)} generated {name} differ from the reference answer"
+    return title, pairs[:args.count]
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m tools.evaluate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser)
+    parser.add_argument("--data", help="JSON file of other records to evaluate on")
+    parser.add_argument("--images", help="folder or .zip file with the images of --data")
     parser.add_argument("--heldout", type=INT_FROM_1, help="evaluate only on the first HELDOUT of the "
-                        "held-out records of each stage (default: all)")
+                        "records (default: all)")
     parser.add_argument("--batch-size", type=INT_FROM_1, default=32, help="records per batch (default: 32)")
     parser.add_argument("--max-new-tokens", type=INT_FROM_1, default=128, help="longest answer in tokens")
     parser.add_argument("--count", type=INT_FROM_0, default=5, help="how many mistakes to print; if the "
                         "answers cannot be scored, how many of them to generate and print (default: 5)")
     args = parser.parse_args()
+    if bool(args.data) != bool(args.images):
+        raise UserError("--data and --images belong together: pass both, or neither to evaluate on the held-out "
+                        "records of the run")
     model, template, image_processor, saved = load_run(args)
-    device, path = model.llm.device, args.run / f"stage{saved['stage']}" / "eval.json"
-    result = {"stage": saved["stage"], "counts": {}}
-    examples, matches, records = [], 0, 0
+    folder, parts = args.run / f"stage{saved['stage']}", (template, image_processor, model.num_image_tokens)
+    path, datasets = folder / "eval.json", {}
+    if args.data:
+        path = folder / f"eval_{Path(args.data).stem}.json"
+        records = read_records(find_file(args.data), ImageStore(find_file(args.images)))
+        datasets["answers"] = ChatDataset(records.subset(slice(args.heldout)), *parts, template.context_length)
+        drop_unusable_records(datasets["answers"], open_images=True)
     for stage, name in ((1, "captions"), (2, "answers")):
-        folder = args.run / f"stage{stage}"
-        if not (folder / "run.json").exists():
+        if args.data or not (args.run / f"stage{stage}" / "run.json").exists():
             continue
         try:
-            dataset = load_heldout_dataset(folder, template, image_processor, model.num_image_tokens,
-                                           args.heldout)
-            batches = make_heldout_batches(dataset, args.batch_size)
+            datasets[name] = load_heldout_dataset(args.run / f"stage{stage}", *parts, args.heldout)
         except UserError as error:
             if stage == saved["stage"]:
                 raise
-            print(f"The {name} are left out, because the held-out records of stage {stage} cannot be used: "
-                  f"{error}")
-            continue
-
-        # 1. With the reference answers. This can be measured on any data.
-        measured = measure_image_use(model, batches, device, blank=True)
-        result |= {f"{name}_{key}": value for key, value in measured.items()}
-        count = sum(len(batch["input_ids"]) for batch in batches) - measured.get("same_image", 0)
-        matches, records = matches + measured["correct_more_likely"] * count, records + count
-
-        # 2. With generated answers. They can be scored only if no other answer is correct.
-        questions = list_questions(dataset)
-        if groups := measure_groups(model, dataset, questions, args.batch_size, device):
-            result[f"{name}_groups"] = groups
-        is_toy = stage == 1 and any(is_toy_caption(question.reference) for question in questions)
-        scored = [q for q in questions if (is_toy_caption(q.reference) if is_toy else q.kind)]
-        questions = scored or evenly_spaced(questions, args.count)
-        settings = dataset, questions, device, args.batch_size, args.max_new_tokens
-        answers = answer_questions(model, template, *settings)
-        result["counts"][name] = len(questions)
-        if is_toy:
-            result |= score_captions(answers, [question.reference for question in questions])
-        elif scored:
-            key = "captions_exact" if stage == 1 else "qa_exact"
-            result["counts"][f"{name}_by_kind"] = Counter(sorted(question.kind for question in questions))
-            different = answer_questions(model, template, *settings, different_image=True)
-            result |= score_answers(questions, answers, key)
-            result |= score_answers(questions, different, f"{key}_different")
-            if stage == 2:
-                result["most_frequent_by_kind"] = most_frequent_shares(questions, answers)
-        pairs, title = list(zip(questions, answers)), f"{len(questions)} of the generated {name}"
-        if scored:
-            pairs = [(question, answer) for question, answer in pairs if answer != question.reference]
-            title = f"{len(pairs)} of {len(questions)} generated {name} differ from the reference answer"
-        examples.append((title, pairs[:args.count]))
-
-    result["correct_more_likely"] = matches / records
+            print(f"The {name} are left out, because the held-out records of stage {stage} cannot be used: {error}")
+    result = {"stage": saved["stage"], "counts": {}}
+    examples = [evaluate(model, dataset, name, result, args) for name, dataset in datasets.items()]
     for name, *cells in make_table(result):
         print(f"{name:<42}" + "".join(f"{cell:>17}" for cell in cells))
-    print(f"correct image more likely: {matches / records:.1%} (chance 50%)")
-    if left_out := result.get("captions_same_image", 0) + result.get("answers_same_image", 0):
-        print(f"{left_out} records have no different image")
     for title, pairs in examples:
         print(f"\n{title}{', for example' if pairs else ''}")
         for question, answer in pairs:
