@@ -184,6 +184,8 @@ def test_the_page_is_one_small_file_that_loads_nothing(make_page, capsys):
 
     described = results_of(path)
     assert [stage["name"] for stage in described["stages"]] == ["stage 1", "stage 2"]
+    assert [group["name"] for group in described["answers"]] == [
+        f"records of stage {i}, answered after stage 2" for i in (1, 2)]
     for i, stage in enumerate(described["stages"], start=1):
         _, evaluations = metrics(path.parent / f"stage{i}")
         assert [line["nearest"] for line in stage["evaluations"]] == [

@@ -21,10 +21,12 @@ CURVES = {"loss": ("training", "#8c959f"), "heldout_loss": ("held-out, correct i
 
 
 def read_lines(folder):
-    """Returns the lines of a stage's metrics.jsonl as dicts. Raises UserError if a line is damaged."""
+    """Returns the lines of a stage's metrics.jsonl as dicts, none if there is no such file. Raises UserError
+    if a line is damaged."""
     path, lines = folder / "metrics.jsonl", []
+    content = path.read_bytes() if path.exists() else b""
     # A last line without its line break is still being written.
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             lines.append(dict(json.loads(line)))
         except (ValueError, TypeError) as error:
@@ -71,9 +73,7 @@ def main():
     parser.add_argument("--out", type=Path, metavar="SVG", help="file to write (default: <run>/losses.svg)")
     args = parser.parse_args()
     path = args.out or args.run / "losses.svg"
-    folders = [args.run / "stage1", args.run / "stage2"]
-    stages = {folder.name[-1]: lines for folder in folders
-              if (folder / "metrics.jsonl").exists() and (lines := read_lines(folder))}
+    stages = {stage: lines for stage in (1, 2) if (lines := read_lines(args.run / f"stage{stage}"))}
     if not stages:
         raise UserError(f"{args.run} holds no losses yet: a stage writes the first ones before it trains")
     check_output_file(path)

@@ -4,8 +4,8 @@
 
 The page is a single file and needs neither a server nor a network. Losses, nearest tokens and the answers to
 the first held-out record come from metrics.jsonl, which the stages wrote. All other answers are generated
-here, with stage 2 of the run if it is finished, else with stage 1. The toy takes about 10 seconds. Before the
-first stage is finished, python -m tools.loss_picture draws the losses.
+here, with stage 2 of the run if it is finished, else with stage 1. The toy takes about 10 seconds. While a
+stage goes on, python -m tools.loss_picture draws its losses.
 
 A patch is erased by replacing its feature by the mean feature of many held-out patches. At real size, erasing
 one of 256 patches changes little, and erasing each of them would take long. So patches are changed in
@@ -54,7 +54,8 @@ def read_metrics(folder):
     evaluations = [{"step": line["step"], **{short: line.get(name) for name, short in names.items()}}
                    for line in lines if "heldout_loss" in line]
     if not evaluations:
-        raise UserError(f"{folder}/metrics.jsonl has no evaluation: no stage wrote it, or it has been cut")
+        raise UserError(f"{folder}/metrics.jsonl is missing or has no evaluation: copy it from where the "
+                        "stage was trained")
     return tuple(evenly_spaced(lines[:-1], count) + lines[-1:]
                  for lines, count in ((training, MAX_LOSSES), (evaluations, MAX_EVALUATIONS)))
 
