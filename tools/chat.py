@@ -86,11 +86,14 @@ def converse(model, template, image_processor, pixel_values, max_new_tokens, tem
         sys.stdin.reconfigure(errors="replace")  # a byte that is not UTF-8 must not end the conversation
     with suppress(EOFError, KeyboardInterrupt):
         while True:
-            line = input("> " if at_terminal else "").strip()
+            # A question that is copied from training data may contain <image>. Training removes it, too.
+            line = input("> " if at_terminal else "").replace(IMAGE_TOKEN, "").strip()
             command, _, rest = line.partition(" ")
             if command == "/quit":
                 break
-            if command == "/image" and rest:
+            if command == "/image" and not rest:
+                print("Name a file: /image FILE", flush=True)
+            elif command == "/image":
                 path = read_path(rest)
                 try:
                     pixel_values = load_image(path, image_processor)
@@ -110,7 +113,7 @@ def converse(model, template, image_processor, pixel_values, max_new_tokens, tem
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m tools.chat", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser)
     parser.add_argument("--image", metavar="FILE", help="the first image (default: none)")

@@ -21,6 +21,7 @@ levels from those of the run. AutoProcessor.from_pretrained("exported", backend=
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 
 import torch
@@ -63,14 +64,8 @@ ACCEPT_LISTS = """\
 {%- set messages = joined.messages %}
 """
 
-# {beginning of a weight's name in memory: its beginning in the LLaVA models on the hub}. vLLM expects the
-# hub's names. transformers alone would leave out "vision_model.".
-HUB_NAMES = {"lm_head.": "language_model.lm_head.", "model.language_model.": "language_model.model.",
-             "model.vision_tower.": "vision_tower.vision_model.",
-             "model.multi_modal_projector.": "multi_modal_projector."}
 
-
-def build_hf_model(model, template, run_json):
+def build_hf_model(model, template, saved):
     """Returns the model as a LlavaForConditionalGeneration on the CPU. Its LLM is taken out of `model`."""
     llm = model.llm
     old_rows = llm.get_input_embeddings().num_embeddings
@@ -80,13 +75,13 @@ def build_hf_model(model, template, run_json):
     # Llava has deleted the last blocks of its vision tower. transformers needs the complete tower, because it
     # counts the hidden states from the end too.
     vision_tower = type(model.vision_tower).from_pretrained(
-        find_or_fetch_pretrained(run_json["vision_tower"]), config=model.vision_tower.config,
+        find_or_fetch_pretrained(saved["vision_tower"]), config=model.vision_tower.config,
         dtype=torch.float32)
     config = LlavaConfig(
         vision_config=vision_tower.config, text_config=llm.config, image_token_index=template.image_token_id,
-        image_seq_length=model.num_image_tokens, vision_feature_layer=run_json["vision_layer"],
+        image_seq_length=model.num_image_tokens, vision_feature_layer=saved["vision_layer"],
         vision_feature_select_strategy="default" if has_class_token(model) else "full",
-        projector_hidden_act="linear" if needs_linear_activation(model.projector) else "gelu",
+        projector_hidden_act="linear" if isinstance(model.projector, nn.Linear) else "gelu",
         tie_word_embeddings=llm.config.tie_word_embeddings)
     with torch.device("meta"):  # without memory for weights, because all exist already
         llava = LlavaForConditionalGeneration(config)
@@ -124,42 +119,26 @@ def has_class_token(model):
     return model.vision_tower.config.model_type != "siglip_vision_model"
 
 
-def needs_linear_activation(projector):
-    """Returns True for a linear projector that is too narrow to undo the GELU, see copy_projector()."""
-    return isinstance(projector, nn.Linear) and projector.out_features < 2 * projector.in_features
-
-
 @torch.no_grad()
 def copy_projector(ours, theirs):
     """Copies our projector into that of transformers, which is always linear_2(act(linear_1(x)))."""
-    if not isinstance(ours, nn.Linear):
-        theirs.linear_1.load_state_dict(ours[0].state_dict())
-        theirs.linear_2.load_state_dict(ours[2].state_dict())
-        return
-    for parameter in theirs.parameters():
-        nn.init.zeros_(parameter)
-    if needs_linear_activation(ours):  # I · (W·x + b), with an activation that does nothing
+    if isinstance(ours, nn.Linear):  # I · (W·x + b), with the activation "linear", which does nothing
         theirs.linear_1.load_state_dict(ours.state_dict())
         nn.init.eye_(theirs.linear_2.weight)
+        nn.init.zeros_(theirs.linear_2.bias)
     else:
-        # Some tools always apply a GELU. It can be undone: GELU(v) = v·Φ(v) and Φ(v) + Φ(-v) = 1, also in the
-        # usual approximations of Φ, so GELU(v) - GELU(-v) = v. Here linear_1 computes x and -x, and linear_2
-        # computes W·GELU(x) - W·GELU(-x) + b = W·x + b. The rows of linear_1 beyond 2·D_v stay zero.
-        w, d_v = ours.weight.cpu(), ours.in_features  # (D, D_v)
-        theirs.linear_1.weight[:2 * d_v] = torch.cat([torch.eye(d_v), -torch.eye(d_v)])
-        theirs.linear_2.weight[:, :2 * d_v] = torch.cat([w, -w], dim=1)
-        theirs.linear_2.bias.copy_(ours.bias)
+        theirs.linear_1.load_state_dict(ours[0].state_dict())
+        theirs.linear_2.load_state_dict(ours[2].state_dict())
 
 
 def save_model(llava, folder):
-    """Writes config.json, generation_config.json and the weights, under the names of HUB_NAMES."""
-    weights, hub_names = {}, dict(HUB_NAMES)
-    if llava.config.vision_config.model_type == "dinov2":  # which has no level "vision_model."
-        hub_names["model.vision_tower."] = "vision_tower."
-    for name, tensor in llava.state_dict().items():
-        prefix = next(prefix for prefix in hub_names if name.startswith(prefix))
-        weights[hub_names[prefix] + name.removeprefix(prefix)] = tensor
-    llava.save_pretrained(folder, state_dict=weights, save_original_format=False)
+    """Writes config.json, generation_config.json and the weights. Their names are those of the LLaVA models on
+    the hub, because vLLM expects them. transformers alone would leave out "vision_model." of CLIP and SigLIP.
+    """
+    level = "" if llava.config.vision_config.model_type == "dinov2" else "vision_model."
+    llava.save_pretrained(folder, state_dict={
+        name.replace("model.vision_tower.", f"model.vision_tower.{level}"): tensor
+        for name, tensor in llava.state_dict().items()})
 
 
 def build_hf_processor(model, template, image_processor):
@@ -224,40 +203,42 @@ def compare(folder, expected, device):
     gaps = f"largest difference {logit_gap:.1e} of the logits, {pixel_gap:.1e} of the pixels"
     if max(logit_gap, pixel_gap) > TOLERANCE:
         raise UserError(f"the exported model differs from the run ({gaps}), so it was not kept")
-    print(f"the exported folder, loaded by transformers' Auto classes, on {len(expected)} held-out records:\n"
-          f"  same prompts, same generated tokens, {gaps}")
+    print(f"the exported folder, loaded by transformers' Auto classes, on {len(expected)} held-out "
+          f"record{'s' * (len(expected) > 1)}:\n  same prompts, same generated tokens, {gaps}")
     return llava
 
 
 def export(args, folder):
     """Writes the run to `folder` and compares it. Raises UserError if it differs from the run."""
-    model, template, image_processor, run_json = load_run(args)
+    model, template, image_processor, saved = load_run(args)
     device = model.llm.device
-    folders = [args.run / f"stage{i}" for i in (1, 2)[:run_json["stage"]]]  # these three for the model card
+    folders = [args.run / f"stage{i}" for i in (1, 2)[:saved["stage"]]]  # these three for the model card
     stages = [read_run(path) for path in folders if (path / "run.json").exists()]
-    evaluation = read_json(folders[-1] / "eval.json")
-    heldout = load_heldout_dataset(run_json, template, image_processor, model.num_image_tokens)
+    try:
+        evaluation = read_json(folders[-1] / "eval.json")
+    except UserError as error:
+        raise UserError(f"{error}; delete it, or run tools.evaluate again") from error
+    heldout = load_heldout_dataset(saved, template, image_processor, model.num_image_tokens)
     expected = [run_ours(model, template, heldout, i, device)
                 for i in range(min(args.samples, len(heldout)))]
 
     processor = build_hf_processor(model, template, image_processor)
-    llava = build_hf_model(model, template, run_json)
+    llava = build_hf_model(model, template, saved)
     save_model(llava, folder)
     processor.save_pretrained(folder)
     image_processor.save_pretrained(folder)  # older tools read preprocessor_config.json
     del llava, model  # because compare() loads all weights again
     llava = compare(folder, expected, device)
     if llava.config.projector_hidden_act == "linear":
-        print("The LLM is less than twice as wide as the vision tower, so the projector needs an activation\n"
-              "that does nothing. transformers has it. vLLM refuses to load this export. mlx-vlm always\n"
-              "applies a GELU, so it would answer wrongly. See docs/export.md.")
+        print("A linear projector needs an activation that does nothing, which transformers has. vLLM "
+              "refuses\nthis export, and mlx-vlm would answer wrongly. See docs/export.md.")
     if args.dtype != "fp32":
         save_model(llava.to(DTYPES[args.dtype]), folder)
     write_model_card(folder, stages, evaluation)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m tools.export_hf", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser, precision="fp32")  # the export is compared in fp32
     parser.add_argument("--out", type=Path, required=True, help="folder to write; it must not exist yet")
@@ -275,7 +256,7 @@ def main():
             delete(temporary)
             raise
     print(f"wrote {out}, with weights in {args.dtype}. Read its README.md, then publish it with\n"
-          f"    hf upload YOUR_NAME/YOUR_MODEL {out}")
+          f"    {shlex.join(['hf', 'upload', 'YOUR_NAME/YOUR_MODEL', str(out)])}")
 
 
 if __name__ == "__main__":

@@ -1,71 +1,95 @@
-"""Draws the held-out losses of a run, with the correct and with a different image, as an SVG file.
+"""Draws the losses of a run as an SVG file, also while the run goes on.
 
-    python -m tools.loss_picture --run runs/toy --out docs/losses.svg
+    python -m tools.loss_picture --run runs/toy       writes runs/toy/losses.svg
 
-It reads metrics.jsonl of both stages. The gap between the two curves shows that the model uses the image.
+It reads only metrics.jsonl, which both stages write while they train. If the held-out loss is lower with the
+correct image than with a different image, the model uses the image. After a stage, tools.page shows more.
 """
 
 import argparse
 import json
+import os
 from pathlib import Path
 
-from support.errors import UserError, explain_errors, run_script
+from support.errors import UserError, run_script
 from support.files import atomic_write
 
-WIDTH, HEIGHT, LEFT, TOP = 340, 180, 44, 30  # of one stage's plot, and the margins around it, in pixels
-CURVES = {"heldout_loss": ("correct image", "#1a7f37"),
-          "heldout_loss_different": ("different image", "#cf222e")}
+WIDTH, HEIGHT, ROW = 340, 180, 18  # of a stage's plot, and the height of a row of text, in pixels
+LEFT, TOP, COLUMN = 44, 30, 400  # the margins of a plot, and its width with its margins
+CURVES = {"loss": ("training", "#8c959f"), "heldout_loss": ("held-out, correct image", "#1a7f37"),
+          "heldout_loss_different": ("held-out, different image", "#cf222e")}
 
 
-def read_losses(path):
-    """Returns the evaluations in a metrics.jsonl, as dicts."""
-    with explain_errors(f"read {path}"):
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if "heldout_loss" in line]
+def read_lines(folder):
+    """Returns the lines of a stage's metrics.jsonl as dicts, none if there is no such file. Raises UserError
+    if a line is damaged."""
+    path, lines = folder / "metrics.jsonl", []
+    content = path.read_bytes() if path.exists() else b""
+    # A last line without its line break is still being written.
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        try:
+            lines.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"line {number} of {path} is damaged: delete this line") from error
+    return lines
 
 
-def draw_stage(evaluations, title, x0, top_loss):
-    """Returns the SVG elements of one stage's plot, whose left edge is at x0."""
-    last = max(1, evaluations[-1]["step"])
-    parts = [f'<text x="{x0}" y="18" font-weight="bold">{title}</text>',
-             f'<text x="{x0 + WIDTH}" y="{TOP + HEIGHT + 18}" text-anchor="end">step {last}</text>',
-             f'<text x="{x0}" y="{TOP + HEIGHT + 18}">0</text>']
-    for value in range(int(top_loss) + 1):
-        y = TOP + HEIGHT * (1 - value / top_loss)
-        parts += [f'<path d="M{x0} {y:.1f}h{WIDTH}" stroke="#d0d7de"/>',
-                  f'<text x="{x0 - 8}" y="{y + 4:.1f}" text-anchor="end">{value}</text>']
-    for key, (name, color) in CURVES.items():
-        points = [(x0 + WIDTH * line["step"] / last, TOP + HEIGHT * (1 - line[key] / top_loss))
-                  for line in evaluations]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        x, y = points[-1]
-        parts += [f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>',
-                  f'<text x="{x:.1f}" y="{max(y - 8, TOP + 12):.1f}" text-anchor="end" fill="{color}">{name} '
-                  f'{evaluations[-1][key]:.2f}</text>']
+def check_output_file(path):
+    """Raises UserError if `path` cannot be the name of a new or an old file."""
+    if os.path.isdir(path) or not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"cannot write to {path}: name a file in a writable folder with --out")
+
+
+def points_of(lines, key):
+    """Returns [(step, value)] of the lines with a value, which is null if a loss was not finite."""
+    return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+
+
+def draw_stage(lines, title, top_loss):
+    """Returns the SVG elements of one stage's plot. (0, 0) is its upper left corner, inside the margins."""
+    last = max(1, lines[-1]["step"])
+    parts = [f'<text y="{ROW - TOP}" font-weight="bold">{title}</text>', f'<text y="{HEIGHT + ROW}">0</text>',
+             f'<text x="{WIDTH}" y="{HEIGHT + ROW}" text-anchor="end">step {last:,}</text>']
+    for value in range(0, int(top_loss) + 1, 1 + int(top_loss) // 10):
+        y = HEIGHT * (1 - value / top_loss)
+        parts += [f'<path d="M0 {y:.1f}h{WIDTH}" stroke="#d0d7de"/>',
+                  f'<text x="-8" y="{y + 4:.1f}" text-anchor="end">{value}</text>']
+    for row, (key, (name, color)) in enumerate(CURVES.items(), start=2):
+        if points := points_of(lines, key):
+            path = [f"{WIDTH * step / last:.1f},{HEIGHT * (1 - value / top_loss):.1f}"
+                    for step, value in points]
+            x, y = path[-1].split(",")
+            parts += [
+                f'<polyline points="{" ".join(path)}" fill="none" stroke="{color}" stroke-width="2"/>',
+                f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>',  # visible if it is the only point, too
+                f'<text y="{HEIGHT + row * ROW}" fill="{color}">{name}: {points[-1][1]:.3f}</text>']
     return parts
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m tools.loss_picture", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default="runs/toy", help="folder of the run (default: runs/toy)")
-    parser.add_argument("--out", type=Path, required=True, help="SVG file to write")
+    parser.add_argument("--out", type=Path, metavar="SVG", help="file to write (default: <run>/losses.svg)")
     args = parser.parse_args()
-    stages = {f"stage {stage}": read_losses(path) for stage in (1, 2)
-              if (path := args.run / f"stage{stage}" / "metrics.jsonl").exists()}
-    if not stages or not all(stages.values()):
-        raise UserError(f"{args.run} holds no run with evaluations: train with stage1_align.py first")
-    top_loss = 1.1 * max(line[key] for lines in stages.values() for line in lines for key in CURVES)
-    parts = [part for i, (title, lines) in enumerate(stages.items())
-             for part in draw_stage(lines, f"{title}: held-out loss, nats per token",
-                                    LEFT + i * (WIDTH + LEFT + 16), top_loss)]
-    width, height = LEFT + len(stages) * (WIDTH + LEFT + 16) - LEFT, TOP + HEIGHT + 30
+    path = args.out or args.run / "losses.svg"
+    stages = {stage: lines for stage in (1, 2) if (lines := read_lines(args.run / f"stage{stage}"))}
+    if not stages:
+        raise UserError(f"{args.run} holds no losses yet: a stage writes the first ones before it trains")
+    check_output_file(path)
+    top_loss = 1.1 * max((value for lines in stages.values() for key in CURVES
+                          for _, value in points_of(lines, key)), default=1)
+    parts = []
+    for i, (stage, lines) in enumerate(stages.items()):
+        parts += [f'<g transform="translate({LEFT + i * COLUMN} {TOP})">',
+                  *draw_stage(lines, f"stage {stage}: loss, nats per token", top_loss), "</g>"]
+    width, height = len(stages) * COLUMN, TOP + HEIGHT + 5 * ROW
     svg = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
            f'font-family="sans-serif" font-size="12" fill="#24292f">\n'
            f'<rect width="{width}" height="{height}" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n")
-    with atomic_write(args.out) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(svg, encoding="utf-8")
-    print(f"wrote {args.out}")
+    print(f"wrote {path}: open it in a browser")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ folder is shortened to its last part, because it would tell strangers about this
 
 from pathlib import Path
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from support.files import REPOSITORY
 from tools.evaluate import make_table
 
@@ -23,41 +25,37 @@ LICENSES = {
 
 CARD = """\
 ---
-library_name: transformers
-pipeline_tag: image-text-to-text
-{base_model}tags:
-- llava
-# license: choose one after you have read those listed under "Licenses"
+{{ card_data }}
 ---
 
-# LLaVA after stage {stage}: {vision_tower} and {llm}
+# LLaVA after stage {{ stage }}: {{ vision_tower }} and {{ llm }}
 
 The model answers questions about an image. It was trained by a small replication of
 [Visual Instruction Tuning](https://arxiv.org/abs/2304.08485), which is made for learning.
 
 | component | |
 |--|--|
-| vision tower | {vision_tower}, hidden state {vision_layer}, not trained |
-| projector | {projector}, trained in {projector_stages} |
-| language model | {llm}, {llm_training} |
+| vision tower | {{ vision_tower }}, hidden state {{ vision_layer }}, not trained |
+| projector | {{ projector }}, trained in {{ "stages 1 and 2" if stage == 2 else "stage 1" }} |
+| language model | {{ llm }}, {{ "with the LoRA adapter of stage 2 merged" if stage == 2 else "not trained" }} |
 
 ## Training
 
 | stage | data | optimizer steps |
 |--|--|--|
-{training}
+{{ training }}
 
 ## Scores
 
 Losses are in nats per token. If the model ignored the image, it would be as good with a different image.
 
-{scores}
+{{ scores }}
 
 ## Licenses
 
 This model has no license yet. Before you publish it, check the licenses of its components and of its data:
 
-{licenses}
+{{ licenses }}
 
 ## Use
 
@@ -65,8 +63,8 @@ This model has no license yet. Before you publish it, check the licenses of its 
 from transformers import pipeline
 
 ask = pipeline("image-text-to-text", model="FOLDER_OR_NAME_OF_THIS_MODEL")
-question = [{{"type": "image", "path": "photo.jpg"}}, {{"type": "text", "text": "What is in the image?"}}]
-print(ask([{{"role": "user", "content": question}}], return_full_text=False)[0]["generated_text"])
+question = [{"type": "image", "path": "photo.jpg"}, {"type": "text", "text": "What is in the image?"}]
+print(ask([{"role": "user", "content": question}], return_full_text=False)[0]["generated_text"])
 ```
 """
 
@@ -78,26 +76,27 @@ def write_model_card(folder, stages, evaluation):
         stages: run.json of each stage that was trained, in order. The last one is exported.
         evaluation: eval.json of the exported stage, or None.
     """
-    run, trained_llm = stages[-1], stages[-1]["stage"] == 2
-    vision_tower, llm = public_name(run["vision_tower"]), public_name(run["llm"])
+    last = stages[-1]
+    vision_tower, llm = public_name(last["vision_tower"]), public_name(last["llm"])
     data = [public_name(stage["settings"]["data"]) for stage in stages]
-    # The hub links the names under base_model to their pages. A local folder has no page there.
-    on_hub = [f"- {name}\n" for name in (run["vision_tower"], run["llm"])
+    # The hub links these names to their pages. A local folder has no page there.
+    on_hub = [name for name in (last["vision_tower"], last["llm"])
               if not Path(name).is_dir() and not (REPOSITORY / name).is_dir()]
-    if (evaluation or {}).get("checksums") != run.get("checksums"):
+    if (evaluation or {}).get("checksums") != last.get("checksums"):
         evaluation = None  # it is older than the training
     header, *rows = make_table(evaluation or {})
-    losses = [f"{run['heldout'][name]:.3f}" for name in ("loss", "loss_different")]
+    losses = [f"{last['heldout'][name]:.3f}" for name in ("loss", "loss_different")]
     rows = [header, ["--"] * 4, ["loss of the reference answers at the end of training", *losses], *rows]
-    (folder / "README.md").write_text(encoding="utf-8", data=CARD.format(
-        base_model="".join(["base_model:\n", *on_hub] if on_hub else []), stage=run["stage"],
-        vision_tower=vision_tower, vision_layer=run["vision_layer"], llm=llm, projector=run["projector"],
-        projector_stages="stages 1 and 2" if trained_llm else "stage 1",
-        llm_training="trained in stage 2 with a LoRA adapter, now merged" if trained_llm else "not trained",
+    ModelCard.from_template(
+        ModelCardData(library_name="transformers", pipeline_tag="image-text-to-text", tags=["llava"],
+                      base_model=on_hub or None),
+        template_str=CARD, stage=last["stage"], vision_tower=vision_tower, llm=llm,
+        vision_layer=last["vision_layer"], projector=last["projector"],
         training="\n".join(f"| {stage['stage']} | {name} | {stage['steps']:,} |"
                            for stage, name in zip(stages, data)),
         scores="\n".join(f"| {' | '.join(row)} |" for row in rows),
-        licenses="\n".join(f"- {name}: {license_of(name)}" for name in (vision_tower, llm, *data))))
+        licenses="\n".join(f"- {name}: {license_of(name)}" for name in (vision_tower, llm, *data)),
+    ).save(folder / "README.md")
 
 
 def public_name(name):

@@ -22,16 +22,20 @@ const titled = (title, text, style = "") =>
   make("p", {}, make("b", {}, title), make("span", { class: style }, text));
 
 const tableRow = (...cells) => make("tr", {}, ...cells.map((cell) => make("td", {}, cell)));
-const percent = (fraction, digits = 0) => `${(100 * fraction).toFixed(digits)}%`;
+const percent = (fraction, digits = 0) =>
+  fraction === null ? "none" : `${(100 * fraction).toFixed(digits)}%`; // null: it was not finite
 const indexOfLargest = (values) => values.indexOf(Math.max(...values));
+const sum = (values) => values.reduce((a, b) => a + b, 0);
 
 // -- pictures cut into patches ---------------------------------------------------------------------------
 
-// Returns the style that shows patch `i` of a picture, whose rows have `side` patches.
-function patchStyle(url, i, side) {
-  const place = (k) => percent(k / (side - 1 || 1), 3);
-  const position = `${place(i % side)} ${place(Math.floor(i / side))}`;
-  return `background: url("${url}") ${position} / ${percent(side)} auto`;
+// Returns the style that shows patch `i` of a picture. `sizes` are the heights of its rows of patches, and
+// also the widths of its columns.
+function patchStyle(url, i, sizes) {
+  const [column, row] = [i % sizes.length, Math.floor(i / sizes.length)];
+  const place = (k) => percent(sum(sizes.slice(0, k)) / (sum(sizes) - sizes[k] || 1), 3);
+  const scale = (k) => percent(sum(sizes) / sizes[k], 3);
+  return `background: url("${url}") ${place(column)} ${place(row)} / ${scale(column)} ${scale(row)}`;
 }
 
 const patchName = (i, side) => `row ${Math.floor(i / side) + 1}, column ${(i % side) + 1}`;
@@ -39,11 +43,11 @@ const patchName = (i, side) => `row ${Math.floor(i / side) + 1}, column ${(i % s
 // Fills `grid` with one button per patch and returns the buttons. The Tab key reaches one of them, and the
 // arrow keys move from there. `point(i)` is called when patch i is pointed at or focused, and `click(i)` when
 // it is clicked or Enter is pressed.
-function fillGrid(grid, url, count, point, click = point) {
-  const side = Math.sqrt(count);
+function fillGrid(grid, url, sizes, point, click = point) {
+  const side = sizes.length;
   const moves = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -side, ArrowDown: side };
-  const cells = Array.from({ length: count }, (_, i) => make("button", {
-    type: "button", class: "cell", tabindex: i ? -1 : 0, style: patchStyle(url, i, side),
+  const cells = Array.from({ length: side ** 2 }, (_, i) => make("button", {
+    type: "button", class: "cell", tabindex: i ? -1 : 0, style: patchStyle(url, i, sizes),
     "aria-label": `patch in ${patchName(i, side)}`,
   }));
   cells.forEach((cell, i) => {
@@ -60,7 +64,8 @@ function fillGrid(grid, url, count, point, click = point) {
       next.focus();
     };
   });
-  grid.style.gridTemplateColumns = `repeat(${side}, 1fr)`;
+  const tracks = sizes.map((size) => `${size}fr`).join(" ");
+  grid.style.gridTemplate = `${tracks} / ${tracks}`;
   grid.replaceChildren(...cells);
   return cells;
 }
@@ -136,7 +141,7 @@ function showTraining() {
   onMove.push(() => {
     const { stage, step, loss, different, match, generated } = moments[now];
     const before = stage.training.filter((line) => line.step <= step).pop();
-    const values = [number(before?.loss), number(loss), number(different), percent(match)];
+    const values = [number(before?.loss), number(loss), number(different), percent(match, 1)];
     findAll("#training td:last-child").forEach((cell, i) => cell.replaceChildren(values[i]));
     find("#sample").textContent =
       `First held-out record. Generated: ${generated} — Reference: ${stage.reference}`;
@@ -153,9 +158,11 @@ function showWords() {
     const { stage, step, nearest } = moments[now];
     if (stage.picture !== shownPicture) {
       shownPicture = stage.picture;
-      cells = fillGrid(find("#nearest .grid"), stage.picture, nearest.length, (i) => { patch = i; show(); });
+      const sizes = Array(Math.sqrt(nearest.length)).fill(1);
+      cells = fillGrid(find("#nearest .grid"), stage.picture, sizes, (i) => { patch = i; show(); });
     }
-    if (!nearest.length) return output.replaceChildren("The first held-out record of this stage has no image.");
+    if (!nearest.length)
+      return output.replaceChildren("The first held-out record of this stage has no image.");
     labelPatches(cells, patch, nearest.map(([first, second]) => `${first[0]}\n${second[0]}`));
     output.replaceChildren(
       titled(`Patch (${stage.name}, step ${step})`, patchName(patch, Math.sqrt(nearest.length))),
@@ -185,14 +192,14 @@ function summary(verb, answers, unchanged) {
   const changed = answers.filter(([answer]) => answer !== unchanged).length;
   const known = answers.filter(([, expected]) => expected);
   const equal = known.filter(([answer, expected]) => answer === expected).length;
-  return `${verb} one patch changes the answer for ${changed} of ${answers.length} patches. ` +
-    (known.length ? `${equal} of ${known.length} answers are the expected ones. ` : "");
+  return `${verb} one patch changes the answer for ${changed} of ${answers.length} patches` +
+    (known.length ? ` (expected answers: ${equal} of ${known.length}). ` : ". ");
 }
 
 function showBreak(asked) {
-  const side = Math.sqrt(data.regions);
-  const cells = fillGrid(find("#break .grid"), asked.picture, data.regions, () => {}, click);
-  const unchanged = (i) => patchStyle(asked.picture, i, side);
+  const sizes = data.regions;
+  const cells = fillGrid(find("#break .grid"), asked.picture, sizes, () => {}, click);
+  const unchanged = (i) => patchStyle(asked.picture, i, sizes);
   // Shows the picture and its answer. `style(i)` is the style of patch i.
   function show(title, [answer, expected], style) {
     cells.forEach((cell, i) => cell.setAttribute("style", style(i)));
@@ -205,18 +212,20 @@ function showBreak(asked) {
     // An erased patch has no style of its own, so that page.css draws its stripes.
     const [answers, title, changed] = find("#break input:checked").value === "erased"
       ? [asked.erased, "erased", ""]
-      : [asked.copied, "copied from the second picture", patchStyle(asked.second, i, side)];
-    show(`${title}: the patch in ${patchName(i, side)}`, answers[i], (k) => k === i ? changed : unchanged(k));
+      : [asked.copied, "copied from the second picture", patchStyle(asked.second, i, sizes)];
+    show(`${title}: the patch in ${patchName(i, sizes.length)}`, answers[i],
+      (k) => k === i ? changed : unchanged(k));
   }
   const undo = () => show("nothing", asked.answer, unchanged);
   find("#break .undo").onclick = undo;
   find("#break .shuffle").onclick = () =>
-    show("all patches are shuffled", asked.shuffled, (i) => unchanged(asked.order[i]));
+    show("all patches are shuffled", asked.shuffled, (i) => patchStyle(asked.shuffled_picture, i, sizes));
   find("#break .second").src = asked.second;
-  const block = data.patches / data.regions;
+  const largest = Math.max(...sizes);
   find("#break .summary").textContent =
     summary("Erasing", asked.erased, asked.answer[0]) + summary("Copying", asked.copied, asked.answer[0]) +
-    (block > 1 ? `In parts 3 and 4, a patch is a square of ${block} patches of the model.` : "");
+    (largest > 1 ? "In parts 3 and 4, the patch that you choose is a region of up to " +
+      `${largest} × ${largest} patches of the model.` : "");
   undo();
 }
 
@@ -229,8 +238,10 @@ function showCause(asked) {
   const buttons = asked.tokens.map((text) => make("button", { type: "button" }, text.trim() || "␣"));
   buttons.forEach((button, i) => { button.onclick = () => { token = i; show(); }; });
   find("#cause .tokens").replaceChildren(...buttons);
-  // At first, the token and the patch with the largest effect are chosen.
-  let token = indexOfLargest((asked.effect || []).map((effects) => Math.max(...effects)));
+  // At first, a token is chosen that attends to a patch and depends on one, and then the patch on which it
+  // depends most.
+  let token = indexOfLargest(asked.tokens.map((_, i) =>
+    Math.max(...asked.attention[i]) * Math.max(...asked.effect[i])));
   let patch = token < 0 ? 0 : indexOfLargest(asked.effect[token]);
   function show() {
     if (token < 0) return output.replaceChildren("The answer is empty.");
@@ -242,7 +253,7 @@ function showCause(asked) {
     for (const [cells, values, least] of [[grids[0], attention, 1e-6], [grids[1], effect, 0.5]]) {
       const largest = Math.max(least, ...values);
       cells.forEach((cell, i) => {
-        const darkness = 0.85 * (1 - Math.max(0, values[i]) / largest);
+        const darkness = 0.7 * (1 - Math.max(0, values[i]) / largest);
         cell.style.boxShadow = `inset 0 0 0 99rem rgba(var(--shade), ${darkness.toFixed(3)})`;
       });
     }
@@ -252,7 +263,7 @@ function showCause(asked) {
       titled("Token", asked.tokens[token].trim() || "(space)", "answer"),
       titled("Its probability", percent(p, 1)),
       titled("Most likely other token", `${other} (${percent(pOther, 1)})`),
-      titled("Patch", patchName(patch, Math.sqrt(data.regions))),
+      titled("Patch", patchName(patch, data.regions.length)),
       titled(`Attention (layer ${asked.layer}, mean over its heads)`, percent(attention[patch], 1)),
       titled("log p falls by (nats) if the patch is erased", effect[patch].toFixed(2)),
       titled("Correlation of the two over all tokens and patches of this answer",
@@ -284,9 +295,9 @@ function showAnswers(group) {
       make("p", { class: right ? "good" : "bad" }, `${right ? "=" : "≠"} ${answer || "(empty)"}`),
       ...(right ? [] : [make("p", { class: "note" }, `reference: ${reference}`)]));
   });
-  const count = `${group.equal} of ${group.asked} generated answers equal the reference answer.`;
   find("#answers").append(make("h3", {}, group.name), make("p", { class: "note" },
-    `${count} ${group.shown.length} are shown, first those that differ.`),
+    `Equal to the reference answer: ${group.equal} of ${group.asked} generated answers. ` +
+    `Shown: ${group.shown.length}, first those that differ.`),
     make("div", { class: "cards" }, ...cards));
 }
 

@@ -4,11 +4,12 @@
 
 The page is a single file and needs neither a server nor a network. Losses, nearest tokens and the answers to
 the first held-out record come from metrics.jsonl, which the stages wrote. All other answers are generated
-here, with stage 2 of the run if it is finished, else with stage 1. The toy takes about 10 seconds.
+here, with stage 2 of the run if it is finished, else with stage 1. The toy takes about 10 seconds. While a
+stage goes on, python -m tools.loss_picture draws its losses.
 
 A patch is erased by replacing its feature by the mean feature of many held-out patches. At real size, erasing
-one of 256 patches changes little, and erasing each of them would take long. So patches are changed in square
-regions, at most 8 × 8 per image. For the toy, a region is one patch.
+one of 256 patches changes little, and erasing each of them would take long. So patches are changed in
+regions, at most 8 × 8 per image, which are squares or nearly so. For the toy, a region is one patch.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import base64
 import io
 import json
 import math
-import os
 import re
 from contextlib import contextmanager
 from itertools import takewhile
@@ -24,17 +24,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from data import IMAGE_TOKEN
 from model import IGNORE_INDEX
-from support.errors import UserError, explain_errors, run_script
+from support.errors import UserError, run_script
 from support.evaluation import (generate_answers, load_heldout_dataset, prompt_batch,
                                 records_with_other_images, token_probabilities)
 from support.files import atomic_write
 from support.results import add_run_flags, load_run, read_run
 from support.settings import INT_FROM_1
 from tools.evaluate import answer_questions, evenly_spaced, is_toy_caption, list_questions
+from tools.loss_picture import check_output_file, read_lines
 from toy.world import PLACES, answer_to, objects_in
 
 MAX_SIDE = 8  # regions per row of an image
@@ -45,16 +47,15 @@ MAX_TOKENS = 400  # of a record
 
 def read_metrics(folder):
     """Returns (training, evaluations) of a stage: lists of dicts from its metrics.jsonl."""
-    path = folder / "metrics.jsonl"
-    with explain_errors(f"read {path}"):
-        lines = [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(folder)
     training = [{"step": line["step"], "loss": line["loss"]} for line in lines if "loss" in line]
     names = {"heldout_loss": "loss", "heldout_loss_different": "different",
              "heldout_correct_more_likely": "match", "generated": "generated", "nearest_tokens": "nearest"}
     evaluations = [{"step": line["step"], **{short: line.get(name) for name, short in names.items()}}
                    for line in lines if "heldout_loss" in line]
     if not evaluations:
-        raise UserError(f"{path} has no evaluation: it was not written by a stage, or has been cut")
+        raise UserError(f"{folder}/metrics.jsonl is missing or has no evaluation: copy it from where the "
+                        "stage was trained")
     return tuple(evenly_spaced(lines[:-1], count) + lines[-1:]
                  for lines, count in ((training, MAX_LOSSES), (evaluations, MAX_EVALUATIONS)))
 
@@ -82,7 +83,7 @@ def split_text(template, ids):
     return pieces
 
 
-def describe_stage(folder, run_json, dataset):
+def describe_stage(folder, saved, dataset):
     """Returns what the page shows of one stage: its curves, and its first held-out record."""
     training, evaluations = read_metrics(folder)
     ids, labels = dataset.encode_record(dataset.records[0])
@@ -95,7 +96,7 @@ def describe_stage(folder, run_json, dataset):
         elif ids[i - 1] != ids[i]:  # the first of the image positions stands for all of them
             tokens.append([f"{IMAGE_TOKEN}×{count}", False])
     prompt, reference = dataset.make_prompt(0)
-    return {"name": f"stage {run_json['stage']}", "steps": run_json["steps"], "training": training,
+    return {"name": f"stage {saved['stage']}", "steps": saved["steps"], "training": training,
             "evaluations": evaluations, "tokens": tokens, "reference": reference,
             "picture": image_url(prompt["pixel_values"], dataset.image_processor)}
 
@@ -111,27 +112,26 @@ def features_replaced(model, features):
 
 
 def find_regions(num_patches):
-    """Returns the patch numbers of each region, (R, patches per region), in reading order."""
+    """Returns which patches each region holds, (N, R) of 0 and 1, and the sizes of the rows of regions, in
+    patches. The columns have the same sizes. Regions are counted in reading order."""
     side = math.isqrt(num_patches)
-    block = next(b for b in range(1, side + 1) if side % b == 0 and side // b <= MAX_SIDE)
-    patch = torch.arange(num_patches)
-    region = patch // side // block * (side // block) + patch % side // block  # (N,)
-    return region.argsort(stable=True).view(-1, block * block)
+    count = min(side, MAX_SIDE)
+    row = torch.arange(side) * count // side  # (G,): the row of regions in which each row of patches lies
+    region = row[:, None] * count + row  # (G, G)
+    return F.one_hot(region.flatten()), row.bincount().tolist()
 
 
 def replace_each(features, replacement, regions):
     """Returns (R, N, D): the features, (N, D), with one region replaced in each copy."""
-    changed = features.repeat(len(regions), 1, 1)
-    for i, patches in enumerate(regions):
-        changed[i, patches] = replacement.expand_as(features)[patches]
-    return changed
+    return torch.where(regions.T.bool()[:, :, None].to(features.device), replacement, features)
 
 
-def shuffle(features, regions, order):
-    """Returns the features, (N, D), with region order[i] in the place of region i."""
-    shuffled = features.clone()
-    shuffled[regions.flatten()] = features[regions[order].flatten()]
-    return shuffled
+def shuffle_picture(pixel_values, order):
+    """Returns the image, (3, S, S), with patch order[i] in the place of patch i."""
+    side = math.isqrt(len(order))
+    size = pixel_values.shape[-1] // side  # of a patch, in pixels
+    patches = F.unfold(pixel_values[None], size, stride=size)  # (1, 3 · size², N)
+    return F.fold(patches[:, :, order], size * side, size, stride=size)[0]
 
 
 def generate_with(model, template, prompt, features, args):
@@ -177,7 +177,7 @@ def attention_to_regions(model, prompt_ids, answer_ids, features, regions):
     before = slice(len(prompt_ids) - 1, len(prompt_ids) - 1 + len(answer_ids))
     image = (ids[0] == model.image_token_id).nonzero().squeeze(1)  # (N,)
     maps = torch.stack([w[0].float().mean(dim=0)[before][:, image] for w in weights])  # (L, T, N)
-    maps = maps[:, :, regions.to(maps.device)].sum(dim=3)  # (L, T, R)
+    maps = maps @ regions.to(maps)  # (L, T, R)
     layer = (maps - maps.mean(dim=1, keepdim=True)).abs().sum(dim=(1, 2)).argmax().item()
     return maps[layer], layer + 1
 
@@ -236,21 +236,22 @@ def describe_question(model, template, dataset, question, mean, scenes, args):
     """Returns what the page shows of one question: the answers to all changes of its image, the expected
     answers, and for each token of the answer the attention to each region and the effect of erasing it."""
     records, device = dataset.records, mean.device
-    regions = find_regions(model.num_image_tokens)  # (R, patches per region)
-    second = find_second_image(records, question, scenes, len(regions))
+    regions, _ = find_regions(model.num_image_tokens)  # (N, R)
+    num_regions = regions.shape[1]
+    second = find_second_image(records, question, scenes, num_regions)
     prompt, _ = dataset.make_prompt(question.record, question.turn)
     images = torch.stack([prompt["pixel_values"], dataset.load_pixel_values(second)])  # (2, 3, S, S)
     with torch.no_grad():
         features, second_features = model.encode_images(images.to(device))  # (N, D) each
-    order = torch.randperm(len(regions), generator=torch.Generator().manual_seed(question.record))
-    erased = replace_each(features, mean[None], regions)  # (R, N, D)
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(question.record))
+    erased = replace_each(features, mean, regions)  # (R, N, D)
     copied = replace_each(features, second_features, regions)  # (R, N, D)
 
-    variants = torch.cat([features[None], shuffle(features, regions, order)[None], erased, copied])
+    variants = torch.cat([features[None], features[None, order], erased, copied])
     answer, shuffled, *changed = generate_with(model, template, prompt, variants, args)
     scene, second_scene = (scenes.get(records.image_name(record))
                            for record in (records[question.record], second))
-    unchanged, if_erased, if_copied = expected_answers(question.text, scene, second_scene, len(regions))
+    unchanged, if_erased, if_copied = expected_answers(question.text, scene, second_scene, num_regions)
 
     ids = model.generate(**prompt_batch(template, [prompt], device), end_token_ids=template.end_token_ids,
                          max_new_tokens=args.max_new_tokens)[0].tolist()
@@ -258,11 +259,12 @@ def describe_question(model, template, dataset, question, mean, scenes, args):
     described = {
         "picture": image_url(images[0], dataset.image_processor),
         "second": image_url(images[1], dataset.image_processor),
+        "shuffled_picture": image_url(shuffle_picture(images[0], order), dataset.image_processor),
         "question": question.text, "reference": question.reference, "answer": [answer, unchanged],
-        "shuffled": [shuffled, unchanged], "order": order.tolist(),
+        "shuffled": [shuffled, unchanged],
         "probabilities": token_probabilities(model, template, prompt, ids) if ids else [],
-        "erased": list(zip(changed[:len(regions)], if_erased)),
-        "copied": list(zip(changed[len(regions):], if_copied)), "tokens": split_text(template, ids)}
+        "erased": list(zip(changed[:num_regions], if_erased)),
+        "copied": list(zip(changed[num_regions:], if_copied)), "tokens": split_text(template, ids)}
     if ids:
         attention, layer = attention_to_regions(model, prompt["input_ids"], ids, features, regions)
         effect = effect_on_tokens(model, prompt["input_ids"], ids, features, erased, args.batch_size)
@@ -293,22 +295,22 @@ def describe_answers(model, template, dataset, args):
             "equal": sum(answer == question.reference for question, answer in zip(asked, answers))}
 
 
-def describe_run(args, model, template, image_processor, run_json):
+def describe_run(args, model, template, image_processor, saved):
     """Returns everything that the page shows, as one value that can be written as JSON."""
-    last, device = run_json["stage"], model.llm.device
+    last, device = saved["stage"], model.llm.device
     stages, answers, scenes = [], [], {}
     for stage in range(1, last + 1):
         folder = args.run / f"stage{stage}"
         try:
-            run_json = read_run(folder)
-            dataset = load_heldout_dataset(run_json, template, image_processor, model.num_image_tokens)
+            saved = read_run(folder)
+            dataset = load_heldout_dataset(saved, template, image_processor, model.num_image_tokens)
         except UserError as error:
             if stage == last:
                 raise
             print(f"stage {stage} is left out, because it cannot be read: {error}")
             continue
-        stages.append(describe_stage(folder, run_json, dataset))
-        answers.append({"name": f"records of stage {stage}",
+        stages.append(describe_stage(folder, saved, dataset))
+        answers.append({"name": f"records of stage {stage}, answered after stage {last}",
                         **describe_answers(model, template, dataset, args)})
         scenes |= {dataset.records.image_name(dataset.records[question.record]):
                    {place: (color, shape) for color, shape, place in objects_in(question.reference)}
@@ -317,7 +319,7 @@ def describe_run(args, model, template, image_processor, run_json):
     questions = [describe_question(model, template, dataset, question, mean, scenes, args)
                  for question in choose_questions(dataset, args.questions)]
     return {"run": args.run.name, "stage": last, "stages": stages, "questions": questions, "answers": answers,
-            "patches": model.num_image_tokens, "regions": len(find_regions(model.num_image_tokens))}
+            "patches": model.num_image_tokens, "regions": find_regions(model.num_image_tokens)[1]}
 
 
 def make_page(described):
@@ -332,7 +334,7 @@ def make_page(described):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m tools.page", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser)
     parser.add_argument("--out", type=Path, metavar="HTML", help="file to write (default: <run>/page.html)")
@@ -343,8 +345,7 @@ def main():
     args = parser.parse_args()
     loaded = load_run(args)
     path = args.out or args.run / "page.html"
-    if os.path.isdir(path) or not os.access(path.absolute().parent, os.W_OK):
-        raise UserError(f"cannot write a page to {path}: name a file in a writable folder with --out")
+    check_output_file(path)
     described = describe_run(args, *loaded)
     with atomic_write(path) as temporary:
         temporary.write_text(make_page(described), encoding="utf-8")

