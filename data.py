@@ -90,8 +90,8 @@ class ChatTemplate:
         # What the template writes between a question and its answer.
         self.answer_header = self.render_prompt([{"role": "user", "content": "?"}]).rpartition("?")[2]
         # What encode() relies on. Generation stops at all end tokens; the first is the one that is trained.
-        self.answer_prefixes, end_token_id = check_chat_template(self)
-        self.end_token_ids = list(dict.fromkeys([end_token_id, *end_token_ids]))
+        self.answer_prefixes, self.end_token_id = check_chat_template(self)
+        self.end_token_ids = list(dict.fromkeys([self.end_token_id, *end_token_ids]))
 
     def render(self, messages):
         """Returns the conversation as one text."""

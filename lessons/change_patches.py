@@ -6,6 +6,7 @@ import torch
 
 from lessons.experiment import answer, list_questions, replaced, train
 from model import Llava
+from support.records import image_name
 from tools.page import mean_feature
 from toy.world import DATA, PLACES, answer_to, objects_in
 
@@ -30,7 +31,7 @@ def run(seed):
     # Only questions such as "What is at the top left?" that ask about an object and are answered correctly.
     questions = [q for q in list_questions(dataset) if q.kind == "what_at" and q.reference != "Nothing."]
     questions = [q for q, text in zip(questions, answer(trained, questions)) if text == q.reference]
-    images = [dataset.records.image_name(dataset.records[q.record]) for q in questions]
+    images = [image_name(dataset.records[q.record]) for q in questions]
     # For each question, the patch that it asks about, and the patch of another object.
     asked = [next(i for i, place in enumerate(PLACES) if q.text.endswith(f"{place}?")) for q in questions]
     other = [next(i for i, place in enumerate(PLACES) if place in scenes[image] and i != cell)

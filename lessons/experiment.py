@@ -17,7 +17,7 @@ from data import ChatDataset, ChatTemplate
 from model import Llava
 from support.evaluation import load_heldout_dataset, make_heldout_batches, measure_image_use
 from support.pretrained import load_image_processor
-from support.results import read_run
+from support.results import read_result
 from tools.evaluate import answer_questions, list_questions, score_answers, score_captions
 from tools.page import read_metrics
 
@@ -63,9 +63,9 @@ def train(stage, seed, name, after=None, **settings):
 
     with open(folder / f"stage{stage}.txt", "w", encoding="utf-8") as file, redirect_stdout(file):
         model = STAGES[stage].main([*flags, "--restart"])
-    run = read_run(folder / f"stage{stage}")
+    run = read_result(folder / f"stage{stage}")
     template = ChatTemplate(run["llm"])
-    dataset = load_heldout_dataset(run, template, load_image_processor(run["vision_tower"]),
+    dataset = load_heldout_dataset(folder / f"stage{stage}", template, load_image_processor(run["vision_tower"]),
                                    model.num_image_tokens)
     return Trained(stage, model.eval(), template, dataset, folder)
 
@@ -97,7 +97,7 @@ def measure(trained, different_image=False):
         measured["captions"] = scores["caption_f1"]
     else:
         measured["answers"] = score_answers(questions, answer(trained, questions))["qa_exact"]
-    batches = make_heldout_batches(dataset, trained.template.pad_token_id, batch_size=40)
+    batches = make_heldout_batches(dataset, batch_size=40)
     losses = measure_image_use(model, batches, model.llm.device)
     measured["loss"] = losses["loss"]
     if different_image:

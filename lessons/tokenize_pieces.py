@@ -14,7 +14,7 @@ impossible. So look at the token ids of a sample, and not only at its text."""
 
 
 def encode_in_pieces(self, record):
-    template, messages, ids, labels = self.template, self.messages_of(record), [], []
+    template, messages, ids, labels = self.template, self.template.to_messages(record), [], []
     for question, reply in zip(messages[::2], messages[1::2]):
         prompt = template.encode_prompt([question], self.num_image_tokens)
         prompt = prompt[1:] if ids else prompt  # <s> only at the start

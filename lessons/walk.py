@@ -41,14 +41,14 @@ def main():
     parser.add_argument("--record", type=INT_FROM_0, default=0, metavar="N", help="held-out record (default: 0)")
     args = parser.parse_args()
     model, template, image_processor, run = load_run(args)
-    dataset = load_heldout_dataset(run, template, image_processor, model.num_image_tokens)
+    dataset = load_heldout_dataset(args.run / f"stage{run['stage']}", template, image_processor, model.num_image_tokens)
     if args.record >= len(dataset):
         raise UserError(f"there is no held-out record {args.record}: they are numbered 0 to "
                         f"{len(dataset) - 1}")
     record, tokenizer = dataset.records[args.record], template.tokenizer
 
     show("support/records.py, RecordSet.__getitem__: the record", json.dumps(record, indent=1))
-    messages = dataset.messages_of(record)
+    messages = dataset.template.to_messages(record)
     show("data.py, ChatTemplate.to_messages: <image> moves to the front", "\n".join(map(repr, messages)))
     show("data.py, ChatTemplate.render: the chat template", template.render(messages))
 

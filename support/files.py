@@ -24,7 +24,7 @@ def find_file(name):
     makers = {"data/small/": ": python -m tools.small writes it", "data/": ": tools/download.sh fetches it",
               "toy/data/": ": delete toy/data, so that it is drawn again"}
     hint = next((hint for start, hint in makers.items() if str(name).startswith(start)), "")
-    raise UserError(f"{name} does not exist, neither in this folder nor in {REPOSITORY}{hint}")
+    raise UserError(f"{name} does not exist{hint}")
 
 
 def lock_folder(folder):

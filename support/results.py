@@ -42,7 +42,7 @@ def save_result(folder, stage, model, progress, image_use):
             # Else the adapter would name the folder of the LLM on this machine.
             model.llm.peft_config["default"].base_model_name_or_path = folder.settings["llm"]
             with atomic_write(folder.path / "adapter") as temporary:
-                model.llm.save_pretrained(temporary)
+                model.llm.save_pretrained(temporary, save_embedding_layers=False)
         gpu = torch.cuda.get_device_name() if folder.processes.device.type == "cuda" else None
         write_json(folder.path / "run.json", {
             "stage": stage, **{name: folder.settings[name] for name in MODEL_SETTINGS},

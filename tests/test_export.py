@@ -9,11 +9,12 @@ import torch
 from conftest import N, draw, make_llm
 from huggingface_hub import metadata_load
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from data import collate
 from support.devices import DTYPES
-from support.results import load_trained, read_run
+from support.results import load_trained, read_result
 from tools import export_hf
 from tools.model_card import write_model_card
 
@@ -22,14 +23,17 @@ COLORS = ("red", "blue", "green")
 QUESTION = "What object is shown?"
 PROMPT = [{"role": "user", "content": f"<image>\n{QUESTION}"}]
 TEXT = {"type": "text", "text": QUESTION}
-RUNS = [(1, "linear"), (2, "linear"), (2, "mlp")]
+# (stage, projector, D, activation of the export). The tiny CLIP has D_v = 32, so a GELU needs D >= 64.
+RUNS = [(1, "linear", 64, "gelu"), (2, "linear", 48, "linear"), (2, "mlp", 48, "gelu")]
 
 
 @pytest.fixture
-def trained(script, flags, tmp_path):
-    """trained(stage, projector) returns the folder of a run whose projector and adapter change the output."""
-    def make(stage, projector="linear"):
-        changes = dict(run=tmp_path / "run", projector=projector, max_steps=2)
+def trained(script, flags, parts, tmp_path):
+    """trained(stage, projector, width) returns the folder of a run whose projector and adapter change the
+    output. width is D, the width of the LLM."""
+    def make(stage, projector="linear", width=48):
+        llm = parts.llm if width == 48 else make_llm(tmp_path / "llm", hidden_size=width)
+        changes = dict(run=tmp_path / "run", projector=projector, llm=llm, max_steps=2)
         script("stage1_align", *flags(1, lr=0.01, **changes))
         if stage == 2:
             script("stage2_instruct", *flags(2, lr=0.01, projector_lr=0.01, **changes))
@@ -40,9 +44,10 @@ def trained(script, flags, tmp_path):
 
 @pytest.fixture
 def exported(script, trained, tmp_path):
-    """exported(stage, projector) returns (the exported folder, our model, template, image processor)."""
-    def make(stage, projector="linear"):
-        run = trained(stage, projector)
+    """exported(stage, projector, width) returns (the exported folder, our model, template, image
+    processor)."""
+    def make(stage, projector="linear", width=48):
+        run = trained(stage, projector, width)
         script("tools.export_hf", "--run", run, "--out", tmp_path / "exported", "--device", "cpu")
         return tmp_path / "exported", *load_trained(run / f"stage{stage}", CPU, torch.float32)[:3]
 
@@ -60,13 +65,14 @@ def our_answer(model, template, image_processor, color):
     return model.generate(**batch, end_token_ids=[template.end_token_id], max_new_tokens=32)[0].tolist()
 
 
-@pytest.mark.parametrize("stage, projector", RUNS)
+@pytest.mark.parametrize("stage, projector, width, activation", RUNS)
 def test_ids_pixels_logits_and_greedy_text_of_the_export_are_those_of_the_run(
-        exported, capsys, stage, projector):
-    folder, model, template, image_processor = exported(stage, projector)
+        exported, capsys, stage, projector, width, activation):
+    folder, model, template, image_processor = exported(stage, projector, width)
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     llava = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    assert ("vLLM refuses" in capsys.readouterr().out) == (projector == "linear")
+    assert llava.config.projector_hidden_act == activation
+    assert ("vLLM refuses to load this export" in capsys.readouterr().out) == (activation == "linear")
     messages = [{"role": "user", "content": [{"type": "image", "image": draw("red")}, TEXT]}]
     theirs = processor.apply_chat_template([messages], tokenize=True, add_generation_prompt=True,
                                            return_dict=True, return_tensors="pt")
@@ -88,6 +94,20 @@ def test_ids_pixels_logits_and_greedy_text_of_the_export_are_those_of_the_run(
         ids = reply[0]["generated_token_ids"][ours["input_ids"].shape[1]:]
         assert processor.decode(ids, skip_special_tokens=True) \
             == template.tokenizer.decode(answer, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("gelu", [nn.GELU(), nn.GELU("tanh"), lambda v: v * torch.sigmoid(1.702 * v)])
+def test_a_linear_projector_is_exact_behind_any_gelu(gelu):
+    torch.manual_seed(0)
+    d = 70  # 2·D_v, and six rows of padding
+    ours = nn.Linear(32, d)
+    theirs = nn.ModuleDict({"linear_1": nn.Linear(32, d), "linear_2": nn.Linear(d, d)})
+    assert not export_hf.needs_linear_activation(ours)
+    export_hf.copy_projector(ours, theirs)
+    x = 10 * torch.randn(100, 32)
+    torch.testing.assert_close(theirs.linear_2(gelu(theirs.linear_1(x))), ours(x), atol=1e-5, rtol=0)
+    assert not theirs.linear_1.weight[64:].any() and not theirs.linear_2.weight[:, 64:].any()
+    assert export_hf.needs_linear_activation(nn.Linear(32, 63))
 
 
 def test_content_as_text_or_as_a_list_gives_our_prompt_with_one_start_token(exported):
@@ -158,7 +178,7 @@ def test_the_card_has_the_hubs_fields_and_the_scores(script, trained, tmp_path):
     fields, card = metadata_load(tmp_path / "exported" / "README.md"), read_card(tmp_path / "exported")
     assert fields == {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["llava"]}
     assert "| 1 | chat.json | 2 |" in card and "| 2 | instruct.json | 2 |" in card  # data and steps
-    heldout = read_run(run / "stage2")["heldout"]
+    heldout = read_result(run / "stage2")["heldout"]
     evaluation = json.loads((run / "stage2" / "eval.json").read_text())
     assert f"| {heldout['loss']:.3f} | {heldout['loss_different']:.3f} |" in card
     assert f"{evaluation['answers_loss_blank']:.3f} |" in card
@@ -172,7 +192,7 @@ def test_nothing_exported_tells_where_the_files_were(exported, tmp_path):
 
 
 def test_the_card_names_base_models_of_the_hub_and_known_licenses(trained, tmp_path):
-    run = read_run(trained(1) / "stage1")
+    run = read_result(trained(1) / "stage1")
     run |= {"vision_tower": "openai/clip-vit-large-patch14", "llm": "TinyLlama/TinyLlama-1.1B-Chat-v1.0"}
     run["settings"]["data"] = "data/LLaVA-CC3M-Pretrain-595K/chat.json"
     write_model_card(tmp_path, [run], evaluation=None)
@@ -203,7 +223,7 @@ def test_an_export_that_differs_from_the_run_is_found_and_not_kept(refusal, trai
 
 def test_a_missing_run_and_an_output_that_cannot_be_written_are_refused(refusal, trained, tmp_path):
     sentence = refusal("tools.export_hf", "--run", tmp_path / "none", "--out", tmp_path / "exported")
-    assert "stage1_align.py" in sentence and sentence.endswith(" first")
+    assert "holds no finished run: train it first, with python stage1_align.py" in sentence
     assert not (tmp_path / "exported").exists()
     (tmp_path / "file").touch()
     run = trained(1)

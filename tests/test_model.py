@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import N, batch_of, build, draw, refresh_checksums, make_llm, preprocess
+from conftest import N, batch_of, build, draw, make_llm, preprocess
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, CLIPModel, CLIPVisionModel, LlavaConfig,
@@ -15,7 +15,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data import IGNORE_INDEX, collate
 from model import LORA_TARGETS, count_patches
-from support import results
 from support.checkpoints import Progress
 from support.errors import UserError
 from support.pretrained import load_image_processor
@@ -82,7 +81,7 @@ def prompts(template, image_processor):
     return collate([
         {"input_ids": template.encode_prompt([{"role": "user", "content": text}], N),
          "pixel_values": color and preprocess(image_processor, draw(color))} for text, color in texts],
-        template.tokenizer.pad_token_id, padding_side="left")
+        template.pad_token_id, padding_side="left")
 
 
 def logits_of(model, batch):
@@ -287,22 +286,18 @@ def test_frozen_dropout_is_never_active(parts, tmp_path, template, image_process
 
 
 @pytest.fixture
-def saved(tiny, parts, tmp_path, monkeypatch):
+def saved(tiny, parts, tmp_path):
     """saved(projector, stage) returns (model, folder): a model as a stage leaves it, with a projector and in
     stage 2 an adapter that does something."""
     def make(projector="linear", stage=2):
-        model, template, _ = tiny(projector)
+        model, _, _ = tiny(projector)
         if stage == 2:
             model.add_lora(LoraConfig(**LORA))
             randomize_adapter(model)
         settings = {"vision_tower": str(parts.clip), "vision_layer": -2, "llm": str(parts.llm),
-                    "projector": projector, "data": "chat.json", "images": "images", "heldout_data": None,
-                    "heldout_images": None, "heldout": 4, "limit": 0, "seed": 0, "max_length": 99}
-        with monkeypatch.context() as patches:
-            patches.setattr(results, "describe_records", lambda *_: {})
-            dataset = SimpleNamespace(records=None, template=template)
-            save_result(tmp_path, stage, model.eval(), settings, Progress(), {"loss": 1.0}, dataset, dataset,
-                        Processes("cpu"))
+                    "projector": projector}
+        folder = SimpleNamespace(path=tmp_path, processes=Processes("cpu", "fp32"), settings=settings)
+        save_result(folder, stage, model.eval(), Progress(), {"loss": 1.0})
         return model, tmp_path
 
     return make
@@ -356,7 +351,6 @@ def spoil(path, change):
 def test_a_projector_or_adapter_that_does_not_fit_is_refused(saved, file, change):
     _, folder = saved()
     spoil(folder / file, change)
-    refresh_checksums(folder)
     with pytest.raises(UserError, match="fit"):
         load(folder)
 

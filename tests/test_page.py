@@ -21,7 +21,8 @@ from PIL import Image
 
 from data import ChatDataset
 from support.evaluation import generate_answers
-from support.records import open_records
+from support.images import ImageStore
+from support.records import image_name, read_records
 from tools import page
 
 HOSTILE = "</script><script>document.title = 'broken'</script><!-- <b>&amp;\u2028"
@@ -53,9 +54,7 @@ def make_page(script, flags, tmp_path):
 def asked(tiny, drawn):
     """A model, a held-out question with its image, and what the page shows of it."""
     model, template, image_processor = tiny()
-    data, images = drawn / "instruct.json", drawn / "images.zip"
-    _, records = open_records(SimpleNamespace(data=data, images=images, heldout_data=data,
-                                              heldout_images=images, heldout=8, limit=0, seed=0))
+    records = read_records(drawn / "instruct.json", ImageStore(drawn / "images.zip"))
     dataset = ChatDataset(records, template, image_processor, N, 512)
     args = SimpleNamespace(batch_size=3, max_new_tokens=6, questions=2)
     question = page.choose_questions(dataset, 2)[0]
@@ -80,7 +79,7 @@ def test_the_answers_are_those_of_the_model_with_changed_features(asked):
         features[0, i] = vector
         return features
 
-    names = [asked.dataset.records.image_name(record) for record in asked.dataset.records]
+    names = [image_name(record) for record in asked.dataset.records]
     other = next(j for j in range(asked.question.record + 1, 8) if names[j] != names[asked.question.record])
     pixels = asked.dataset.load_pixel_values(asked.dataset.records[other])
     second = asked.model.encode_images(pixels[None])[0]

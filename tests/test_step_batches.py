@@ -1,6 +1,5 @@
 """Which samples each optimizer step uses, when a run evaluates and saves, and whether a step fits."""
 
-import itertools
 import random
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -9,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from support import step_batches
 from support.checkpoints import Progress
 from support.errors import UserError
-from support.step_batches import load_steps, plan_events, plan_steps, try_longest_batch
+from support.metrics_log import MetricsLog
+from support.step_batches import loader_options, plan_steps, try_longest_batch
 
 
 def plan(length, rank=0, world_size=1, samples_done=0, steps_done=0, lengths=None, **changes):
@@ -75,20 +74,31 @@ def test_a_resumed_run_sees_the_rest_of_the_same_order(limits):
         assert plan(20, samples_done=samples, steps_done=done, **limits) == steps[done:]
 
 
+@pytest.fixture
+def due_steps(tmp_path):
+    """due_steps(total_steps, eval_every, save_every) returns two lists of steps: after which a run whose
+    evaluations take no time evaluates, and after which it saves."""
+    processes = SimpleNamespace(rank=1, max=lambda number: number)
+    folder = SimpleNamespace(path=tmp_path, processes=processes, checkpoint=None)
+
+    def of(total_steps, eval_every=None, save_every=None):
+        settings = SimpleNamespace(eval_every=eval_every, save_every=save_every)
+        log, steps = MetricsLog(folder, settings, Progress(), total_steps), range(1, total_steps + 1)
+        return list(filter(log.evaluation_is_due, steps)), list(filter(log.checkpoint_is_due, steps))
+
+    return of
+
+
 @pytest.mark.parametrize("total_steps", [3, 157, 14_800])
-def test_evaluations_and_checkpoints_follow_the_length_of_the_run(total_steps):
-    settings = SimpleNamespace(eval_every=None, save_every=None, log_every=5)
-    log_at, eval_at, save_at = plan_events(settings, total_steps)
-    assert min(total_steps - 1, 18) <= len(eval_at) <= 36 and total_steps not in eval_at
-    assert eval_at <= save_at or total_steps > 2000
-    saves = [0, *sorted(save_at)]
-    assert max(later - earlier for earlier, later in zip(saves, saves[1:])) <= 100
-    assert saves[-1] == total_steps == max(log_at)
+def test_evaluations_and_checkpoints_follow_the_length_of_the_run(due_steps, total_steps):
+    evaluations, saves = due_steps(total_steps)
+    assert min(total_steps - 1, 18) <= len(evaluations) <= 19 and total_steps not in evaluations
+    assert set(evaluations) <= set(saves) or total_steps > 2000
+    assert np.diff([0, *saves]).max() <= 100 and saves[-1] == total_steps
 
 
-def test_explicit_intervals_are_kept():
-    settings = SimpleNamespace(eval_every=4, save_every=6, log_every=5)
-    assert plan_events(settings, 13) == ({5, 10, 13}, {4, 8, 12}, {6, 12, 13})
+def test_explicit_intervals_are_kept(due_steps):
+    assert due_steps(13, eval_every=4, save_every=6) == ([4, 8, 12], [6, 12, 13])
 
 
 @pytest.mark.parametrize("batch_size, recompute, advice", [
@@ -96,20 +106,22 @@ def test_explicit_intervals_are_kept():
     (1, False, "add --activation-checkpointing"), (1, True, "lower --max-length")])
 def test_a_longest_batch_that_does_not_fit_names_the_flags_in_numbers(batch_size, recompute, advice):
     def model(**batch):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise RuntimeError("CUDA error: out of memory")
 
-    samples = [{"input_ids": [1] * n, "labels": [1] * n, "pixel_values": None} for n in range(1, 31)]
+    class Samples(list):
+        template = SimpleNamespace(pad_token_id=0)
+
+    samples = Samples({"input_ids": [1] * n, "labels": [1] * n, "pixel_values": None} for n in range(1, 31))
     settings = SimpleNamespace(batch_size=batch_size, grad_accum=8, activation_checkpointing=recompute)
     with pytest.raises(UserError, match="up to 30 tokens") as error:
-        try_longest_batch(model, samples, np.arange(30), 0, torch.device("cpu"), nullcontext, settings)
+        try_longest_batch(model, samples, np.arange(30), torch.device("cpu"), nullcontext, settings)
     assert advice in str(error.value)
 
 
-@pytest.mark.parametrize("accumulation, prefetched", [(1, 2), (8, 8), (128, 16)])
-def test_a_worker_prepares_at_most_16_micro_batches(accumulation, prefetched, monkeypatch):
-    """With pinned memory only the worker's files are open, four for each micro-batch."""
-    settings = {}
-    loader = ({"skipped": []} for _ in itertools.count())
-    monkeypatch.setattr(step_batches, "DataLoader", lambda *_, **named: settings.update(named) or loader)
-    next(load_steps([], [[[0]] * accumulation] * 2, 0, 1, torch.device("cpu")))
-    assert settings["prefetch_factor"] == prefetched
+@pytest.mark.parametrize("accumulation, workers, prefetched", [(1, 1, 2), (64, 2, 64), (256, 2, 64)])
+def test_workers_prepare_a_whole_step_but_at_most_64_micro_batches(accumulation, workers, prefetched):
+    """Else the GPU would wait for half of every step of stage 2. Every tensor of a prepared micro-batch is an
+    open file. One more than needed is always prepared by each worker."""
+    options = loader_options([[[0]] * accumulation] * 2, workers)
+    assert (options["prefetch_factor"] - 1) * workers == prefetched
+    assert "prefetch_factor" not in loader_options([[[0]]], 0)

@@ -19,6 +19,8 @@ If torchvision is installed, transformers resizes images with it. Pixels then di
 levels from those of the run. AutoProcessor.from_pretrained("exported", backend="pil") avoids that.
 """
 
+import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
+
 import argparse
 import os
 import shlex
@@ -34,8 +36,8 @@ from support.devices import DTYPES
 from support.errors import UserError, run_script
 from support.evaluation import load_heldout_dataset, prompt_batch
 from support.files import atomic_write, delete, read_json
-from support.hub import find_or_fetch_pretrained
-from support.results import add_run_flags, load_run, read_run
+from support.pretrained import find_pretrained
+from support.results import add_run_flags, load_run, read_result
 from support.settings import INT_FROM_1
 from tools.model_card import write_model_card
 
@@ -75,13 +77,13 @@ def build_hf_model(model, template, saved):
     # Llava has deleted the last blocks of its vision tower. transformers needs the complete tower, because it
     # counts the hidden states from the end too.
     vision_tower = type(model.vision_tower).from_pretrained(
-        find_or_fetch_pretrained(saved["vision_tower"]), config=model.vision_tower.config,
+        find_pretrained(saved["vision_tower"]), config=model.vision_tower.config,
         dtype=torch.float32)
     config = LlavaConfig(
         vision_config=vision_tower.config, text_config=llm.config, image_token_index=template.image_token_id,
         image_seq_length=model.num_image_tokens, vision_feature_layer=saved["vision_layer"],
         vision_feature_select_strategy="default" if has_class_token(model) else "full",
-        projector_hidden_act="linear" if isinstance(model.projector, nn.Linear) else "gelu",
+        projector_hidden_act="linear" if needs_linear_activation(model.projector) else "gelu",
         tie_word_embeddings=llm.config.tie_word_embeddings)
     with torch.device("meta"):  # without memory for weights, because all exist already
         llava = LlavaForConditionalGeneration(config)
@@ -94,7 +96,7 @@ def build_hf_model(model, template, saved):
     copy_projector(model.projector, llava.model.multi_modal_projector)
     llava.generation_config = GenerationConfig(
         bos_token_id=template.tokenizer.bos_token_id, eos_token_id=template.end_token_ids,
-        pad_token_id=template.tokenizer.pad_token_id,
+        pad_token_id=template.pad_token_id,
         suppress_tokens=sorted({template.image_token_id, *new_rows}))  # see add_embedding_rows()
     return llava.cpu().eval()
 
@@ -119,16 +121,31 @@ def has_class_token(model):
     return model.vision_tower.config.model_type != "siglip_vision_model"
 
 
+def needs_linear_activation(projector):
+    """Returns True for a linear projector that is too narrow to undo the GELU, see copy_projector()."""
+    return isinstance(projector, nn.Linear) and projector.out_features < 2 * projector.in_features
+
+
 @torch.no_grad()
 def copy_projector(ours, theirs):
     """Copies our projector into that of transformers, which is always linear_2(act(linear_1(x)))."""
-    if isinstance(ours, nn.Linear):  # I · (W·x + b), with the activation "linear", which does nothing
-        theirs.linear_1.load_state_dict(ours.state_dict())
-        nn.init.eye_(theirs.linear_2.weight)
-        nn.init.zeros_(theirs.linear_2.bias)
-    else:
+    if not isinstance(ours, nn.Linear):
         theirs.linear_1.load_state_dict(ours[0].state_dict())
         theirs.linear_2.load_state_dict(ours[2].state_dict())
+        return
+    for parameter in theirs.parameters():
+        nn.init.zeros_(parameter)
+    if needs_linear_activation(ours):  # I · (W·x + b), with an activation that does nothing
+        theirs.linear_1.load_state_dict(ours.state_dict())
+        nn.init.eye_(theirs.linear_2.weight)
+    else:
+        # Some tools always apply a GELU. It can be undone: GELU(v) = v·Φ(v) and Φ(v) + Φ(-v) = 1, also in the
+        # usual approximations of Φ, so GELU(v) - GELU(-v) = v. Here linear_1 computes x and -x, and linear_2
+        # computes W·GELU(x) - W·GELU(-x) + b = W·x + b. The rows of linear_1 beyond 2·D_v stay zero.
+        w, d_v = ours.weight.cpu(), ours.in_features  # (D, D_v)
+        theirs.linear_1.weight[:2 * d_v] = torch.cat([torch.eye(d_v), -torch.eye(d_v)])
+        theirs.linear_2.weight[:, :2 * d_v] = torch.cat([w, -w], dim=1)
+        theirs.linear_2.bias.copy_(ours.bias)
 
 
 def save_model(llava, folder):
@@ -168,7 +185,7 @@ def run_ours(model, template, heldout, i, device):
     ids = torch.cat([batch["input_ids"], answer], dim=1)
     logits = model.llm(inputs_embeds=model.embed(ids, batch["pixel_values"])).logits  # of prompt and answer
     record = heldout.records[i]
-    question = heldout.messages_of(record)[0]["content"].removeprefix(f"{IMAGE_TOKEN}\n")
+    question = heldout.template.to_messages(record)[0]["content"].removeprefix(f"{IMAGE_TOKEN}\n")
     return {"image": heldout.records.open_image(record), "question": question, "prompt": prompt["input_ids"],
             "pixel_values": prompt["pixel_values"], "answer": answer[0].tolist(), "logits": logits[0].cpu()}
 
@@ -213,12 +230,12 @@ def export(args, folder):
     model, template, image_processor, saved = load_run(args)
     device = model.llm.device
     folders = [args.run / f"stage{i}" for i in (1, 2)[:saved["stage"]]]  # these three for the model card
-    stages = [read_run(path) for path in folders if (path / "run.json").exists()]
+    stages = [read_result(path) for path in folders if (path / "run.json").exists()]
     try:
         evaluation = read_json(folders[-1] / "eval.json")
     except UserError as error:
         raise UserError(f"{error}; delete it, or run tools.evaluate again") from error
-    heldout = load_heldout_dataset(saved, template, image_processor, model.num_image_tokens)
+    heldout = load_heldout_dataset(folders[-1], template, image_processor, model.num_image_tokens)
     expected = [run_ours(model, template, heldout, i, device)
                 for i in range(min(args.samples, len(heldout)))]
 
@@ -230,8 +247,9 @@ def export(args, folder):
     del llava, model  # because compare() loads all weights again
     llava = compare(folder, expected, device)
     if llava.config.projector_hidden_act == "linear":
-        print("A linear projector needs an activation that does nothing, which transformers has. vLLM "
-              "refuses\nthis export, and mlx-vlm would answer wrongly. See docs/export.md.")
+        print("The LLM is less than twice as wide as the vision tower, so the projector needs an activation\n"
+              "that does nothing. transformers has it. vLLM refuses to load this export. mlx-vlm always\n"
+              "applies a GELU, so it would answer wrongly. See docs/export.md.")
     if args.dtype != "fp32":
         save_model(llava.to(DTYPES[args.dtype]), folder)
     write_model_card(folder, stages, evaluation)

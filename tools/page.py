@@ -12,6 +12,8 @@ one of 256 patches changes little, and erasing each of them would take long. So 
 regions, at most 8 × 8 per image, which are squares or nearly so. For the toy, a region is one patch.
 """
 
+import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
+
 import argparse
 import base64
 import io
@@ -33,7 +35,8 @@ from support.errors import UserError, run_script
 from support.evaluation import (generate_answers, load_heldout_dataset, prompt_batch,
                                 records_with_other_images, token_probabilities)
 from support.files import atomic_write
-from support.results import add_run_flags, load_run, read_run
+from support.records import image_name
+from support.results import add_run_flags, load_run, read_result
 from support.settings import INT_FROM_1
 from tools.evaluate import answer_questions, evenly_spaced, is_toy_caption, list_questions
 from tools.loss_picture import check_output_file, read_lines
@@ -186,7 +189,7 @@ def choose_questions(dataset, count):
     """Returns `count` questions about images, one of each kind before a second one of any kind. Kinds with
     the most different reference answers come first."""
     questions = [q for q in list_questions(dataset)
-                 if dataset.records.image_name(dataset.records[q.record]) is not None]
+                 if image_name(dataset.records[q.record]) is not None]
     kinds = [[q for q in questions if q.kind == kind] for kind in {q.kind for q in questions}]
     kinds.sort(key=lambda asked: (-len({q.reference for q in asked}), asked[0].kind))
     chosen = [(kinds[i % len(kinds)], i) for i in range(min(count, len(questions)))]
@@ -222,11 +225,11 @@ def find_second_image(records, question, scenes, num_regions):
     """Returns the record of the picture from which patches are copied into the picture of a question. Of the
     next 20 records with a different image, it is the one whose patches lead to most correct answers that
     erasing does not lead to. Without known correct answers, it is the first."""
-    name = records.image_name(records[question.record])
+    name = image_name(records[question.record])
 
     def count_new_answers(other):
         _, erased, copied = expected_answers(question.text, scenes.get(name),
-                                             scenes.get(records.image_name(other)), num_regions)
+                                             scenes.get(image_name(other)), num_regions)
         return len(set(copied) - set(erased))
 
     return max(records_with_other_images(records, question.record, count=20), key=count_new_answers)
@@ -249,7 +252,7 @@ def describe_question(model, template, dataset, question, mean, scenes, args):
 
     variants = torch.cat([features[None], features[None, order], erased, copied])
     answer, shuffled, *changed = generate_with(model, template, prompt, variants, args)
-    scene, second_scene = (scenes.get(records.image_name(record))
+    scene, second_scene = (scenes.get(image_name(record))
                            for record in (records[question.record], second))
     unchanged, if_erased, if_copied = expected_answers(question.text, scene, second_scene, num_regions)
 
@@ -302,8 +305,8 @@ def describe_run(args, model, template, image_processor, saved):
     for stage in range(1, last + 1):
         folder = args.run / f"stage{stage}"
         try:
-            saved = read_run(folder)
-            dataset = load_heldout_dataset(saved, template, image_processor, model.num_image_tokens)
+            saved = read_result(folder)
+            dataset = load_heldout_dataset(folder, template, image_processor, model.num_image_tokens)
         except UserError as error:
             if stage == last:
                 raise
@@ -312,7 +315,7 @@ def describe_run(args, model, template, image_processor, saved):
         stages.append(describe_stage(folder, saved, dataset))
         answers.append({"name": f"records of stage {stage}, answered after stage {last}",
                         **describe_answers(model, template, dataset, args)})
-        scenes |= {dataset.records.image_name(dataset.records[question.record]):
+        scenes |= {image_name(dataset.records[question.record]):
                    {place: (color, shape) for color, shape, place in objects_in(question.reference)}
                    for question in list_questions(dataset) if is_toy_caption(question.reference)}
     mean = mean_feature(model, dataset, device)

