@@ -176,7 +176,8 @@ class ChatTemplate:
     def make_question(self, text, has_image):
         """Returns the message of a question, with the image at its front if has_image."""
         text = self.escape(text.replace(IMAGE_TOKEN, "")) if has_image else self.escape(text)
-        return {"role": "user", "content": f"{IMAGE_TOKEN}\n{text}" if has_image else text}
+        # A question may be the image alone. Without strip(), some templates would change it.
+        return {"role": "user", "content": f"{IMAGE_TOKEN}\n{text}".strip() if has_image else text}
 
     def escape(self, text):
         """Returns the text stripped and with special tokens broken up. "</s>" becomes "< /s>", because the

@@ -218,8 +218,8 @@ def main(argv=None):
 
             progress.step += 1
             progress.samples += num_samples
-            log.count_step(num_samples, micro_batches, seconds_waiting)
-            log.log_step(progress, optimizer, loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
+            log.log_step(progress, optimizer, micro_batches, seconds_waiting,
+                         loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
             # Frees their memory before the next ones are loaded.
             del micro_batches
             if log.evaluation_is_due(progress.step):
@@ -236,8 +236,7 @@ def main(argv=None):
     image_use = evaluate()
     log.close()
     results.save_result(folder, 1, model, progress, image_use)
-    log.print_result(progress.before, image_use,
-                     settings.next_command("stage2_instruct.py", args, PRESETS[args.preset]))
+    print("next:", settings.next_command("stage2_instruct.py", args, PRESETS[args.preset]))
     return model
 
 

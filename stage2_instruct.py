@@ -214,8 +214,8 @@ def main(argv=None):
 
             progress.step += 1
             progress.samples += num_samples
-            log.count_step(num_samples, micro_batches, seconds_waiting)
-            log.log_step(progress, optimizer, loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
+            log.log_step(progress, optimizer, micro_batches, seconds_waiting,
+                         loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
             del micro_batches
             if log.evaluation_is_due(progress.step):
                 evaluate()
@@ -230,8 +230,7 @@ def main(argv=None):
     image_use = evaluate()
     log.close()
     results.save_result(folder, 2, model, progress, image_use)
-    log.print_result(progress.before, image_use,
-                     settings.next_command("sanity_check.py", args, PRESETS[args.preset]))
+    print("next:", settings.next_command("sanity_check.py", args, PRESETS[args.preset]))
     return model
 
 

@@ -66,9 +66,9 @@ class StageFolder:
         if args.restart:
             return
         if not args.resume and (finished or path.exists()):
-            raise UserError(f"{self.path} holds {'a finished' if finished else 'an unfinished'} run: "
-                            f"{'' if finished else 'continue it with --resume, '}discard it with --restart, or "
-                            "choose another folder with --run")
+            way = "discard it" if finished else "continue it with --resume, discard it"
+            raise UserError(f"{self.path} holds {'a finished' if finished else 'an unfinished'} run: {way} with "
+                            "--restart, or choose another folder with --run")
         if finished:
             self._check_same_settings(finished.get("settings", {}))
             delete(path)  # left if the run was killed just before its end

@@ -68,11 +68,8 @@ def run_script(main):
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not is_out_of_memory(error):
             raise
-        details = (str(error).splitlines() or ["no details"])[0]
-        advice = ("Lower --batch-size and raise --grad-accum; see docs/memory_and_speed.md"
-                  if script.startswith("stage") else
-                  "Lower --batch-size, if there is one; or use a GPU with more memory, or --device cpu")
-        sys.exit(f"{script}: out of memory ({details}). {advice}")
+        sys.exit(f"{script}: out of memory ({str(error).partition(chr(10))[0]}). Lower --batch-size, and raise "
+                 "--grad-accum if there is one; see docs/memory_and_speed.md")
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(130)
 

@@ -15,8 +15,8 @@ LOG_EVERY = 5  # steps between two lines of metrics.jsonl about the training
 
 
 class MetricsLog:
-    """Writes the metrics of one stage to metrics.jsonl in its StageFolder, in process 0. Lines written after the
-    checkpoint that the run resumes from are removed, because their steps are taken again."""
+    """Writes the metrics of one stage to metrics.jsonl in its StageFolder, in process 0. Lines written after
+    the checkpoint that the run resumes from are removed, because their steps are taken again."""
 
     def __init__(self, folder, args, progress, total_steps):
         self.folder, self.processes, self.file = folder.path, folder.processes, None
@@ -28,54 +28,48 @@ class MetricsLog:
         # disable=None: no bar where stderr is not a terminal, because it would fill a log file.
         self.bar = tqdm(total=total_steps, initial=progress.step, unit="step", dynamic_ncols=True,
                         disable=True if self.processes.rank > 0 else None)
-        # Without --eval-every and --save-every, there are up to 19 evaluations between the first and the last
-        # step, and a checkpoint at the same steps, but at least every 100 steps.
+        # By default, there are up to 19 evaluations between the first and the last step, and a checkpoint after
+        # as many steps, but at most 100.
         automatic = max(1, ceil(total_steps / 20))
-        self.eval_every, self.is_limited = args.eval_every or automatic, not args.eval_every
-        self.save_every = args.save_every or min(100, automatic)
-        self.total_steps, self.steps_counted, self.evaluation_seconds = total_steps, 0, 0.0
+        self.eval_every, self.is_automatic = args.eval_every or automatic, not args.eval_every
+        self.save_every, self.total_steps = args.save_every or min(100, automatic), total_steps
+        self.steps_counted, self.evaluation_seconds, self.last_generated = 0, 0.0, None
         self.started = self.evaluated = self.step_ended = time.time()
-        self.last_line, self.last_generated = 0.0, None
+        self.line_printed = 0.0
         self._start_interval()
+
+    def _start_interval(self):
+        self.interval_start, self.interval_waiting, self.interval_tokens = time.time(), 0.0, 0
 
     def evaluation_is_due(self, step):
         """Returns True if the held-out records should be evaluated after this step. Without --eval-every,
         evaluations take at most a tenth of the time. All processes get the same answer."""
-        enough = not self.is_limited or time.time() - self.evaluated >= 10 * self.evaluation_seconds
+        may = not self.is_automatic or time.time() - self.evaluated >= 10 * self.evaluation_seconds
         is_due = step % self.eval_every == 0 and step < self.total_steps  # the last one follows the loop
-        return is_due and self.processes.max(int(enough)) > 0
+        return is_due and self.processes.max(int(may)) > 0
 
     def checkpoint_is_due(self, step):
         return step % self.save_every == 0 or step == self.total_steps
 
-    def _start_interval(self):
-        self.interval_start, self.interval_waiting = time.time(), 0.0
-        self.interval_samples = self.interval_tokens = 0
-
-    def count_step(self, samples, micro_batches, waiting):
-        """Counts a step: its number of samples over all processes, the micro-batches of this process, and the
-        seconds that it waited for them."""
-        self.interval_samples += samples
+    def log_step(self, progress, optimizer, micro_batches, waiting, **metrics):
+        """Counts a step: the micro-batches of this process, and the seconds that it waited for them. Logs every
+        fifth step and the last: the metrics and learning rates, tokens per second, the fraction of time spent
+        waiting for data, the seconds left, evaluations included, and the peak memory of a GPU."""
+        step, now = progress.step, time.time()
         self.interval_tokens += sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
         self.interval_waiting += waiting
         self.steps_counted += 1
-        self.step_ended = time.time()
+        self.step_ended = now
         self.bar.update()
-
-    def log_step(self, progress, optimizer, **metrics):
-        """Logs every fifth step and the last: loss and gradient norm, learning rates, samples and
-        tokens per second, the fraction of time spent waiting for data, the seconds left, evaluations included,
-        and the peak memory of a GPU."""
-        step, seconds = progress.step, time.time() - self.interval_start
         if step % LOG_EVERY and step != self.total_steps:
             return
+        seconds = now - self.interval_start
         rates = (group["lr"] for group in optimizer.param_groups)
         metrics = {name: float(value) for name, value in metrics.items()} | {
             **dict(zip(("lr", "projector_lr"), rates)), "samples": progress.samples,
-            "samples_per_s": self.interval_samples / seconds,
             "tokens_per_s": self.processes.sum(self.interval_tokens) / seconds,
             "waiting": self.interval_waiting / seconds,
-            "seconds_left": (time.time() - self.started) / self.steps_counted * (self.total_steps - step)}
+            "seconds_left": (now - self.started) / self.steps_counted * (self.total_steps - step)}
         state = (f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:,.0f} tokens/s, waiting for data "
                  f"{metrics['waiting']:.0%}")
         if self.processes.device.type == "cuda":
@@ -83,8 +77,8 @@ class MetricsLog:
             state += f", GPU memory {metrics['gpu_gib']:.1f} GiB"
         self._write(step, **metrics)
         self.bar.set_postfix_str(state, refresh=False)
-        if self.bar.disable and time.time() - self.last_line > 60:  # in place of the bar, once a minute
-            self.last_line = time.time()
+        if self.bar.disable and now - self.line_printed > 60:  # in place of the bar, once a minute
+            self.line_printed = now
             left = tqdm.format_interval(metrics["seconds_left"])
             print(f"step {step} of {self.total_steps}: {state}, {left} left", flush=True)
         self._start_interval()
@@ -94,13 +88,12 @@ class MetricsLog:
         what nearest_tokens() returned. tools/page.py shows the latter."""
         values = {f"heldout_{name}": value for name, value in image_use.items()}
         self._write(step, **values, generated=generated, nearest_tokens=nearest)
-        if self.file:
-            text = f"step {step}: {format_image_use(image_use)}"
-            if generated != self.last_generated:  # show an answer only when it has changed
-                text += printable(f"\n    generated: {generated}\n    reference: {reference}", keep="\n")
-            self.last_generated = generated
-            tqdm.write(text)
-            sys.stdout.flush()
+        text = f"step {step}: {format_image_use(image_use)}"
+        if generated != self.last_generated:  # show an answer only when it has changed
+            text += printable(f"\n    generated: {generated}\n    reference: {reference}", keep="\n")
+        self.last_generated = generated
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
         self.evaluated = time.time()
         self.evaluation_seconds = self.evaluated - self.step_ended  # an evaluation follows a step
         if not self.steps_counted:
@@ -129,11 +122,6 @@ class MetricsLog:
               "and --resume", file=sys.stderr)
         sys.exit(128 + signal_number)
 
-    def print_result(self, before, after, next_command):
-        """Prints the held-out losses before the first and after the last step, and what to type next."""
-        print(f"before: {format_image_use(before)}\nafter:  {format_image_use(after)}\n"
-              f"saved in {self.folder}; next: {next_command}")
-
 
 def format_image_use(image_use):
     """Returns one line about what measure_image_use() measured."""
@@ -142,6 +130,6 @@ def format_image_use(image_use):
     if image_use.get("same_image"):
         text += f"; records without a different image: {image_use['same_image']}"
     if names := image_use.get("not_finite"):
-        text += (f"; left out, because their loss is not finite, are the records of {', '.join(names[:5])}"
-                 f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}: pass --precision fp32")
+        text += (f"; the loss of {len(names)} records is not finite, so they are left out: pass --precision fp32 "
+                 f"({', '.join(names[:5])}{', …' * (len(names) > 5)})")
     return text

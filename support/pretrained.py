@@ -11,7 +11,6 @@ import warnings
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import transformers
@@ -120,8 +119,8 @@ def load_language_model(name, dtype, device):
     attention = choose_attention(device, dtype)
     llm = _load_strictly(AutoModelForCausalLM, name, dtype, attn_implementation=attention)
     if device.type == "cpu" and llm.num_parameters() > 5e8:
-        print(f"WARNING: {name} is large, and on a CPU it is many times slower than on a GPU. If this machine has "
-              "one, install a PyTorch that supports it.")
+        print(f"WARNING: on a CPU, {name} is many times slower than on a GPU. If this machine has one, install a "
+              "PyTorch that supports it.")
     if llm.config is not llm.config.get_text_config():
         raise UserError(f"{name} is a multimodal model: --llm must name a language model alone")
     # LoRA would leave out the layers that have other names. (A weight matrix has two dimensions.)
@@ -146,17 +145,9 @@ def load_language_model(name, dtype, device):
     return llm
 
 
-class LoadedTokenizer(NamedTuple):
-    """A tokenizer, and what the files of its model say about it."""
-    tokenizer: transformers.PreTrainedTokenizerFast
-    start_token_id: int  # of the token that opens every sequence, or None
-    end_token_ids: list  # those that end an answer
-    context_length: int  # how many tokens the model can read, prompt and answer together
-    num_embeddings: int  # rows of the embedding table
-
-
 def load_tokenizer(name):
-    """Returns the LoadedTokenizer of a chat model."""
+    """Returns (tokenizer, id of the start token or None, ids of all end tokens, number of tokens that the model
+    can read, prompt and answer together, number of rows of its embedding table)."""
     folder = find_pretrained(name)
     with explain_errors(f"load the tokenizer in {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -178,8 +169,8 @@ def load_tokenizer(name):
     end_token_ids = []
     for ids in (file.get("eos_token_id") for file in files[1:]):  # a number, a list or nothing
         end_token_ids += ids if isinstance(ids, list) else [ids]
-    return LoadedTokenizer(tokenizer, start_token_id, [i for i in end_token_ids if i is not None],
-                           config.max_position_embeddings, config.vocab_size)
+    return (tokenizer, start_token_id, [i for i in end_token_ids if i is not None],
+            config.max_position_embeddings, config.vocab_size)
 
 
 def _load_strictly(model_class, name, dtype, **kwargs):

@@ -20,6 +20,7 @@ from model import Llava
 from support.devices import DTYPES, choose_device, choose_dtype
 from support.errors import UserError, explain_errors
 from support.files import atomic_write, delete, read_json, write_json
+from support.metrics_log import format_image_use
 from support.pretrained import load_image_processor, load_language_model, load_vision_tower
 
 # A projector translates from one layer of one vision tower to one LLM. It works with no others.
@@ -51,6 +52,8 @@ def save_result(folder, stage, model, progress, image_use):
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "gpu": gpu}})
         delete(folder.path / "checkpoint.pt")
     folder.processes.barrier()
+    print(f"before: {format_image_use(progress.before)}\nafter:  {format_image_use(image_use)}\n"
+          f"saved in {folder.path}")
 
 
 def read_result(folder, preset="toy"):
