@@ -162,8 +162,7 @@ def main(argv=None):
     def evaluate():
         """Logs the held-out loss with the correct and a different image, an answer, and nearest tokens."""
         with autocast():
-            image_use, *example = evaluation.evaluate_heldout(
-                model, heldout_dataset, heldout_batches, processes)
+            image_use, *example = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches, device)
         log.log_heldout(progress.step, image_use, *example)
         return image_use
 

@@ -168,8 +168,7 @@ def main(argv=None):
 
     def evaluate():
         with autocast():
-            image_use, *example = evaluation.evaluate_heldout(
-                model, heldout_dataset, heldout_batches, processes)
+            image_use, *example = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches, device)
         log.log_heldout(progress.step, image_use, *example)
         return image_use
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 from transformers import TextStreamer
 
 from data import IMAGE_TOKEN, ChatDataset, collate, count_labeled
@@ -71,7 +72,7 @@ def record_losses(model, batch, device):
     return torch.stack([record.sum() for record in per_record]).cpu().double()  # (B,)
 
 
-def measure_image_use(model, batches, device, blank=False, map_batches=map):
+def measure_image_use(model, batches, device, blank=False):
     """Measures how much the held-out answers depend on the image.
 
     A falling loss does not show that a model uses the image, because it also falls while the model learns the
@@ -79,8 +80,7 @@ def measure_image_use(model, batches, device, blank=False, map_batches=map):
     image of the previous record in the batch. Only a model that uses the image does worse with a different
     one. If the previous record has the same image, the record counts only in "loss" and "loss_blank".
 
-    Args: batches: from make_heldout_batches(). blank: evaluate with a blank image too. map_batches:
-    Processes.map distributes the batches over several processes.
+    Args: batches: from make_heldout_batches(). blank: evaluate with a blank image too.
     Returns: a dict.
         loss, loss_different, loss_blank: nats per token with the correct, a different and a blank image.
         correct_more_likely: fraction of records whose answers are more likely with the correct image. A tie
@@ -100,7 +100,8 @@ def measure_image_use(model, batches, device, blank=False, map_batches=map):
 
     was_training = model.training
     model.eval()
-    rows = torch.cat(list(map_batches(measure, batches)), dim=1)  # (4 or 5, records)
+    rows = torch.cat([measure(batch) for batch in tqdm(batches, "evaluating", leave=False, disable=None)],
+                     dim=1)  # (4 or 5, records)
     model.train(was_training)
     finite = rows.isfinite().all(dim=0)  # (records,)
     names = [name for batch in batches for name in batch["image_names"]]
@@ -130,12 +131,12 @@ def records_with_other_images(records, i, count=1):
     return found
 
 
-def evaluate_heldout(model, dataset, batches, processes):
+def evaluate_heldout(model, dataset, batches, device):
     """Returns what measure_image_use() returns for all held-out batches and, for the first record, the generated
     answer, the reference answer and the nearest tokens."""
     prompt, reference = dataset.make_prompt(0)
-    image_use = measure_image_use(model, batches, processes.device, map_batches=processes.map)
-    [generated] = generate_answers(model, dataset.template, [prompt], processes.device, max_new_tokens=64)
+    image_use = measure_image_use(model, batches, device)
+    [generated] = generate_answers(model, dataset.template, [prompt], device, max_new_tokens=64)
     return image_use, generated, reference, nearest_tokens(model, dataset.template, prompt["pixel_values"])
 
 

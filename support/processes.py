@@ -60,13 +60,6 @@ class Processes:
         for parameter, part in zip(parameters, message.split([p.numel() for p in parameters])):
             parameter.grad = part.view_as(parameter)
 
-    def map(self, function, items):
-        """Returns [function(item) for item in items]. Process r of P computes items r, r + P, r + 2P, …, and
-        every process gets all results."""
-        own = [function(item) for item in items[self.rank::self.world_size]]
-        results = self.gather(own)
-        return [results[i % self.world_size][i // self.world_size] for i in range(len(items))]
-
     def gather(self, value):
         """Returns the values of all processes as a list, in the order of their ranks."""
         gathered = [value] * self.world_size

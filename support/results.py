@@ -147,6 +147,6 @@ def load_run(args):
     stage = args.stage or (2 if os.path.exists(args.run / "stage2" / "run.json") else 1)
     folder = args.run / f"stage{stage}"
     *loaded, saved = load_trained(folder, device, choose_dtype(args.precision, device))
-    print(f"{folder}: {saved['steps']:,} steps, {saved['projector']} projector, "
-          f"{'LoRA adapter' if saved['stage'] == 2 else 'no adapter'}", file=sys.stderr)
+    print(f"{folder}: {saved['projector']} projector{' and LoRA adapter' * (saved['stage'] == 2)}, after step "
+          f"{saved['steps']:,}", file=sys.stderr)
     return *loaded, saved
