@@ -20,8 +20,8 @@ to generate the answer and the end token after it.
     labeled   ol·ive·▁oil·▁is·▁a·▁health·y·▁ing·red·ient·▁used·▁liber·ally·▁.·</s>
     ignored   <0x0A>
 
-A record of LLaVA-Instruct-150K, for stage 2, has the same form. Many have several questions, and every answer is
-labeled (here in [[ ]]), because each is an answer to all that stands before it:
+A record of LLaVA-Instruct-150K, for stage 2, has the same form. Many have several questions, and every answer
+is labeled (here in [[ ]]), because each is an answer to all that stands before it:
 
     {"id": "000000033471", "image": "000000033471.jpg", "conversations": [
         {"from": "human", "value": "What are the colors of the bus in the image?\\n<image>"},
@@ -52,6 +52,7 @@ predicted. (The original code marks the image's place with the id -200.)
 
 import re
 
+import jinja2
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
@@ -88,18 +89,17 @@ class ChatTemplate:
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = pad if pad is not None and pad < self.num_embeddings else 0
         # What the template writes between a question and its answer.
-        self.answer_header = self.render_prompt([{"role": "user", "content": "?"}]).rpartition("?")[2]
+        self.answer_header = self.render([{"role": "user", "content": "?"}], is_prompt=True).rpartition("?")[2]
         # What encode() relies on. Generation stops at all end tokens; the first is the one that is trained.
         self.answer_prefixes, self.end_token_id = check_chat_template(self)
         self.end_token_ids = list(dict.fromkeys([self.end_token_id, *end_token_ids]))
 
-    def render(self, messages):
-        """Returns the conversation as one text."""
-        return self.tokenizer.apply_chat_template(messages, tokenize=False)
-
-    def render_prompt(self, messages):
-        """Returns a conversation that ends with a question as one text, up to where its answer begins."""
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    def render(self, messages, is_prompt=False):
+        """Returns the conversation as one text. A prompt ends where the answer to its last question begins."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
+        except jinja2.TemplateError as error:  # a template can refuse a conversation
+            raise UserError(f"the chat template in {self.tokenizer.name_or_path} fails: {error}") from error
 
     def tokenize(self, text, num_image_tokens):
         """Returns (ids, offsets); offsets[t] is the range of characters that token t stands for.
@@ -124,13 +124,13 @@ class ChatTemplate:
         """Returns (ids, labels) of a whole conversation, two lists of the same length. labels[t] == ids[t] on
         every answer and on the end token after it; IGNORE_INDEX elsewhere.
 
-            text   <|user|>\\nWhat is it?</s>\\n<|assistant|>\\nolive oil .</s>\\n
-                             question   answer_header     |         |
-                                                        start      end
+            <|user|>↵What is it?</s>↵<|assistant|>↵olive oil .</s>↵
+                     └─question┘└─ answer_header ─┘└── labeled ──┘
+                                                   start      end
 
-        Everything from start to end is labeled. With some templates, this is a little more than the answer
-        (Mistral writes a space in front of it), because the model has to generate that, too.
-        Raises UserError if the template changes a text.
+        Where the prompt ends, the answer starts. It is labeled up to the first special token after it. Some
+        templates write a little more there (Mistral a space), which is labeled too, because the model has to
+        generate it. Raises UserError if the template changes a text.
         Source: preprocess_v1() in the original code's train.py. It tokenizes the turns separately and adds up
         their lengths, and masks the whole sample if the sum is wrong. Character offsets avoid that.
         """
@@ -153,7 +153,7 @@ class ChatTemplate:
 
     def encode_prompt(self, messages, num_image_tokens):
         """Returns the ids of a conversation that ends with a question. With its answer, they are a prefix."""
-        return self.tokenize(self.render_prompt(messages), num_image_tokens)[0]
+        return self.tokenize(self.render(messages, is_prompt=True), num_image_tokens)[0]
 
     def to_messages(self, record):
         """Returns the record's turns as [{"role", "content"}], with the image at the front of its question.
@@ -197,8 +197,8 @@ class ChatTemplate:
 
 class ChatDataset(Dataset):
     """Training samples. Sample i is {"input_ids", "labels", "pixel_values", "skipped"}. `records` are Records,
-    `image_processor` is the preprocessing of the vision tower, and `num_image_tokens` is N. `max_length` is the
-    longest sample in tokens, image positions included."""
+    `image_processor` is the preprocessing of the vision tower, and `num_image_tokens` is N. `max_length` is
+    the longest sample in tokens, image positions included."""
 
     def __init__(self, records, template, image_processor, num_image_tokens, max_length):
         self.records, self.template, self.image_processor = records, template, image_processor

@@ -79,7 +79,7 @@ PRESETS = {
         heldout=256,                          # images that are taken out of the training data
         max_length=2048,                      # TinyLlama cannot read more
         workers=2,                            # processes that decode images
-        lr=2e-3,                              # the paper's, as are one epoch, the schedule and 128 samples per step
+        lr=2e-3,                              # this, one epoch and 128 samples per step are the paper's
         batch_size=4,                         # fits into 14.6 GiB, see docs/memory_and_speed.md
         grad_accum=32,                        # 4 × 32 = 128 samples per step
         epochs=1),
@@ -107,8 +107,9 @@ def main(argv=None):
     train_records, heldout_records = load_records(args)
     template, image_processor = ChatTemplate(args.llm), load_image_processor(args.vision_tower)
     num_image_tokens = count_patches(load_vision_config(args.vision_tower))  # N
-    train_dataset = ChatDataset(train_records, template, image_processor, num_image_tokens, args.max_length)
-    heldout_dataset = ChatDataset(heldout_records, template, image_processor, num_image_tokens, args.max_length)
+    make_dataset = partial(ChatDataset, template=template, image_processor=image_processor,
+                           num_image_tokens=num_image_tokens, max_length=args.max_length)
+    train_dataset, heldout_dataset = make_dataset(train_records), make_dataset(heldout_records)
     # lengths[i]: about how many tokens sample i has
     lengths = drop_unusable_records(train_dataset, args.allow_bad)
     drop_unusable_records(heldout_dataset, open_images=True)
@@ -149,8 +150,8 @@ def main(argv=None):
 
     # At step 0, or where the checkpoint ended.
     progress = folder.begin(model, optimizer, scaler, train_dataset.records, heldout_dataset.records)
-    # steps[k] lists the micro-batches of one optimizer step of this process. Each micro-batch lists the indices
-    # of its samples. samples_per_step[k] is the number of samples of that step in all processes.
+    # steps[k] lists the micro-batches of one optimizer step of this process. Each micro-batch lists the
+    # indices of its samples. samples_per_step[k] is the number of samples of that step in all processes.
     steps, samples_per_step = step_batches.plan_steps(lengths, args, processes, progress)
     total_steps = progress.step + len(steps)
     # Yields the micro-batches of all steps, one after the other. collate() says what a micro-batch contains.

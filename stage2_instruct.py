@@ -9,8 +9,8 @@ one small GPU is enough. The original code has a LoRA script, too: scripts/v1_5/
     python stage2_instruct.py --preset tinyllama   the real models and data, see docs/real_data.md
 
 Reads <run>/stage1/. Writes projector.safetensors, adapter/, run.json and metrics.jsonl to <run>/stage2/.
-Continue with sanity_check.py. stage1_align.py explains what both stages have in common. What is new stands under
-a heading of its own: the LLM gets a LoRA adapter, and adapter and projector have different learning rates.
+Continue with sanity_check.py. stage1_align.py explains what both stages have in common. What is new stands
+under a heading of its own: the LLM gets a LoRA adapter, and adapter and projector have different learning rates.
 """
 
 import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
@@ -115,8 +115,9 @@ def main(argv=None):
     train_records, heldout_records = load_records(args)
     template, image_processor = ChatTemplate(args.llm), load_image_processor(args.vision_tower)
     num_image_tokens = count_patches(load_vision_config(args.vision_tower))  # N
-    train_dataset = ChatDataset(train_records, template, image_processor, num_image_tokens, args.max_length)
-    heldout_dataset = ChatDataset(heldout_records, template, image_processor, num_image_tokens, args.max_length)
+    make_dataset = partial(ChatDataset, template=template, image_processor=image_processor,
+                           num_image_tokens=num_image_tokens, max_length=args.max_length)
+    train_dataset, heldout_dataset = make_dataset(train_records), make_dataset(heldout_records)
     lengths = drop_unusable_records(train_dataset, args.allow_bad)
     drop_unusable_records(heldout_dataset, open_images=True)
     heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)

@@ -19,9 +19,9 @@ def choose_device(name, local_rank=None):
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
+        torch.zeros(1, device=device).item()
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)  # else CUDA would also take memory on GPU 0
-        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"the device {name} cannot be used here: {str(error).splitlines()[0][:100]}") from error
     return device

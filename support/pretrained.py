@@ -45,16 +45,24 @@ def find_pretrained(name):
     """Returns the folder of a pretrained model: `name` itself if it is a folder, else the files of the hub's
     model `name`. They are fetched on first use, as transformers does, and then stay in the hub's cache, which
     HF_HOME moves. HF_HUB_OFFLINE=1 forbids every request."""
-    for folder in (Path(name), REPOSITORY / name):
-        if os.path.isdir(folder):
-            return str(folder)
-    with suppress(OSError, ValueError):  # without a request, if the files are in the cache
-        folder = snapshot_download(str(name), allow_patterns=FILES, local_files_only=True)
-        if list(Path(folder).glob("model*.safetensors")):
-            return folder
-    print(f"fetching {name} from the hub", flush=True)
-    with explain_errors(f"fetch the model {name}, which is not a folder here"):
-        return snapshot_download(str(name), allow_patterns=FILES)
+    folder = next((folder for folder in (Path(name), REPOSITORY / name) if os.path.isdir(folder)), None)
+    if folder is None:
+        with suppress(OSError, ValueError):  # without a request, if the files are in the cache
+            folder = Path(snapshot_download(str(name), allow_patterns=FILES, local_files_only=True))
+        if folder is None or missing_file(folder):
+            print(f"fetching {name} from the hub", flush=True)
+            with explain_errors(f"fetch the model {name}, which is not a folder here"):
+                folder = Path(snapshot_download(str(name), allow_patterns=FILES))
+    if missing := missing_file(folder):
+        raise UserError(f"the pretrained model {name} is not complete: it has no {missing}")
+    return str(folder)
+
+
+def missing_file(folder):
+    """Returns what a folder of a pretrained model lacks, or None."""
+    if not any(folder.glob("model*.safetensors")):
+        return "weights in the format safetensors; docs/real_data.md says how to convert others"
+    return None if any(folder.glob("*r_config.json")) else "preprocessor_config.json or tokenizer_config.json"
 
 
 def load_vision_config(name):
@@ -118,6 +126,8 @@ def load_language_model(name, dtype, device):
     will compute, decides the attention kernel."""
     attention = choose_attention(device, dtype)
     llm = _load_strictly(AutoModelForCausalLM, name, dtype, attn_implementation=attention)
+    # peft writes this name into adapter/. Else it would be the folder of the LLM on this machine.
+    llm.name_or_path = llm.config.name_or_path = str(name)
     if device.type == "cpu" and llm.num_parameters() > 5e8:
         print(f"WARNING: on a CPU, {name} is many times slower than on a GPU. If this machine has one, install a "
               "PyTorch that supports it.")

@@ -113,7 +113,8 @@ def changed_settings(settings, preset):
 def next_command(script, settings, preset):
     """Returns the command that continues with the run of these settings: with the same models and data, if they
     are not those of the preset."""
-    names = ["run", "vision_tower", "vision_layer", "llm", "projector", "data", "images"]
+    names = ["run", "vision_tower", "vision_layer", "llm", "projector", "data", "images", "heldout_data",
+             "heldout_images", "heldout", "max_length", "allow_bad", "precision", "device"]
     changed = changed_settings(settings, preset)
     words = ["python", script]
     if script == "sanity_check.py":  # it reads all other settings from run.json
@@ -121,6 +122,6 @@ def next_command(script, settings, preset):
     elif settings.preset != "toy":
         words += ["--preset", settings.preset]
     for name in names:
-        if name in changed or name == "run":
+        if name == "run" or changed.get(name) is not None:
             words += ["--" + name.replace("_", "-"), str(vars(settings)[name])]
     return shlex.join(words)

@@ -25,7 +25,7 @@ SMALL = ["--batch-size", "4", "--grad-accum", "2", "--heldout", "4", "--save-eve
          "--eval-every", "8", "--device", "cpu"]
 
 
-def _child(script, arguments, output, environment, plain_sgd, max_file_size, max_open_files):
+def _child(script, arguments, output, environment, plain_sgd, limit):
     os.environ.update(environment)
     os.setpgid(0, 0)  # a group of its own, so that a signal can be sent to this process and its workers
     torch.set_num_threads(1)
@@ -37,22 +37,18 @@ def _child(script, arguments, output, environment, plain_sgd, max_file_size, max
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.stdout.reconfigure(line_buffering=True)  # a killed process would lose its lines
-    if max_file_size:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
-    if max_open_files:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max_open_files, max_open_files))
+    if limit:
+        resource.setrlimit(limit[0], (limit[1], limit[1]))
     run_script(importlib.import_module(script).main)
 
 
-def start(script, arguments, output, environment=None, plain_sgd=False, max_file_size=None,
-          max_open_files=None):
+def start(script, arguments, output, environment=None, plain_sgd=False, limit=None):
     """Starts a script and returns its process.
 
     Args: output: file to which stdout and stderr are appended. plain_sgd: use SGD instead of AdamW.
-    max_file_size: bytes after which writing to a file fails, as on a full disk. max_open_files: as ulimit -n.
+    limit: (resource, number), for example resource.RLIMIT_NOFILE and the number of files that may be open.
     """
-    process = CONTEXT.Process(target=_child, args=(script, arguments, output, environment or {}, plain_sgd,
-                                                   max_file_size, max_open_files))
+    process = CONTEXT.Process(target=_child, args=(script, arguments, output, environment or {}, plain_sgd, limit))
     process.start()
     return process
 

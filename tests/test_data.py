@@ -1,21 +1,18 @@
 """From a record to ids, labels and pixels: exactly what should be trained is trained."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLES, N, SHARED, preprocess, record_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import N, preprocess, record_of
 from PIL import Image
 from transformers import AutoTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from data import IGNORE_INDEX, IMAGE_TOKEN, ChatTemplate, collate
+from sanity_check import make_image_prompt
 from support.errors import BadRecord, UserError
-from support.images import decode_image
-from support.pretrained import load_image_processor
-
-PHOTOS = sorted((SHARED / "photos").glob("*.jpg"))
 
 
 def user(text):
@@ -95,40 +92,13 @@ def test_tinyllama_reads_olive_oil_as_it_does_after_a_newline(real):
     assert template.image_token_id == 32_000  # outside the LLM's vocabulary
 
 
-# Pieces that look like something with a meaning to the tokenizer, to the template or to the record's format.
-PIECES = st.one_of(st.text(max_size=12), st.sampled_from([
-    "</s>", "<s>", "<unk>", "<|user|>\n", "<|assistant|>\n", "\n", " ", "  ", "olive", "🙂", "é", "<0x0A>",
-    "{{ eos_token }}", "<", ">", "s", "/", "s>", "</", "\t", "\u3000", "אב"]))
-# The tokenizer decodes ▁ to a space.
-TEXTS = st.lists(PIECES, max_size=5).map("".join).filter(lambda text: "▁" not in text)
-TURNS = st.lists(st.tuples(TEXTS.filter(lambda text: IMAGE_TOKEN not in text),
-                           st.one_of(TEXTS.filter(str.strip), TEXTS.map(lambda text: text + IMAGE_TOKEN))),
-                 min_size=1, max_size=3)
-
-
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
-@given(turns=TURNS, image_in=st.sampled_from(["nowhere", "front", "back", "second turn"]))
-def test_any_conversation_is_labeled_on_its_answers_only(template, turns, image_in):
-    texts = [text for turn in turns for text in turn]
-    if image_in in ("front", "back"):
-        texts[0] = f"<image>\n{texts[0]}" if image_in == "front" else f"{texts[0]}\n<image>"
-    elif image_in == "second turn" and len(turns) > 1:
-        texts[2] += "<image>"
-    messages = template.to_messages(record_of(*texts), has_image=True)
-    assert sum(IMAGE_TOKEN in message["content"] for message in messages) == 1
-    ids, labels = template.encode(messages, N)
-    assert ids.count(template.image_token_id) == N
-    assert ids.count(template.tokenizer.bos_token_id) == 1
-    assert ids.count(template.end_token_id) == len(messages)  # one after each turn, none within
-
-    answers, contents = runs_of(labels), [message["content"] for message in messages[1::2]]
-    assert [run[-1] for run in answers] == [template.end_token_id] * len(turns)
-    assert [template.tokenizer.decode(run[:-1]) for run in answers] == contents
-    for content, (_, answer) in zip(contents, turns):
-        assert content.replace(" ", "") == answer.strip().replace(" ", "")
-    for k in range(1, len(messages), 2):
-        prompt = template.encode_prompt(messages[:k], N)
-        assert ids[:len(prompt)] == prompt and labels[len(prompt)] != IGNORE_INDEX
+def test_a_long_conversation_is_rendered_once(template, monkeypatch):
+    """Else encode() would take time with the square of the number of turns."""
+    calls, render = [], template.tokenizer.apply_chat_template
+    monkeypatch.setattr(template.tokenizer, "apply_chat_template",
+                        lambda *args, **options: calls.append(args) or render(*args, **options))
+    labels = template.encode([user("Sure?"), assistant("Yes")] * 1000, N)[1]
+    assert len(runs_of(labels)) == 1000 and len(calls) == 1
 
 
 # -- records to messages -----------------------------------------------------------------------------------
@@ -136,15 +106,19 @@ def test_any_conversation_is_labeled_on_its_answers_only(template, turns, image_
 
 @pytest.mark.parametrize("question", ["<image>\nWhat is it?", "What is it?\n<image>", "What is it?",
                                       "<image>What is it?", " What is it? <image> "])
-def test_the_image_is_before_the_question_wherever_the_record_has_it(template, question):
-    messages = template.to_messages(record_of(question, "A cat."), has_image=True)
+def test_the_image_is_before_the_question_wherever_it_was_in_training_and_in_a_prompt(template, question):
+    messages = template.to_messages(record_of(question, "A cat.", image="red.png"))
     assert messages == [user("<image>\nWhat is it?"), assistant("A cat.")]
+    prompts = [make_image_prompt(SimpleNamespace(num_image_tokens=N), template, question, pixel_values)
+               for pixel_values in (torch.zeros(3, 28, 28), None)]
+    assert prompts[0]["input_ids"] == template.encode_prompt(messages[:1], N)
+    assert prompts[1]["input_ids"] == template.encode_prompt([user("What is it?")], N)
 
 
 def test_a_leading_answer_is_skipped_and_a_trailing_question_dropped(template):
     record = record_of("Who?", "A cat.", "Where?")
     record["conversations"].insert(0, {"from": "gpt", "value": "an answer to nothing"})
-    assert template.to_messages(record, has_image=False) == [user("Who?"), assistant("A cat.")]
+    assert template.to_messages(record) == [user("Who?"), assistant("A cat.")]
 
 
 # -- samples -----------------------------------------------------------------------------------------------
@@ -189,8 +163,8 @@ def test_padding_is_masked_by_its_position_so_end_tokens_stay_although_they_are_
                for messages in conversations]
     # Cut after the end token, as ChatDataset.encode_record() does: the row's last token is the padding token.
     samples[0] = {key: value and value[:-1] for key, value in samples[0].items()}
-    assert samples[0]["input_ids"][-1] == template.tokenizer.pad_token_id
-    batch = collate(samples, template.tokenizer.pad_token_id)
+    assert samples[0]["input_ids"][-1] == template.pad_token_id
+    batch = collate(samples, template.pad_token_id)
     for row, sample in enumerate(samples):
         length = len(sample["input_ids"])
         assert batch["input_ids"][row, :length].tolist() == sample["input_ids"]
@@ -217,54 +191,35 @@ def test_pixels_of_a_sample_are_those_of_transformers_clip_processor(parts, data
     torch.testing.assert_close(sample["pixel_values"], preprocess(theirs, noise(size)), atol=0, rtol=0)
 
 
-@pytest.mark.skipif(not PHOTOS, reason="needs shared/photos")
-def test_pixels_of_photos_are_those_of_transformers_with_clips_own_settings(real):
-    ours, theirs = load_image_processor(real.clip), CLIPImageProcessorPil.from_pretrained(real.clip)
-    for path in PHOTOS:
-        image = Image.open(path).convert("RGB")
-        pixels = preprocess(ours, decode_image(path, path.name))
-        assert pixels.shape == (3, 224, 224) and pixels.dtype == torch.float32
-        torch.testing.assert_close(pixels, preprocess(theirs, image), atol=0, rtol=0)
-
-
 # -- records that cannot be trained on ---------------------------------------------------------------------
 
 
 HUMAN, GPT = {"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}
+OPENAI = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
 
 
-@pytest.mark.parametrize("turns, image, reason", [
-    (None, False, "not a list"),
-    ([HUMAN], False, "no human turn"),
-    ([HUMAN, HUMAN, GPT], False, "alternate"),
-    ([HUMAN, GPT, GPT], False, "alternate"),
-    ([HUMAN, {"from": "gpt"}], False, "a value that is not a text: turn 2: None"),
-    ([GPT, HUMAN, {"from": "gpt", "value": " "}], False, "empty answer: turn 3"),
-    ([HUMAN, {"from": "gpt", "value": "\ud83d"}], False, r"no text should have: '\\ud83d', turn 2"),
-    ([{**HUMAN, "images": ["b.jpg"]}, GPT], True, "the key 'images' is not read"),
-    ([{"from": "human", "value": "<image>What?"}, GPT], False, "more <image>"),
-    ([{"from": "human", "value": "<image>"}, GPT] * 2, True, "more <image>"),
+@pytest.mark.parametrize("turns, more, reason", [
+    (None, {}, "'conversations' is not a list of turns$"),
+    (None, {"messages": OPENAI}, "rename 'messages' to 'conversations'"),
+    (OPENAI, {}, "OpenAI's form: rename 'role' to 'from' and 'content' to 'value'"),
+    ([HUMAN], {}, "no human turn"),
+    ([HUMAN, HUMAN, GPT], {}, "alternate.*turn 2 should be from gpt"),
+    ([GPT, HUMAN, GPT, GPT], {}, "alternate.*turn 4 should be from human"),
+    ([HUMAN, {"from": "gpt"}], {}, "a value that is not a text: turn 2: None"),
+    ([GPT, HUMAN, {"from": "gpt", "value": " "}], {}, "empty answer: turn 3"),
+    ([HUMAN, {"from": "gpt", "value": "\ud83d"}], {}, r"no text should have: '\\ud83d', turn 2"),
+    ([{"from": "human", "value": "<image>What?"}, GPT], {}, "more <image>.*1 <image>, 0 images"),
+    ([{"from": "human", "value": "<image>"}, GPT] * 2, {"image": "a.jpg"}, "more <image>.*2 <image>, 1 images"),
+    ([HUMAN, GPT], {"image": ["a.jpg", "b.jpg"]}, "'image' is not the name of one file"),
+    *(([HUMAN, GPT], {"image": "a.jpg", key: "content"}, f"the key '{key}' is not read")
+      for key in ("images", "video", "videos", "audio", "system", "image_path")),
 ])
-def test_conversations_that_cannot_be_trained_on_say_why(template, turns, image, reason):
-    with pytest.raises(BadRecord, match=reason):
-        template.to_messages({"id": "a", "conversations": turns}, has_image=image)
+def test_records_that_cannot_be_trained_on_say_why(template, turns, more, reason):
+    with pytest.raises(BadRecord, match=f"'a': .*{reason}"):
+        template.to_messages({"id": "a", "conversations": turns, **more})
 
 
-@pytest.mark.parametrize("has_image, key, value", [
-    (False, "video", "a.mp4"), (False, "images", ["a.jpg", "b.jpg"]), (False, "imagePath", "a"),
-    (True, "image_2", "b.jpg"), (True, "system", "Be brief."), (False, "system_prompt", "Be brief.")])
-def test_content_under_a_key_that_is_not_read_makes_a_record_unusable(template, has_image, key, value):
-    record = {"id": "a", key: value, "conversations": [HUMAN, GPT]}
-    with pytest.raises(BadRecord, match=f"'a': the key '{key}' is not read"):
-        template.to_messages(record, has_image)
-    for empty in ("", None, []):  # as tables leave it where there is none
-        template.to_messages({**record, key: empty}, has_image)
-
-
-def test_harmless_keys_are_ignored(template):
-    keys = {"model": "gpt-4", "kinds": ["count"], "source": "coco", "width": 640, "image_id": "391895",
-            "image_size": [640, 480], "num_images": 1, "has_image": True, "system_fingerprint": "fp_1",
-            "topic": "a", "license": "CC-BY", "url": "http://a/b.jpg",
-            "image": "a.jpg", "image_name": "a.jpg", "images": ["a.jpg"]}
-    turns = [{**HUMAN, "timestamp": "12:30", "weight": 0}, GPT]
-    template.to_messages({"id": "a.jpg", "conversations": turns, **keys}, has_image=True)
+def test_other_keys_are_ignored_and_so_are_empty_ones(template):
+    record = {"conversations": [HUMAN | {"weight": 0}, GPT], "model": "gpt-4", "image_size": [640, 480],
+              "system": "", "video": None, "images": []}
+    assert template.to_messages(record) == [user("What?"), assistant("That.")]

@@ -39,18 +39,6 @@ def test_processes_and_micro_batches_give_the_gradient_of_the_large_batch(tmp_pa
     assert [line["samples"] for line in lines[0] if "samples" in line] == [8, 16, 17]
 
 
-def test_two_processes_measure_the_same_held_out_numbers_as_one(tmp_path):
-    """Each evaluates half of the batches. Before the first step, the weights are the same."""
-    lines = {}
-    for world_size in (1, 2):
-        folder = tmp_path / str(world_size)
-        folder.mkdir()
-        arguments = ["--run", str(folder), *SMALL, "--max-steps", "0", "--heldout", "13"]  # three batches
-        finish("stage1_align", arguments, folder / "log", world_size)
-        [lines[world_size], _] = metrics(folder / "stage1")
-    assert lines[1] == lines[2] and "heldout_loss_different" in lines[1]
-
-
 def test_processes_that_choose_different_precisions_agree_on_fp16(tmp_path):
     """A T4 chooses fp16 and a newer GPU bf16. Only the gradients of fp16 are scaled, so their sum would be
     wrong. Of the second step, the second process gets no sample."""

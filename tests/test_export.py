@@ -125,7 +125,7 @@ def test_content_as_text_or_as_a_list_gives_our_prompt_with_one_start_token(expo
     assert tokenized["input_ids"] == [expected]
     for messages in (texts, lists):  # older code renders the text first and then tokenizes it
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
-        assert text == template.render_prompt(texts)
+        assert text == template.render(texts, is_prompt=True)
         assert processor(text=text, images=draw("red"))["input_ids"] == [expected]
 
 

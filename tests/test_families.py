@@ -1,26 +1,30 @@
 """Other language models, chat templates and vision towers: the same scripts and the same guarantees."""
 
 import json
+import shutil
 from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHAT_TEMPLATE, CORPUS, EXAMPLES, SMALL, batch_of, build, draw, make_tokenizer, preprocess
+from conftest import (CHAT_TEMPLATE, CORPUS, EXAMPLES, SMALL, batch_of, build, draw, make_tokenizer, metrics,
+                      preprocess, record_of)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (AutoModelForCausalLM, ByT5Tokenizer, CLIPConfig, CLIPVisionModel,
-                          Dinov2Config, Dinov2Model, Gemma2Config, Gemma3TextConfig, GemmaConfig, GPTNeoXConfig, GraniteConfig,
-                          LlamaConfig, MistralConfig, Phi3Config, PreTrainedTokenizerFast,
-                          Qwen2Config, Qwen3Config, SiglipConfig, SiglipModel, SiglipVisionModel)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, CLIPConfig, CLIPProcessor, Dinov2Config,
+                          Dinov2Model, Gemma2Config, Gemma3Config, Gemma3ForConditionalGeneration,
+                          Gemma3TextConfig, GemmaConfig, GPTNeoXConfig, GraniteConfig, LlamaConfig,
+                          MistralConfig, Phi3Config, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config,
+                          SiglipConfig, SiglipModel, SiglipVisionModel)
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from data import IGNORE_INDEX, IMAGE_TOKEN, ChatTemplate, collate
 from support.errors import UserError
-from support.evaluation import AnswerPrinter, generate_answers
+from support.evaluation import generate_answers
 from support.pretrained import load_image_processor
 
 CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '
@@ -107,28 +111,29 @@ def llm(request, tmp_path_factory):
 # -- labels ------------------------------------------------------------------------------------------------
 
 QUESTION = [{"role": "user", "content": f"{IMAGE_TOKEN}\nWhat object is shown?"}]
-# What each template writes, by hand: before the first question, before a question, between question and
-# answer, before the answer (trained, because the prompt does not contain it), the end token, after it.
+# What each template writes, by hand: before a question, between question and answer, before the answer (labeled,
+# because the prompt does not contain it), the end token, after it.
 WRITTEN = {
-    "llama": ("", "<|user|>\n", "</s>\n<|assistant|>\n", "", "</s>", "\n"),
-    "llama3": ("<bos>", "<|start_header_id|>user<|end_header_id|>\n\n",
-               "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "", "<|eot_id|>", ""),
-    "qwen2": ("", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "", "<|im_end|>", "\n"),
-    "qwen3": ("", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<think>\n\n</think>\n\n",
-              "<|im_end|>", "\n"),
-    "mistral": ("<s>", "[INST] ", " [/INST]", " ", "</s>", ""),
-    "gemma": ("<s>", "<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n", "", "<end_of_turn>",
-              "\n"),
-    "gemma3": ("<bos>", "<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n", "", "<end_of_turn>",
-               "\n"),
+    CHAT_TEMPLATE: ("<|user|>\n", "</s>\n<|assistant|>\n", "", "</s>", "\n"),
+    LLAMA3: ("<|start_header_id|>user<|end_header_id|>\n\n",
+             "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "", "<|eot_id|>", ""),
+    CHATML: ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "", "<|im_end|>", "\n"),
+    THINKING: ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<think>\n\n</think>\n\n",
+               "<|im_end|>", "\n"),
+    MISTRAL: ("[INST] ", " [/INST]", " ", "</s>", ""),
+    GEMMA: ("<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n", "", "<end_of_turn>", "\n"),
 }
-# The letters of the end tokens, and other short texts that occur in what the templates write.
+# Texts that are short, or mean something to a tokenizer or a template. A search for the answer "s" would also find
+# it in "</s>", and the newline after it would be labeled.
 LETTERS = "s</>deimnoprtu_|[]IST xq.\n"
-ANSWERS = st.one_of(st.sampled_from([letter for letter in LETTERS if letter.strip()]),
-                    st.text(LETTERS, min_size=1, max_size=3).filter(str.strip),
-                    st.sampled_from(["是的, 🫒", "end", "im", "of", "turn", "user", "model", "</", "s>", "<<",
-                                     "|>"]),
-                    st.sampled_from(["</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<think>"]))
+PIECES = st.one_of(st.text(LETTERS, max_size=3), st.text(max_size=12), st.sampled_from([
+    "</s>", "<s>", "<unk>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<think>", "<|user|>\n", "[/INST]", "user",
+    "end", "im", "of", "turn", "model", "</", "s>", "<<", "|>", "{{ eos_token }}", "<0x0A>", "是的, 🫒", "é", "אב",
+    "\t", "\u3000", "olive"]))
+TEXTS = st.lists(PIECES, max_size=3).map("".join)
+TURNS = st.lists(st.tuples(TEXTS.filter(lambda text: IMAGE_TOKEN not in text),
+                           TEXTS.filter(str.strip) | TEXTS.map(lambda text: text + IMAGE_TOKEN)),
+                 min_size=1, max_size=3)
 
 
 @cache
@@ -137,76 +142,81 @@ def template_of(folder):
 
 
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
-@given(turns=st.lists(st.tuples(ANSWERS, ANSWERS), min_size=1, max_size=3))
-def test_labels_of_short_answers_are_exactly_the_answer_and_its_end_token(llm, turns):
-    """A search for the answer "s" would also find it in "</s>", and the newline after it would be trained."""
+@given(turns=TURNS, image_in=st.sampled_from(["nowhere", "front", "back", "second turn"]))
+def test_labels_are_exactly_the_answers_and_their_end_tokens(llm, turns, image_in):
     template = template_of(llm)
     texts = [text for turn in turns for text in turn]
-    texts[0] += "\n<image>"
-    record = {"id": 1, "conversations": [{"from": ("human", "gpt")[i % 2], "value": text}
-                                         for i, text in enumerate(texts)]}
-    messages = template.to_messages(record, has_image=True)
-    begin, before, between, opening, end, after = WRITTEN[llm.name.rstrip("0")]
-    text, trained = begin, []  # trained: first character and end of what should be trained
+    if image_in == "second turn" and len(turns) > 1:
+        texts[2] += "<image>"
+    elif image_in != "nowhere":
+        texts[0] = f"<image>\n{texts[0]}" if image_in == "front" else f"{texts[0]}\n<image>"
+    messages = template.to_messages(record_of(*texts, image="a.png"))
+    for message, text in zip(messages[1::2], texts[1::2]):  # special tokens are broken up by a space
+        assert message["content"].replace(" ", "") == text.strip().replace(" ", "")
+
+    bos = template.tokenizer.bos_token or ""
+    before, between, opening, end, after = WRITTEN[template.tokenizer.chat_template]
+    text, expected = bos if bos in template.render(messages) else "", []
     for i in range(0, len(messages), 2):
         text += before + messages[i]["content"] + between
         answer = messages[i + 1]["content"] + end
         if "<think>" not in opening or i + 2 == len(messages):  # Qwen3: only before the last answer
             answer = opening + answer
-        trained.append((len(text), len(text + answer)))
+        expected.append((len(text), len(text + answer)))  # the range of characters that should be labeled
         text += answer + after
     assert template.render(messages) == text
 
     ids, labels = template.encode(messages, 4)
-    bos = template.tokenizer.bos_token_id
-    assert ids.count(template.image_token_id) == 4 and (bos is None or ids.count(bos) == 1)
+    assert ids.count(template.image_token_id) == 4
+    assert not bos or ids.count(template.tokenizer.bos_token_id) == 1
     for k in range(1, len(messages), 2):
         prompt = template.encode_prompt(messages[:k], 4)
         assert ids[:len(prompt)] == prompt and labels[len(prompt)] != IGNORE_INDEX
     offsets = template.tokenize(text, 4)[1]
-    runs = []  # the characters of each run of trained tokens
-    for t, label in enumerate(labels):
-        if label != IGNORE_INDEX:
-            assert label == ids[t]
-            if t == 0 or labels[t - 1] == IGNORE_INDEX:
-                runs.append([offsets[t][0], None])
-            runs[-1][1] = offsets[t][1]
-    assert [tuple(run) for run in runs] == trained
+    labeled = [t for t, label in enumerate(labels) if label != IGNORE_INDEX]
+    assert all(labels[t] == ids[t] for t in labeled)
+    starts = [offsets[t][0] for t in labeled if labels[t - 1] == IGNORE_INDEX]
+    ends = [offsets[t][1] for t in labeled if labels[t + 1:t + 2] in ([], [IGNORE_INDEX])]
+    assert list(zip(starts, ends)) == expected
 
 
-def test_a_template_that_ends_no_answer_or_changes_texts_is_refused(tmp_path):
-    broken = {
-        "no end token": CHATML.replace("<|im_end|>", " "),
-        "changes the text of an answer": CHATML.replace("message['content']", "message['content'] | upper"),
-        "renders a prompt differently": CHATML.replace(
-            "message['role'] + '", "(message['role'] if loop.last else 'past') + '"),
-        "cannot be used": "{{ raise_exception('only one turn') }}",
-    }
-    for i, (message, chat_template) in enumerate(broken.items()):
-        folder = tmp_path / str(i)
-        byte_level_tokenizer(folder, chat_template)
-        looks_complete(folder)
-        with pytest.raises(UserError, match=message) as error:
-            ChatTemplate(folder)
-        assert "\n" not in str(error.value)
+@pytest.mark.parametrize("message, chat_template", [
+    ("no end token", CHATML.replace("<|im_end|>", " ")),
+    ("changes a question or an answer", CHATML.replace("message['content']", "message['content'] | upper")),
+    ("renders a prompt differently",
+     CHATML.replace("message['role'] + '", "(message['role'] if loop.last else 'past') + '")),
+    ("fails: only one turn", "{{ raise_exception('only one turn') }}")])
+def test_a_template_that_ends_no_answer_or_changes_texts_is_refused(tmp_path, message, chat_template):
+    byte_level_tokenizer(tmp_path, chat_template)
+    with pytest.raises(UserError, match=message) as error:
+        ChatTemplate(looks_complete(tmp_path))
+    assert "\n" not in str(error.value)
 
 
-def looks_complete(folder):
-    """Adds a config and an empty file of weights, so that a folder with a tokenizer alone is taken for a model.
-    Returns the folder."""
-    LlamaConfig().save_pretrained(folder)
+def looks_complete(folder, config=LlamaConfig()):
+    """Adds a config and an empty file of weights, because a folder without them is refused. Returns the
+    folder."""
+    config.save_pretrained(folder)
     (folder / "model.safetensors").touch()
     return folder
 
 
-@pytest.mark.parametrize("loss", ["capitals", "accents", "spaces"])
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("loss", [
+    normalizers.Lowercase(), normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+    normalizers.Replace("  ", " "), "no tokenizer.json"], ids=["capitals", "accents", "spaces", "all"])
 def test_a_tokenizer_that_loses_text_is_refused(tmp_path, loss):
     tokenizer = make_tokenizer(tmp_path)
-    tokenizer.backend_tokenizer.normalizer = {
-        "capitals": normalizers.Lowercase(), "spaces": normalizers.Replace("  ", " "),
-        "accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])}[loss]
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="its tokenizer turns .* into") as error:
+    if loss == "no tokenizer.json":  # transformers builds a tokenizer with four tokens then
+        (tmp_path / "tokenizer.json").unlink()
+        edit_json(tmp_path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    else:
+        tokenizer.backend_tokenizer.normalizer = loss
+        tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="its tokenizer turns .* into .*tokenizer.json") as error:
         ChatTemplate(looks_complete(tmp_path))
     assert "\n" not in str(error.value)
 
@@ -219,26 +229,13 @@ def test_the_prompt_is_the_same_on_every_day(tmp_path):
     assert "strftime_now(" not in template.tokenizer.chat_template  # nor in an export
 
 
-def test_the_answer_prefix_of_a_template_is_trained_but_not_part_of_an_answer(tmp_path, capsys):
+def test_the_answer_prefix_of_a_template_is_trained_but_not_part_of_an_answer(tmp_path):
     template = ChatTemplate(make_family(tmp_path, *FAMILIES["qwen3"]))
     messages = QUESTION + [{"role": "assistant", "content": "Yes ,\n是的"}]
     _, labels = template.encode(messages, 4)
     labeled = [label for label in labels if label != IGNORE_INDEX]
     assert template.tokenizer.decode(labeled).startswith("<think>\n\n</think>\n\nYes")
     assert template.decode(labeled) == messages[1]["content"]
-    record = {"conversations": [{"from": "human", "value": "Who?"},
-                                {"from": "gpt", "value": "<think>\n\n</think>\n\nYes"}]}
-    assert template.to_messages(record, has_image=False)[1]["content"] == "Yes"  # a reference answer
-
-    printer = AnswerPrinter(template)
-    for token in labeled:
-        printer.put(torch.tensor([token]))
-        assert "\ufffd" not in capsys.readouterr().out and printer.ids[-1] == token
-    printer.end()
-    printer = AnswerPrinter(template)
-    printer.put(torch.tensor(labeled))
-    printer.end()
-    assert capsys.readouterr().out.endswith("Yes ,\n是的\n")
 
 
 # -- losses and whole runs ---------------------------------------------------------------------------------
@@ -252,33 +249,18 @@ def test_generation_stops_at_every_end_token_of_the_models_own_files(parts, tmp_
     batch = collate([prompt], 0, padding_side="left")
     free = model.generate(**batch, end_token_ids=template.end_token_ids, max_new_tokens=12)[0].tolist()
     ends = [template.tokenizer.convert_tokens_to_ids("<|endoftext|>"), free[4]]
-    config = json.loads((llm / "generation_config.json").read_text())
-    (llm / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": ends}))
+    edit_json(llm / "generation_config.json", eos_token_id=ends)
     template = ChatTemplate(llm)
     assert template.end_token_ids == [template.end_token_id, *ends, 2]  # 2 is in config.json
     [answer] = generate_answers(model, template, [prompt], torch.device("cpu"), 12)
     assert answer == template.decode(free[:free.index(free[4]) + 1])
 
 
-@pytest.mark.parametrize("config_class, layers", [(Phi3Config, "gate_up_proj, o_proj, qkv_proj"),
-                                                  (GPTNeoXConfig, "dense_h_to_4h, query_key_value")])
-def test_an_llm_with_other_layers_than_lora_knows_is_refused_before_stage_1(
-        flags, refusal, tmp_path, config_class, layers):
-    make_tokenizer(tmp_path / "other")
-    AutoModelForCausalLM.from_config(config_class(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=400,
-        max_position_embeddings=512, pad_token_id=0, eos_token_id=2)).save_pretrained(tmp_path / "other")
-    sentence = refusal("stage1_align", *flags(1, llm=tmp_path / "other"))
-    assert layers in sentence and "other consist of the layers" in sentence
-
-
 def test_the_loss_is_the_familys_own(llm, parts):
     """The losses of a padded batch are those of the family's own forward() on each row alone."""
     model, template = build(parts.clip, llm)
-    rows = []
-    for question, answer in (("Sure?", "Yes"), ("What is it?", "the olives : 是的, 🫒 .")):
-        rows.append(template.encode([{"role": "user", "content": question},
-                                     {"role": "assistant", "content": answer}], 0))
+    rows = [template.encode(template.to_messages(record_of(question, answer)), 0) for question, answer in
+            (("Sure?", "Yes"), ("What is it?", "the olives : 是的, 🫒 ."))]
     samples = [{"input_ids": ids, "labels": labels, "pixel_values": None} for ids, labels in rows]
     batch = batch_of(samples, template)
     with torch.no_grad():
@@ -306,8 +288,7 @@ def test_both_stages_the_sanity_check_and_the_export_run_on_every_family(
         llm, parts, flags, script, tmp_path, capsys):
     for stage, name in ((1, "stage1_align"), (2, "stage2_instruct")):
         script(name, *flags(stage, llm=llm, run=tmp_path / "run"), "--max-steps", 3)
-        lines = (tmp_path / "run" / f"stage{stage}" / "metrics.jsonl").read_text().splitlines()
-        losses = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
+        losses = [line["loss"] for line in metrics(tmp_path / "run" / f"stage{stage}")[0]]
         assert len(losses) == 3 and losses[-1] < losses[0]
     script("sanity_check", "--run", tmp_path / "run", "--sample", 0, "--max-new-tokens", 4, *SMALL[2:4])
     assert "GENERATED" in capsys.readouterr().out
@@ -315,13 +296,44 @@ def test_both_stages_the_sanity_check_and_the_export_run_on_every_family(
     script("tools.export_hf", "--run", tmp_path / "run", "--out", tmp_path / "exported", *SMALL[2:4])
 
 
-@pytest.mark.parametrize("config_class, change", [(Gemma2Config, {"final_logit_softcapping": 30.0}),
-                                                  (GraniteConfig, {"logits_scaling": 2.0})])
-def test_an_llm_that_changes_its_logits_after_the_head_is_refused(
-        flags, refusal, tmp_path, config_class, change):
-    """Llava.forward() would compute other losses than the LLM itself."""
-    llm = make_family(tmp_path / "other", config_class, GEMMA, False, **change)
-    assert "other changes its logits after the head" in refusal("stage1_align", *flags(1, llm=llm))
+@pytest.mark.parametrize("config_class, change, message", [
+    (Phi3Config, {}, "consist of the layers down_proj, gate_up_proj, o_proj, qkv_proj"),
+    (GPTNeoXConfig, {}, "consist of the layers dense, dense_4h_to_h"),
+    # Llava.forward() would compute other losses than these two LLMs.
+    (Gemma2Config, {"final_logit_softcapping": 30.0}, "changes its logits after the head"),
+    (GraniteConfig, {"logits_scaling": 2.0}, "changes its logits after the head")])
+def test_an_llm_that_would_be_trained_wrongly_is_refused(flags, refusal, tmp_path, config_class, change, message):
+    llm = make_family(tmp_path, config_class, GEMMA, False, **change)
+    assert message in refusal("stage1_align", *flags(1, llm=llm))
+
+
+def test_a_multimodal_llm_is_refused(flags, refusal, tmp_path):
+    """Its own vision tower would get adapters."""
+    text = dict(SIZES, vocab_size=len(make_tokenizer(tmp_path)))
+    config = Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4, image_token_index=5)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    assert f"{tmp_path} is a multimodal model" in refusal("stage1_align", *flags(1, llm=tmp_path))
+
+
+@pytest.mark.parametrize("kind, name", [("vision_tower", "vision_model.embeddings.register_tokens"),
+                                        ("llm", "model.layers.0.self_attn.q_proj.bias")])
+def test_weights_without_a_place_are_refused(parts, flags, refusal, tmp_path, kind, name):
+    """transformers would only list them, and the features would be wrong."""
+    shutil.copytree(parts.clip if kind == "vision_tower" else parts.llm, tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    save_file(weights | {name: torch.ones(48)}, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    sentence = refusal("stage1_align", *flags(1, **{kind: tmp_path / "other"}))
+    assert "1 are missing, of another shape or have no place, for example" in sentence
+    assert name.split(".")[-2] in sentence
+
+
+def test_an_llm_that_overflows_in_fp16_is_named_as_such(flags, refusal, tmp_path):
+    llm = make_family(tmp_path / "llm", *FAMILIES["llama"])
+    model = AutoModelForCausalLM.from_pretrained(llm)
+    model.lm_head.weight.data *= 3e5 / model.lm_head.weight.abs().max()
+    model.save_pretrained(llm)
+    arguments = [word if word != "fp32" else "fp16" for word in flags(1, llm=llm)]
+    assert "overflows in fp16: pass --precision bf16 or fp32" in refusal("stage1_align", *arguments)
 
 
 # -- vision towers -----------------------------------------------------------------------------------------
@@ -330,13 +342,11 @@ VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_att
               patch_size=14)
 NORMALIZE = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3}
 PREPROCESSORS = {  # {tower: the file preprocessor_config.json}
-    "siglip": NORMALIZE | {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
-                           "size": {"height": 28, "width": 28}},
+    "siglip": NORMALIZE | {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 28, "width": 28}},
     "dinov2": NORMALIZE | {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 28},
                            "do_center_crop": True, "crop_size": {"height": 28, "width": 28},
                            "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}}
-WHOLE = {"siglip": SiglipVisionModel, "dinov2": Dinov2Model}
-OWN_PROCESSOR = {"siglip": SiglipImageProcessorPil, "dinov2": BitImageProcessorPil}
+WHOLE = {"siglip": (SiglipVisionModel, SiglipImageProcessorPil), "dinov2": (Dinov2Model, BitImageProcessorPil)}
 
 
 @pytest.fixture(scope="module", params=["siglip", "dinov2"])
@@ -345,8 +355,7 @@ def tower(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(5)
     if request.param == "siglip":
-        text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-                    vocab_size=50)
+        text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=50)
         model = SiglipModel(SiglipConfig(text_config=text, vision_config=VISION))
     else:
         model = Dinov2Model(Dinov2Config(**{**VISION, "mlp_ratio": 2}, use_mask_token=False))
@@ -363,7 +372,7 @@ def test_all_patches_of_a_tower_are_kept_and_come_from_the_chosen_layer(tower, p
     model, _ = build(folder, parts.llm, vision_layer=vision_layer)
     image_processor = load_image_processor(folder)
     pixel_values = torch.stack([preprocess(image_processor, draw(color)) for color in ("red", "blue")])
-    whole = WHOLE[kind].from_pretrained(folder, dtype=torch.float32)
+    whole = WHOLE[kind][0].from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         expected = whole(pixel_values, output_hidden_states=True).hidden_states[vision_layer]
         assert expected.shape == (2, 5 if kind == "dinov2" else 4, 32)  # DINOv2 has a class token
@@ -382,41 +391,60 @@ def test_both_stages_the_sanity_check_and_the_export_run_on_a_tower(tower, flags
 def test_a_towers_pixels_are_those_of_its_own_processor(tower, size):
     kind, folder = tower
     image = Image.effect_noise(size, 80).convert("RGB")
-    expected = preprocess(OWN_PROCESSOR[kind].from_pretrained(folder), image)
+    expected = preprocess(WHOLE[kind][1].from_pretrained(folder), image)
     torch.testing.assert_close(preprocess(load_image_processor(folder), image), expected, atol=0, rtol=0)
 
 
-def test_a_preprocessor_for_another_size_than_the_vision_towers_is_refused(parts, flags, refusal, tmp_path):
-    CLIPVisionModel(CLIPConfig(vision_config=VISION).vision_config).save_pretrained(tmp_path / "clip")
-    config = json.loads((parts.clip / "preprocessor_config.json").read_text())
-    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps({**config, "crop_size": 32}))
-    assert "another size than 28 × 28" in refusal("stage1_align", *flags(1, vision_tower=tmp_path / "clip"))
-    (tmp_path / "clip" / "preprocessor_config.json").write_text("{}")
-    assert "preprocessor_config.json" in refusal("stage1_align", *flags(1, vision_tower=tmp_path / "clip"))
+@pytest.mark.parametrize("change", [{"crop_size": {"height": 32, "width": 32}}, {"do_center_crop": False}])
+@pytest.mark.parametrize("config", [CLIPConfig(vision_config=VISION), Dinov2Config(**VISION)], ids=["CLIP", "DINOv2"])
+def test_a_preprocessor_that_does_not_make_every_image_the_towers_size_is_refused(tmp_path, config, change):
+    """DINOv2 would take other sizes, and only the last N of its patches would be used."""
+    path = looks_complete(tmp_path, config) / "preprocessor_config.json"
+    path.write_text(json.dumps(PREPROCESSORS["dinov2"]))
+    load_image_processor(tmp_path)
+    edit_json(path, **change)
+    with pytest.raises(UserError, match="does not make every image 28 × 28 pixels large"):
+        load_image_processor(tmp_path)
 
 
-def test_a_slow_tokenizer_is_named_as_such(tmp_path):
-    tokenizer = ByT5Tokenizer()
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="slow tokenizer .ByT5Tokenizer."):
-        ChatTemplate(looks_complete(tmp_path))
+def test_processor_config_json_alone_is_read(parts, tmp_path):
+    """transformers 5 writes this file instead of preprocessor_config.json."""
+    original = load_image_processor(parts.clip)
+    CLIPProcessor(original, AutoTokenizer.from_pretrained(parts.llm)).save_pretrained(tmp_path)
+    looks_complete(tmp_path, CLIPConfig(vision_config=VISION))
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    image = Image.effect_noise((40, 30), 80).convert("RGB")
+    assert torch.equal(preprocess(load_image_processor(tmp_path), image), preprocess(original, image))
+    (tmp_path / "processor_config.json").unlink()
+    with pytest.raises(UserError, match="cannot load the preprocessing"):
+        load_image_processor(tmp_path)
 
 
-def test_an_llm_that_overflows_in_fp16_is_named_as_such(flags, refusal, tmp_path):
+# -- tokenizers --------------------------------------------------------------------------------------------
+
+
+def test_a_padding_token_beyond_the_embedding_table_is_not_used(flags, script, tmp_path):
+    """People add [PAD] to a tokenizer and do not resize the model."""
     llm = make_family(tmp_path / "llm", *FAMILIES["llama"])
-    model = AutoModelForCausalLM.from_pretrained(llm)
-    model.lm_head.weight.data *= 3e5 / model.lm_head.weight.abs().max()
-    model.save_pretrained(llm)
-    arguments = [word if word != "fp32" else "fp16" for word in flags(1, llm=llm)]
-    assert "overflows in fp16: pass --precision bf16 or fp32" in refusal("stage1_align", *arguments)
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(llm)
+    template = ChatTemplate(llm)
+    assert template.tokenizer.pad_token_id == template.num_embeddings == rows > template.pad_token_id
+    script("stage1_align", *flags(1, llm=llm), "--max-steps", 1)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(llm)
+    with pytest.raises(UserError, match=f"id {rows + 2}, but the LLM has embeddings for {rows} tokens only"):
+        ChatTemplate(llm)
 
 
-def test_a_missing_tokenizer_json_is_named_as_a_tokenizer_that_loses_text(tmp_path):
-    """transformers builds a tokenizer with four tokens then."""
+@pytest.mark.parametrize("value", [False, True, None])
+def test_a_tokenizer_that_says_so_gets_no_start_token(tmp_path, value):
     make_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").unlink()
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "LlamaTokenizer"}))
-    with pytest.raises(UserError, match="its tokenizer turns .* into .*tokenizer.json"):
-        ChatTemplate(looks_complete(tmp_path))
+    if value is not None:
+        edit_json(tmp_path / "tokenizer_config.json", add_bos_token=value)
+    template = ChatTemplate(looks_complete(tmp_path))
+    ids, start = template.encode_prompt(QUESTION, 4), template.tokenizer.bos_token_id
+    assert ids.count(start) == int(value is not False) and (ids[0] == start) == (value is not False)

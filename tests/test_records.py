@@ -1,18 +1,14 @@
-"""Records: read from JSON as they are, held out by their identity, and checked before the training."""
+"""Records: read from JSON as they are, split by their images, and checked before the training."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
-import gzip
 import json
 import pickle
 
 import pytest
-from conftest import N, draw, record_of
+from conftest import N, record_of
 
-from support.check_records import check_records, print_check_result
+from support.check_records import drop_unusable_records
 from support.errors import UserError
-from support.records import RecordFile, describe_records, open_records, reopen_heldout
+from support.records import Records, read_records, split_records
 
 
 def contents(records):
@@ -21,185 +17,102 @@ def contents(records):
 
 # -- the file ----------------------------------------------------------------------------------------------
 
-VALUE = [{"id": 1, "text": 'olive é 🙂 " ] } \\'}, {"id": 2, "nested": {"a": [1, {"b": []}]}},
-         {"id": "three", "x": None}]
+VALUE = [{"id": 1, "text": 'olive é 🙂 " ] } \\'}, {"id": "two", "nested": {"a": [1, {"b": None}]}}, {},
+         {"id": 4, "half a character": "\ud83d"}]
 
 
-@pytest.mark.parametrize("text", [
-    json.dumps(VALUE),
-    json.dumps(VALUE, ensure_ascii=False, indent=3),
-    "\ufeff  " + json.dumps(VALUE, ensure_ascii=False) + "\n\n",
-    json.dumps(VALUE).replace("}, {", "}\r\n,\t{"),
-    "\n".join(json.dumps(record, ensure_ascii=False) for record in VALUE),  # JSON lines
-    "\ufeff\n" + "\r\n\n".join(map(json.dumps, VALUE)) + "\n",
-])
+@pytest.mark.parametrize("text", [json.dumps(VALUE), "\ufeff  " + json.dumps(VALUE, indent=3) + "\r\n\n",
+                                  json.dumps(VALUE[:3], ensure_ascii=False)])
 def test_records_are_those_of_json(tmp_path, text):
-    path = tmp_path / "chat.json"
-    path.write_bytes(text.encode())
-    records = RecordFile(path)
-    assert [records[i] for i in range(len(records))] == VALUE
-    again = pickle.loads(pickle.dumps(records))  # with its file open already, as a spawned worker gets it
-    assert [again[i] for i in (2, 0)] == [VALUE[2], VALUE[0]]
+    (tmp_path / "chat.json").write_bytes(text.encode())
+    records, value = read_records(tmp_path / "chat.json"), json.loads(text.strip("\ufeff"))
+    value[2]["id"] = f"number 3 of {tmp_path}/chat.json"  # so that a sentence about it says where it is
+    assert contents(records) == value and contents(records.subset([1, 0])) == [value[1], value[0]]
+    assert contents(pickle.loads(pickle.dumps(records))) == value  # as a spawned worker gets it
 
 
-NOT_RECORDS = {  # name: (content, what the sentence says)
-    "truncated": (b'[{"id": 1}, {"id": 2', "1 complete"),
-    "without a comma": (b'[{"id": 1} {"id": 2}]', "comma is missing.*1 complete"),
-    "a list in an object": (b'{"n": 1, "data": [{"id": 1}]}',
-                            r"one JSON object \('n', 'data'\) instead of a list"),
-    "web page": (b"<html>404</html>", "is a web page"),
-    "CSV": (b"id,image,question\n1,a.jpg,What?\n", r"is a table \(CSV"),
-    "Parquet": (b"PAR1\x15\x04\xff\xfe", "is a Parquet file"),
-    "gzip": (gzip.compress(b"[]"), "is compressed by gzip: unpack it"),
+@pytest.mark.parametrize("content, reason", {
+    "truncated": (b'[{"id": 1}, {"id": 2', "line 1 column"),
+    "one object": (b'{"n": 1, "data": [{"id": 1}]}', "which are objects"),
+    "JSON lines": (b'{"id": 1}\n{"id": 2}\n', "Extra data: line 2"),
+    "web page": (b"<html>404</html>", "line 1 column 1"),
+    "compressed": (b"\x1f\x8b\x08\0", "utf-8"),
     "Git LFS": (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer.*git lfs pull"),
-    "half a JSON line": (b'{"id": 1}\n{"id": 2', "1 complete"),
-    "number": (b'[{"id": 1}, 7]', "entry 2"),
-    "no records": (b"[]", "no records"),
-    "not UTF-8": (b'[{"id": "\xff"}]', "UTF-8"),
-    "UTF-16": ('[{"ä": 1}]'.encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
-}
-
-
-@pytest.mark.parametrize("content, message", NOT_RECORDS.values(), ids=NOT_RECORDS)
-def test_a_file_that_is_no_list_of_records_is_refused_in_one_sentence(tmp_path, content, message):
+    "number": (b'[{"id": 1}, 7]', "which are objects"), "no records": (b"[]", "which are objects"),
+}.values())
+def test_a_file_that_is_no_list_of_records_is_refused_with_its_first_characters(tmp_path, content, reason):
     (tmp_path / "chat.json").write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
-        RecordFile(tmp_path / "chat.json")
-    assert "chat.json" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match=reason) as error:
+        read_records(tmp_path / "chat.json")
+    sentence = str(error.value)
+    assert "chat.json" in sentence and "\n" not in sentence
+    assert "Git LFS" in sentence or f"it begins with {content[:60]!r}" in sentence
 
 
-# -- the held-out records ----------------------------------------------------------------------------------
+# -- the split ---------------------------------------------------------------------------------------------
 
 
-def test_no_image_of_a_held_out_record_is_trained_on(split):
-    chosen, three_each = [], [record_of("What?", "This.", image=f"{i % 10}.png") for i in range(30)]
-    for limit in (0, 5):
-        train, heldout = split(three_each, heldout=4, limit=limit)
-        names = [{record["image"] for record in contents(records)} for records in (train, heldout)]
-        assert len(names[1]) == len(heldout) == 4 and not names[0] & names[1]
-        assert len(train) == (limit or 3 * 6)  # all three records of each of the other six images
-        chosen.append(heldout.indices.tolist())
-    assert chosen[0] == chosen[1]
+def split(records, limit=0, seed=0):
+    """Returns (training, held-out) records as lists, with 10 images held out."""
+    return [contents(part) for part in split_records(Records(records, "chat.json"), 10, limit, seed)]
 
 
-MANY = [record_of("<image>\nWhat is it?", f"It is {i}.", image=f"{i // 2}.png", id=str(i))
-        for i in range(200)]
+def images_of(records):
+    return {record["image"] for record in records if "image" in record}
 
 
-@pytest.fixture
-def split(tmp_path):
-    """split([record, …]) writes them to chat.json and returns open_records() of it, with 10 held out."""
-    def make(records, **changes):
-        (tmp_path / "chat.json").write_text(json.dumps(records))
-        names = dict(data=tmp_path / "chat.json", images=tmp_path, heldout_data=None, heldout_images=None)
-        return open_records(SimpleNamespace(**names, **{**dict(heldout=10, limit=0, seed=0), **changes}))
-
-    return make
+MANY = [record_of("What is it?", f"It is {i}.", image=f"{i // 2}.png", id=str(i)) for i in range(2000)]
 
 
-def test_the_held_out_records_survive_sorting_appending_and_deleting(split):
-    before = contents(split(MANY)[1])
-    assert contents(split(MANY[::-1])[1]) == before
-    new = [record_of("<image>\nWhat is it?", "New.", image=f"new {i}.png", id=f"new {i}") for i in range(5)]
-    after = contents(split(MANY + new)[1])
-    assert [record for record in after if record not in new] == before[:10 - sum(r in new for r in after)]
-    kept = [record for record in MANY if int(record["id"]) % 7]
-    after = contents(split(kept)[1])
-    assert {r["image"] for r in before if r in kept} <= {r["image"] for r in after}
-
-
-def test_another_seed_holds_out_other_records(split):
-    sets = [{record["image"] for record in contents(split(MANY, seed=seed)[1])} for seed in range(3)]
-    assert len(set.union(*sets)) > 20
-
-
-def test_a_record_without_an_image_is_held_out_by_its_id_or_else_by_its_text(split):
-    by_id = [record_of("Who?", f"A cat, {i}.", id=i % 20) for i in range(40)]
-    train, heldout = split(by_id)
-    assert not {r["id"] for r in contents(train)} & {r["id"] for r in contents(heldout)}
-    without = [{"conversations": record_of("Who?", f"A cat, {i}.")["conversations"]} for i in range(40)]
-    train, heldout = split(without)
-    assert (len(train), len(heldout)) == (30, 10)
-
-
-CHANGES = {  # name: (the new file, what the sentence says)
-    "the same": (MANY, None),
-    "written by another program": (json.dumps(MANY, indent=3, sort_keys=True), "as many records, and none"),
-    "with more keys": ([{**record, "width": 640} for record in MANY], "as many records, and none of the 10"),
-    "appended": (MANY + [record_of("<image>\nWhat is it?", f"New {i}.", image=f"{i}.png", id=f"new {i}")
-                         for i in range(100)], "100 more records, and none of the 10"),
-}
-
-
-@pytest.mark.parametrize("change, message", CHANGES.values(), ids=CHANGES)
-def test_a_run_is_evaluated_on_exactly_its_held_out_records(split, tmp_path, capsys, change, message):
+def test_no_held_out_image_is_trained_on_and_all_other_records_are(capsys):
     train, heldout = split(MANY)
-    expected = [record["conversations"] for record in contents(heldout)]
-    described = json.loads(json.dumps(describe_records(train, heldout)))
-    assert described["trained_on"] == {"count": 180, "hash": train.fingerprint()}
-    (tmp_path / "chat.json").write_text(change if isinstance(change, str) else json.dumps(change))
-    again = contents(reopen_heldout(tmp_path / "chat.json", tmp_path, described))
-    assert [record["conversations"] for record in again] == expected
-    out = capsys.readouterr().out
-    assert out.count("\n") == bool(message) and (message or "") in out
+    assert len(heldout) == len(images_of(heldout)) == 10 and not images_of(train) & images_of(heldout)
+    assert [record for record in MANY if record["image"] not in images_of(heldout)] == sorted(
+        train, key=lambda record: int(record["id"])) != train  # in a random order
+    assert "2,000 records, of which 10 are held out; 10 others show the same images" in capsys.readouterr().out
+    assert split(MANY) == [train, heldout]
+    assert len(set.union(*(images_of(split(MANY, seed=seed)[1]) for seed in range(3)))) > 20
 
 
-def test_held_out_records_that_are_gone_are_counted_and_none_left_is_an_error(split, tmp_path, capsys):
-    train, heldout = split(MANY)
-    described = describe_records(train, heldout)
-    first, second, *others = old = contents(heldout)
-    changed = [record for record in MANY if record != first]
-    changed[changed.index(second)] = {**second, "conversations": first["conversations"]}
-    (tmp_path / "chat.json").write_text(json.dumps(changed))
-    assert contents(reopen_heldout(tmp_path / "chat.json", tmp_path, described)) == others
-    assert "1 fewer records, and 2 of the 10 held-out records are gone or changed" in capsys.readouterr().out
-    (tmp_path / "chat.json").write_text(json.dumps([r for r in MANY if r not in old]))
-    with pytest.raises(UserError, match="contains none of the 10 records.*train again"):
-        reopen_heldout(tmp_path / "chat.json", tmp_path, described)
+def test_limit_takes_records_and_not_images():
+    """A limit of images would train on both records of half as many images."""
+    train, heldout = split(MANY, limit=400)
+    assert len(train) == 400 and 330 < len(images_of(train)) < 390  # 360 are expected
+    assert not images_of(train) & images_of(heldout) and heldout == split(MANY)[1]
+    assert train == split(MANY)[0][:400]
 
 
-def test_the_other_records_of_an_unchanged_file_are_not_parsed(split, tmp_path, monkeypatch):
-    described = describe_records(*split(MANY))
-    monkeypatch.setattr(RecordFile, "_find_records", lambda self, content: pytest.fail("parses every record"))
-    assert len(reopen_heldout(tmp_path / "chat.json", tmp_path, described)) == 10
+@pytest.mark.parametrize("fields", [{"id": "text"}, {"id": 0}, {"id": None}, {"image": None}, {"image": ""}])
+def test_a_record_without_an_image_is_never_held_out(fields):
+    texts = [{**record_of("What is it?", f"It is {i}."), **fields} for i in range(60)]
+    for seed in range(5):
+        train, heldout = split(MANY[:40] + texts, seed=seed)
+        assert len([record for record in train if not record.get("image")]) == 60 and len(train) == 60 + 20
+        assert len(images_of(heldout)) == 10
 
 
-def test_the_hash_of_the_training_records_changes_with_their_text(split):
-    hashes = [split(records)[0].fingerprint() for records in (
-        MANY, MANY[::-1], json.loads(json.dumps(MANY).replace("It is 1", "It was 1")))]
-    assert hashes[0] == hashes[1] != hashes[2]
+@pytest.mark.parametrize("records, message", [
+    (MANY[:20], "10 different images, so --heldout 10 leaves none to train on"),
+    ([record_of("Who?", "A cat.")], '"image" must name its file')])
+def test_a_split_that_leaves_nothing_is_refused(records, message):
+    with pytest.raises(UserError, match=message):
+        split(records)
 
 
 # -- the check ---------------------------------------------------------------------------------------------
 
 
-def test_the_check_counts_images_and_those_found_by_the_id_of_their_record(dataset_of, template, capsys):
-    dataset = dataset_of([record_of("Who?", "A ."), record_of("Who?", "A .", image="red.png"),
-                          record_of("Who?", "A .", image=["red.png"]), record_of("Who?", "A .", image=""),
-                          {**record_of("Who?", "A ."), "id": "by id"}])
-    draw("red").save(dataset.records.images.root / "by id.jpg")
-    print_check_result(dataset.records, check_records(dataset.records, template, N, 500))
-    expected = "  3 with an image, of which 1 are found by their id; 2 without an image"
-    assert expected in capsys.readouterr().out
-
-
-def test_several_processes_share_the_check_and_all_get_the_same_result(dataset_of, template):
-    dataset = dataset_of([record_of("Who?", f"A cat {'.' * i}" if i % 3 else "") for i in range(7)])
-    parts, both_have_checked = {}, threading.Barrier(2)
-
-    def check(rank):
-        def gather(part):
-            parts[rank] = part
-            both_have_checked.wait(60)
-            return [parts[0], parts[1]]
-
-        processes = SimpleNamespace(rank=rank, world_size=2, gather=gather)
-        return check_records(dataset.records, template, N, 500, processes=processes)
-
-    with ThreadPoolExecutor(2) as pool:
-        results = [check_records(dataset.records, template, N, 500), *pool.map(check, range(2))]
-    assert [len(parts[rank]) for rank in range(2)] == [4, 3]
-    for result in results:
-        assert result.usable.indices.tolist() == [1, 2, 4, 5]
-        assert result.lengths.tolist() == results[0].lengths.tolist()
-        assert result.failures == results[0].failures and len(*result.failures.values()) == 3
+def test_the_check_names_unusable_records_by_their_reason_and_leaves_them_out(dataset_of, capsys):
+    records = [record_of("Who?", "A ."), record_of("Who?", " ", id="two"), record_of("Who?", "A .", image="red.png"),
+               record_of("Who?", "", id="four"), record_of("Who?", "A ." * 400, id="five"),
+               record_of("Who?", "A .", image="none.png", id="six"), record_of("Who?", "A ." * 20)]
+    dataset = dataset_of(records)
+    lengths = drop_unusable_records(dataset)
+    assert contents(dataset.records) == [records[i] for i in (0, 2, 6)]
+    assert lengths[1] >= lengths[0] + N and lengths[2] > lengths[0]
+    out = capsys.readouterr().out
+    assert "  2 unusable: an empty answer\n    record 'two'" in out and "\n    record 'four'" in out
+    assert "  1 unusable: too long for --max-length\n    record 'five'" in out
+    assert "  1 unusable: image missing\n    record 'six'" in out
+    with pytest.raises(UserError, match=r"4 of 7 records .*--allow-bad 0.5 allows \(is --images wrong"):
+        drop_unusable_records(dataset_of(records), allow_bad=0.5)

@@ -76,7 +76,10 @@ def test_every_stage_answers_the_same_question(script, flags, tmp_path, capsys, 
     script("sanity_check", "--image", "mine.png", "--question", "What?", "--max-new-tokens", 5, "--probabilities")
     out = capsys.readouterr().out
     assert answers[3] in out and len(re.findall(r"^\S.* \d\.\d{3} +\S.* \(\d\.\d{3}\)$", out, re.M)) > 1
-    assert "--every-stage need --image" in refusal("sanity_check", "--every-stage")
+    script("sanity_check", "--every-stage", "--sample", 1, "--max-new-tokens", 3)
+    out = capsys.readouterr().out
+    assert "QUESTION\nProvide a brief description of the given image." in out and out.count("\n\n") == len(titles)
+    assert "without --every-stage" in refusal("sanity_check", "--every-stage", "--probabilities")
     # The Python code of the README gives the same answer as the command.
     code = re.search("```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
     exec(code.replace("toy/data/images/000000000617.jpg", "mine.png")

@@ -175,7 +175,7 @@ def test_the_llm_has_the_weights_of_the_gguf_file(prepared, tmp_path):
 
 
 def test_prompts_have_no_system_prompt(prepared):
-    prompt = ChatTemplate(prepared / "llm").render_prompt([{"role": "user", "content": "ab"}])
+    prompt = ChatTemplate(prepared / "llm").render([{"role": "user", "content": "ab"}], is_prompt=True)
     assert prompt == "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n"
 
 

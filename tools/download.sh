@@ -32,6 +32,6 @@ if [[ $what == data || $what == stage2 ]]; then
   fetch_zip "$coco" data/coco/train2017.zip
 fi
 if [[ $what == models ]]; then
-  hf download openai/clip-vit-large-patch14 config.json preprocessor_config.json model.safetensors
+  hf download openai/clip-vit-large-patch14 --include "*.json" --include "*.txt" --include model.safetensors
   hf download TinyLlama/TinyLlama-1.1B-Chat-v1.0
 fi

@@ -166,7 +166,7 @@ def build_hf_processor(model, template, image_processor):
         # Exactly one <s>, as in ChatTemplate.tokenize(). If the chat template does not write it, the
         # tokenizer must add it. Adding it to the template would change the next token, because Llama's
         # tokenizer puts ▁ before the first word of a text, and the first word would then be <s>.
-        text = template.render_prompt([{"role": "user", "content": "Hi"}])
+        text = template.render([{"role": "user", "content": "Hi"}], is_prompt=True)
         tokenizer.add_bos_token = not text.startswith(tokenizer.bos_token)
     # transformers drops the class token with the strategy "default", and keeps all tokens with "full".
     return LlavaProcessor(image_processor=image_processor, tokenizer=tokenizer, image_token=IMAGE_TOKEN,
