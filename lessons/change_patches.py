@@ -10,7 +10,7 @@ from model import Llava
 from tools.page import mean_feature
 from toy.world import DATA, PLACES, answer_to, objects_in
 
-MINUTES, DIFFICULTY = 6, "medium"
+MINUTES, DIFFICULTY = 8, "medium"
 EXPECTED = """Erasing the patch that a question asks about changes the answer. Erasing another one does not.
 After copying, the answer names the object in the copied patch. Shuffling changes few answers if the place
 of a patch is in its vector and not in its position in the sequence."""

@@ -19,7 +19,7 @@ from support.pretrained import load_tokenizer
 from toy.pretrain import draw_pictures, fit_clip, new_clip, similarities, to_pixel_values
 from toy.world import COLORS, PLACES, SHAPES, heldout_scenes, random_scene
 
-MINUTES, DIFFICULTY = 6, "hard"
+MINUTES, DIFFICULTY = 4, "hard"
 EXPECTED = """At first a picture finds its caption by chance, and after the training most do. The loss reads
 only the class token, so the patches are trained only through attention. Their colors and shapes become easier
 to read nevertheless. With many pictures, the classifiers are nearly as good on random weights, because a

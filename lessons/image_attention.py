@@ -10,7 +10,7 @@ from transformers import LlamaModel
 from lessons.experiment import measure, replaced, train, train_baseline
 from model import Llava
 
-MINUTES, DIFFICULTY = 10, "hard"
+MINUTES, DIFFICULTY = 12, "hard"
 EXPECTED = """No gain. Each vector of CLIP has already attended to the whole image, and the question comes
 after the image, so it can read all patches with either mask. In stage 1 the captions may even become worse,
 because the frozen language model was pretrained with the causal mask. For the same reason, the new mask

@@ -6,7 +6,7 @@ from lessons.experiment import labels_changed, measure, replaced, train, train_b
 from model import IGNORE_INDEX
 from support import step_batches
 
-MINUTES, DIFFICULTY = 9, "medium"
+MINUTES, DIFFICULTY = 10, "medium"
 EXPECTED = """Somewhat worse answers, because a part of every gradient comes from tokens outside the
 answers. The model never has to write a question, and padding is easy to predict after its first token."""
 MEANING = """Labels on all text do no harm here, and even help a little, perhaps because each step then has

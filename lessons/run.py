@@ -1,7 +1,7 @@
 """Runs lessons. A lesson is an experiment that changes one thing in the project and measures what happens.
 
     python -m lessons.run double_shift      one lesson, with three seeds: minutes on 2 CPU cores
-    python -m lessons.run all --seeds 0     all of them, with one seed: more than an hour
+    python -m lessons.run all --seeds 0     all of them, with one seed: about half an hour
 
 Guess the result before you start a lesson. It prints what it measures, and writes only to runs/lessons/.
 """

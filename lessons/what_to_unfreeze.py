@@ -72,9 +72,9 @@ def run(seed):
     trained["LoRA (baseline)"] = lora
     with replaced(Llava, add_lora=train_all_of_the_llm):
         trained["all of the LLM"] = train(2, seed, "all-of-the-llm", before)
-    for lr in (1e-4, 1.5e-3):  # the second is that of the adapter
-        with clip_is_trained(lr):
-            trained[f"LoRA and half of CLIP, its lr {lr}"] = train(2, seed, f"clip-{lr}", before)
+    for lr in ("1e-4", "1.5e-3"):  # the second is that of the adapter
+        with clip_is_trained(float(lr)):
+            trained[f"LoRA, and half of CLIP with lr {lr}"] = train(2, seed, f"clip-{lr}", before)
 
     results = {}
     for name, each in trained.items():
