@@ -3,6 +3,7 @@
 from lessons.experiment import measure, replaced, train, train_baseline
 from model import Llava
 
+MINUTES, DIFFICULTY = 10, "medium"
 EXPECTED = """Worse captions. If a row shows one object, the mean of the row still contains this object and
 its place. If it shows two, the model has to separate the sum of two vectors."""
 MEANING = """Much worse. With row means, some objects are still named with their place, and with the mean of

@@ -1,4 +1,5 @@
-"""Image features are erased, copied from another picture, or shuffled, before the LLM reads them."""
+"""Image features are erased, copied from another picture, or shuffled, before the LLM reads them. Only
+questions that the model answers correctly with the unchanged features count, about 65 of them per seed."""
 
 import json
 
@@ -10,6 +11,7 @@ from support.records import image_name
 from tools.page import mean_feature
 from toy.world import DATA, PLACES, answer_to, objects_in
 
+MINUTES, DIFFICULTY = 8, "medium"
 EXPECTED = """Erasing the patch that a question asks about changes the answer. Erasing another one does not.
 After copying, the answer names the object in the copied patch. Shuffling changes few answers if the place
 of a patch is in its vector and not in its position in the sequence."""

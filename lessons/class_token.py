@@ -6,6 +6,7 @@ from lessons.experiment import answer, list_questions, measure, replaced, train,
 from model import Llava
 from toy.world import objects_in
 
+MINUTES, DIFFICULTY = 6, "easy"
 EXPECTED = """Every patch moves by one position, and the bottom right patch is lost. The captions cannot
 name the objects there. The other objects are named as in the baseline if the place of a patch is in its
 vector and not in its position in the sequence."""

@@ -1,8 +1,11 @@
 """A CLIP with random weights learns from pictures with captions, as toy/clip-vit did. In each step it reads
-B = 64 pictures and their captions. s_ij = exp(t) · cos(u_i, v_j) is the similarity of picture i and caption
-j; u and v are the outputs of the two towers, and t is trained too. The loss is
--½ (log softmax_j(s_ij) + log softmax_j(s_ji)) at j = i, averaged over i. So each picture has to choose its
-caption among B, and each caption its picture."""
+B = 64 pictures and their captions. Each picture has to choose its caption among B, and each caption its
+picture:
+
+    s_ij = exp(t) · cos(u_i, v_j)        similarity of picture i (u_i) and caption j (v_j)
+    loss = mean over i of  −½ (log softmax_j(s_ij) + log softmax_j(s_ji))  at j = i
+
+u and v are the outputs of the two towers. The number t is trained, too."""
 
 import random
 
@@ -16,6 +19,7 @@ from support.pretrained import load_tokenizer
 from toy.pretrain import draw_pictures, fit_clip, new_clip, similarities, to_pixel_values
 from toy.world import COLORS, PLACES, SHAPES, heldout_scenes, random_scene
 
+MINUTES, DIFFICULTY = 4, "hard"
 EXPECTED = """At first a picture finds its caption by chance, and after the training most do. The loss reads
 only the class token, so the patches are trained only through attention. Their colors and shapes become easier
 to read nevertheless. With many pictures, the classifiers are nearly as good on random weights, because a

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from lessons.experiment import measure, replaced, train, training_loss, train_baseline
 from model import IGNORE_INDEX, Llava
 
+MINUTES, DIFFICULTY = 8, "easy"
 EXPECTED = """The training loss falls, and nothing raises an error. But the model always generates the token
 after the next one, so its answers leave out tokens and are wrong."""
 MEANING = """No error is raised. The training loss stays far above that of the baseline, and no answer is

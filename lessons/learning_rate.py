@@ -2,6 +2,7 @@
 
 from lessons.experiment import measure, train, train_baseline
 
+MINUTES, DIFFICULTY = 10, "easy"
 EXPECTED = """Ten times the learning rate is too high. Warm-up and clipping matter little here, because only
 one linear layer is trained."""
 MEANING = """Ten times the learning rate costs more than half of the score. Without warm-up and clipping the

@@ -2,6 +2,7 @@
 
 from lessons.experiment import measure, train, train_baseline
 
+MINUTES, DIFFICULTY = 10, "easy"
 EXPECTED = """Few records are enough, because the projector is one linear layer with 16,512 parameters, and
 there are only 324 combinations of color, shape and place to learn. About 120 of these combinations never
 occur in 100 records."""

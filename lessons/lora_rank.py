@@ -2,6 +2,7 @@
 
 from lessons.experiment import measure, train, train_baseline
 
+MINUTES, DIFFICULTY = 12, "easy"
 EXPECTED = """Training only the projector does not teach the LLM a new kind of question, "Is there a shape
 at the top left?". Rank 1 is nearly enough. The toy's LLM has width 128, so an adapter of rank 128 can
 change a weight matrix in any way. It is at least as good as rank 16."""

@@ -3,6 +3,7 @@
 from data import ChatTemplate
 from lessons.experiment import measure, replaced, train_baseline
 
+MINUTES, DIFFICULTY = 6, "easy"
 EXPECTED = """Worse answers, though the picture and the question are the same, because the model was trained
 with other role markers."""
 MEANING = """Almost no answer is right, although picture and question are the same. This is the first thing

@@ -1,60 +1,85 @@
 """Runs lessons. A lesson is an experiment that changes one thing in the project and measures what happens.
 
     python -m lessons.run double_shift      one lesson, with three seeds: minutes on 2 CPU cores
-    python -m lessons.run all               all of them, more than an hour
-    python -m lessons.run all --seeds 0     with one seed; only prints
+    python -m lessons.run all --seeds 0     all of them, with one seed: about half an hour
 
-With three seeds, it writes the measured numbers to lessons/results.json and the results to lessons/README.md.
+Guess the result before you start a lesson. It prints what it measures, and writes only to runs/lessons/.
 """
 
 import argparse
 import importlib
 import json
+import subprocess
 import time
 from pathlib import Path
 
 from lessons import experiment
-from support.errors import run_script
+from support.errors import UserError, run_script
 from support.files import write_json
 from support.settings import INT_FROM_0, INT_FROM_1
 from toy.world import draw_if_missing
 
 FOLDER = Path(__file__).parent
 SEEDS = [0, 1, 2]
-NAMES = ["skip_stage1", "wrong_images", "vision_layer", "class_token", "mlp_projector", "average_patches",
-         "change_patches", "less_data", "learning_rate", "lora_rank", "full_finetuning", "label_questions",
-         "tokenize_pieces", "double_shift", "other_template", "temperature", "contrastive"]
-START = "<!-- All that follows is written by python -m lessons.run -->\n"
+# In the order of lessons/README.md: those to begin with, stage 1, image features, stage 2, evaluation, CLIP.
+NAMES = ["wrong_images", "class_token", "double_shift", "skip_stage1", "less_data", "learning_rate",
+         "vision_layer", "average_patches", "image_attention", "change_patches", "lora_rank",
+         "what_to_unfreeze", "label_everything", "tokenize_pieces", "other_template", "temperature",
+         "contrastive"]
+START = "<!-- All that follows is written by python -m lessons.run --write -->\n"
+
+
+def load_lesson(name):
+    return importlib.import_module(f"lessons.{name}")
 
 
 def run_lesson(name, seeds):
     """Returns what a lesson measured with each seed: {condition: {measure: [one number per seed]}}."""
     results = {}
     for seed in seeds:
-        for condition, measured in importlib.import_module(f"lessons.{name}").run(seed).items():
+        for condition, measured in load_lesson(name).run(seed).items():
             for key, value in measured.items():
                 results.setdefault(condition, {}).setdefault(key, []).append(round(value, 4))
     return results
 
 
 def format_result(measured):
-    """Returns {measure: [numbers]} as text: the mean of each, and its smallest and largest number."""
+    """Returns {measure: [numbers]} as text."""
     return ", ".join(f"{key} {format_numbers(values)}" for key, values in measured.items())
 
 
 def format_numbers(values):
-    return f"{sum(values) / len(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+    """Returns the mean of the numbers and, if they differ, the smallest and the largest."""
+    mean, low, high = (f"{value:.2f}" for value in (sum(values) / len(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low}–{high})"
 
 
-def make_table(results):
-    """Returns the overview of lessons/README.md: one score of each lesson, as a mean over the seeds.
+def to_markdown(text):
+    """Returns a text with one line per paragraph, except for indented ones, which Markdown shows as code."""
+    return "\n\n".join(paragraph if paragraph.startswith("    ") else " ".join(paragraph.split())
+                       for paragraph in text.strip("\n").split("\n\n"))
 
-    Args: results: {lesson: what run_lesson() returned}.
+
+def make_contents(results):
+    """Returns the table of contents of lessons/README.md. It contains no results, so that a reader can guess
+    them.
+
+    Args: results: {lesson: {"commit": its version, "conditions": what run_lesson() returned}}.
     """
-    rows = ["| what is changed | baseline | changed |", "|--|--|--|"]
-    for name, conditions in results.items():
+    rows = ["| lesson | what is changed | difficulty | minutes |", "|--|--|--|--|"]
+    for name in results:
+        lesson = load_lesson(name)
+        change = " ".join(lesson.__doc__.split()).split(". ")[0].rstrip(".")
+        rows.append(f"| [{name}](#{name}) | {change} | {lesson.DIFFICULTY} | {lesson.MINUTES} |")
+    return "\n".join(rows) + "\n"
+
+
+def make_overview(results):
+    """Returns the table with one score of each lesson, as a mean over the seeds."""
+    rows = ["| lesson | baseline | changed |", "|--|--|--|"]
+    for name, result in results.items():
         cells = {False: [], True: []}
-        for condition, measured in conditions.items():
+        for condition, measured in result["conditions"].items():
             key = next((key for key in measured if key in ("captions", "answers")), next(iter(measured)))
             values = measured[key]
             is_baseline = "baseline" in condition
@@ -65,25 +90,42 @@ def make_table(results):
     return "\n".join(rows) + "\n"
 
 
-def make_section(name, conditions):
-    """Returns the section of one lesson: the change, what we expected, what was measured, what it means."""
-    lesson = importlib.import_module(f"lessons.{name}")
-    texts = (lesson.__doc__, lesson.EXPECTED, lesson.MEANING)
-    doc, expected, meaning = (" ".join(text.split()) for text in texts)
+def fold(title, text):
+    """Returns Markdown that shows only the title until the reader clicks on it."""
+    return f"<details><summary>{title}</summary>\n\n{text}\n</details>\n"
+
+
+def make_section(name, result):
+    """Returns the section of one lesson: the change, what we expected and, folded, what was measured and what
+    it means."""
+    lesson, conditions = load_lesson(name), result["conditions"]
     keys = list(dict.fromkeys(key for measured in conditions.values() for key in measured))
     rows = [f"| | {' | '.join(keys)} |", "|--" * (len(keys) + 1) + "|"]
     for condition, measured in conditions.items():
         cells = [format_numbers(measured[key]) if key in measured else "–" for key in keys]
         rows.append(f"| {condition} | {' | '.join(cells)} |")
     table = "\n".join(rows)
-    return (f"### {name}\n\n{doc} ([{name}.py]({name}.py))\n\n**Expected.** {expected}\n\n{table}\n\n"
-            f"**What it means.** {meaning}\n")
+    measured = (f"{table}\n\n**What it means.** {to_markdown(lesson.MEANING)}\n\n"
+                f"Measured with commit {result['commit']}.\n")
+    return (f"### {name}\n\n{to_markdown(lesson.__doc__)}\n\n[{name}.py]({name}.py), {lesson.DIFFICULTY}, "
+            f"about {lesson.MINUTES} minutes\n\n**Expected.** {to_markdown(lesson.EXPECTED)}\n\n"
+            + fold("What was measured", measured))
+
 
 
 def make_report(results):
-    """Returns the generated part of lessons/README.md: the overview, then a section for each lesson."""
+    """Returns the generated part of lessons/README.md: the table of contents, the overview of the results,
+    and a section for each lesson that has been measured."""
     results = {name: results[name] for name in NAMES if name in results}
-    return "\n".join([make_table(results), *(make_section(*item) for item in results.items())])
+    return "\n".join([make_contents(results), fold("All results (guess first)", make_overview(results)),
+                      *(make_section(*item) for item in results.items())])
+
+
+def write_report(results):
+    """Writes lessons/results.json and the generated part of lessons/README.md."""
+    write_json(FOLDER / "results.json", results)
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    (FOLDER / "README.md").write_text(readme.split(START)[0] + START + make_report(results), encoding="utf-8")
 
 
 def main():
@@ -91,27 +133,34 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=["all", *NAMES], help="the lesson")
     parser.add_argument("--seeds", type=INT_FROM_0, nargs="+", default=SEEDS, metavar="SEED",
-                        help="default: 0 1 2; with other seeds, it only prints")
+                        help="default: 0 1 2")
     parser.add_argument("--steps", type=INT_FROM_1, metavar="N",
-                        help="train N steps per stage, to see that a lesson runs; only prints")
+                        help="train N steps per stage, to see that a lesson runs")
+    parser.add_argument("--write", action="store_true",
+                        help="for authors: write the results to lessons/README.md and lessons/results.json")
     args = parser.parse_args()
+    if args.write and (args.steps or args.seeds != SEEDS):
+        raise UserError("--write needs the default seeds and steps")
     if args.steps:
         experiment.STEPS = dict.fromkeys(experiment.STEPS, args.steps)
     draw_if_missing()
-    results = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
     for name in NAMES if args.name == "all" else [args.name]:
-        started = time.time()
-        lesson = importlib.import_module(f"lessons.{name}")
-        print(f"{name}: {lesson.__doc__}\nexpected: {lesson.EXPECTED}", flush=True)
-        results[name] = run_lesson(name, args.seeds)
-        for condition, measured in results[name].items():
+        started, lesson = time.time(), load_lesson(name)
+        minutes = max(1, round(lesson.MINUTES * len(args.seeds) / len(SEEDS)))
+        print(f"{name} ({lesson.DIFFICULTY}, about {minutes} minutes on 2 CPU cores)\n\n"
+              f"{lesson.__doc__.strip()}\n\nExpected: {lesson.EXPECTED}\n", flush=True)
+        conditions = run_lesson(name, args.seeds)
+        print("Measured:")
+        for condition, measured in conditions.items():
             print(f"  {condition}: {format_result(measured)}")
-        print(f"what it means: {lesson.MEANING}\n({(time.time() - started) / 60:.1f} minutes)\n", flush=True)
-        if args.seeds == SEEDS and not args.steps:
-            write_json(FOLDER / "results.json", results)
-            readme = (FOLDER / "README.md").read_text(encoding="utf-8")
-            (FOLDER / "README.md").write_text(readme.split(START)[0] + START + make_report(results),
-                                              encoding="utf-8")
+        print(f"\nWhat our three seeds showed: {lesson.MEANING}\n"
+              f"({(time.time() - started) / 60:.1f} minutes)\n", flush=True)
+        write_json(experiment.RUNS / f"{name}.json", {"seeds": args.seeds, "conditions": conditions})
+        if args.write:
+            commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=FOLDER, check=True,
+                                    capture_output=True, text=True).stdout.strip()
+            results = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
+            write_report(results | {name: {"commit": commit, "conditions": conditions}})
 
 
 if __name__ == "__main__":

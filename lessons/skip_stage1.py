@@ -2,6 +2,7 @@
 
 from lessons.experiment import measure, train, train_baseline
 
+MINUTES, DIFFICULTY = 10, "easy"
 EXPECTED = """Worse answers, because the adapter has to make sense of vectors that mean nothing to the LLM.
 In the paper, skipping stage 1 costs 5.11 points on ScienceQA. Prismatic VLMs (arXiv:2402.07865) report no
 loss. Both train the whole LLM and no adapter."""

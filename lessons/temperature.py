@@ -5,6 +5,7 @@ import torch
 from lessons.experiment import measure, replaced, train_baseline
 from model import Llava
 
+MINUTES, DIFFICULTY = 4, "easy"
 EXPECTED = """The higher the temperature, the worse the captions. Each picture of the toy has one correct
 caption, and one wrong token makes an object or its place wrong."""
 MEANING = """A temperature of 0.5 costs almost nothing. At 2, the captions name most objects wrongly. So

@@ -4,6 +4,7 @@ from data import ChatDataset
 from lessons.experiment import measure, replaced, train, train_baseline
 from model import IGNORE_INDEX
 
+MINUTES, DIFFICULTY = 8, "medium"
 EXPECTED = """The tokenizer puts an extra space token in front of each answer that is tokenized alone. The
 model learns to write this token. The held-out answers do not have it, so they become less likely. Between
 two turns, the newline is lost, and the next question begins with an extra space token. The model reads

@@ -2,6 +2,7 @@
 
 from lessons.experiment import measure, train, train_baseline
 
+MINUTES, DIFFICULTY = 10, "easy"
 EXPECTED = """The last block (-1) is a little worse than the one before (-2). In the paper, it loses 0.96
 points on ScienceQA. The embeddings (-5) have not passed any block. Each of these vectors is a linear
 function of the pixels of one patch, plus a position embedding, and then a layer norm. They should be

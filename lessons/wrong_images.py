@@ -3,6 +3,7 @@
 from data import ChatDataset
 from lessons.experiment import measure, replaced, train, training_loss, train_baseline
 
+MINUTES, DIFFICULTY = 6, "easy"
 EXPECTED = """The training loss still falls, because the style of the captions can be learned without the
 image. The held-out loss with a different image is about as high as with the correct one, because the model
 ignores the image."""

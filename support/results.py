@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 from peft import LoraConfig, set_peft_model_state_dict
-from safetensors.torch import load, save_file
+from safetensors.torch import load_file, save_file
 
 from data import ChatTemplate
 from model import Llava
@@ -87,14 +87,14 @@ def load_projector(model, folder):
     """Loads projector.safetensors into the model. Raises UserError if it does not fit exactly."""
     path = Path(folder) / "projector.safetensors"
     with explain_errors(f"load {path}, which must fit this projector"):
-        model.projector.load_state_dict(load(path.read_bytes()), strict=True)
+        model.projector.load_state_dict(load_file(path), strict=True)
 
 
 def load_adapter(model, folder):
     """Adds a saved LoRA adapter to the model, frozen. Raises UserError if it does not fit exactly (peft
     itself only warns about missing tensors)."""
     with explain_errors(f"read the adapter in {folder}"):
-        tensors = load((Path(folder) / "adapter_model.safetensors").read_bytes())
+        tensors = load_file(Path(folder) / "adapter_model.safetensors")
         saved = read_json(Path(folder) / "adapter_config.json")
         # Other fields of the file are not used, because some of them would change the base weights.
         config = LoraConfig(r=saved["r"], lora_alpha=saved["lora_alpha"], task_type="CAUSAL_LM",

@@ -1,6 +1,8 @@
 """The lessons: each one runs, and lessons/README.md shows what was measured."""
 
+import difflib
 import importlib
+import inspect
 import json
 import random
 import re
@@ -8,12 +10,16 @@ import re
 import pytest
 import torch
 from conftest import REPOSITORY
+from transformers import LlamaModel
 
 import toy.world
-from data import ChatDataset, ChatTemplate, collate
-from lessons import change_patches, contrastive, experiment, full_finetuning, run
+from data import ChatDataset, ChatTemplate
+from lessons import (change_patches, contrastive, experiment, find_the_bug, image_attention, run,
+                     what_to_unfreeze)
 from model import Llava
-from support import step_batches
+import stage2_instruct
+from support.errors import UserError
+from support.evaluation import prompt_batch, token_probabilities
 from support.pretrained import load_tokenizer
 from toy.pretrain import contrastive_loss, draw_pictures, new_clip, to_pixel_values
 from toy.world import COLORS, SHAPES
@@ -29,7 +35,6 @@ def small(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "RUNS", tmp_path_factory.mktemp("lessons"))
         patch.setattr(experiment, "STEPS", {1: 1, 2: 1, "clip": 1})
-        patch.setattr(full_finetuning, "TIMED_STEPS", 2)
         patch.setattr(contrastive, "HELDOUT", 6)
         patch.setattr(contrastive, "PICTURES", 200)
         patch.setattr(experiment, "HELDOUT", 6)
@@ -38,60 +43,124 @@ def small(tmp_path_factory):
     experiment.train_baseline.cache_clear()
 
 
+def everything_that_lessons_replace():
+    parts = (Llava, ChatDataset, ChatTemplate, LlamaModel, stage2_instruct, torch.optim)
+    return [dict(vars(part)) for part in (*parts, *experiment.STAGES.values())]
+
+
 @pytest.mark.parametrize("name", run.NAMES)
 def test_a_lesson_runs_and_leaves_the_project_unchanged(small, name, monkeypatch):
     if name == "change_patches":  # after one step, no answer is correct, so it would have no question
         monkeypatch.setattr(change_patches, "STAGE1_STEPS", 1)
         monkeypatch.setattr(change_patches, "answer", lambda trained, questions: [
             question.reference for question in questions])
-    functions = [dict(vars(c)) for c in (Llava, ChatDataset, ChatTemplate)]
-    modules = [dict(vars(stage)) for stage in experiment.STAGES.values()]
+    before = everything_that_lessons_replace()
     results = run.run_lesson(name, [0])
-    assert functions == [dict(vars(c)) for c in (Llava, ChatDataset, ChatTemplate)]
-    assert modules == [dict(vars(stage)) for stage in experiment.STAGES.values()]
+    assert everything_that_lessons_replace() == before
     conditions = list(results.values())
     assert len(conditions) > 1 and all(len(values) == 1 for c in conditions for values in c.values())
     if name in RESULTS:  # the committed results have the conditions and measures of this lesson
         assert {c: list(numbers) for c, numbers in results.items()} == {
-            c: list(numbers) for c, numbers in RESULTS[name].items()}
+            c: list(numbers) for c, numbers in RESULTS[name]["conditions"].items()}
 
 
-@pytest.mark.parametrize("name", ["double_shift", "label_questions", "tokenize_pieces"])
+@pytest.mark.parametrize("name", ["double_shift", "image_attention", "label_everything", "tokenize_pieces"])
 def test_a_lesson_that_is_run_alone_trains_its_baseline_before_it_replaces_anything(small, name, monkeypatch):
-    def all_functions():
-        return [dict(vars(part)) for part in (Llava, ChatDataset, ChatTemplate, step_batches)]
-
     def train_unchanged(*args, **settings):
-        assert all_functions() == before
+        assert everything_that_lessons_replace() == before
         return train(*args, **settings)
 
     importlib.import_module(f"lessons.{name}")  # the lesson's own train() is not replaced below
     experiment.train_baseline.cache_clear()  # as if no other lesson had run before
-    before, train = all_functions(), experiment.train
+    before, train = everything_that_lessons_replace(), experiment.train
     monkeypatch.setattr(experiment, "train", train_unchanged)  # which train_baseline() calls
     run.run_lesson(name, [0])
 
 
-def test_full_finetuning_changes_every_weight_of_the_llm_and_none_of_clip(small):
+LORA = r"llm\..*\.lora_[AB]\."
+
+
+@pytest.mark.parametrize(("add_lora", "trained"), [
+    (what_to_unfreeze.train_nothing_else, None),
+    (what_to_unfreeze.train_first_and_last_block, r"llm\.model\.layers\.[03]\."),
+    (what_to_unfreeze.train_all_of_the_llm, r"llm\."),
+    ("clip", rf"{LORA}|vision_tower\.encoder\.layers\.[12]\.")])
+def test_a_row_of_what_to_unfreeze_changes_the_projector_and_what_its_name_says(small, add_lora, trained):
     before = experiment.train_baseline(1, 0)
-    with experiment.replaced(Llava, add_lora=full_finetuning.train_all_weights):
-        after = experiment.train(2, 0, "all-weights", before, lr=1e-3)
-    old, new = (dict(trained.model.named_parameters()) for trained in (before, after))
-    assert list(old) == list(new)
-    for name in old:
-        assert torch.equal(old[name], new[name]) == name.startswith("vision_tower."), name
+    context = (what_to_unfreeze.clip_is_trained(1e-3) if add_lora == "clip" else
+               experiment.replaced(Llava, add_lora=add_lora))
+    with context:  # LoRA's A changes only in the second step, because its B is zero at first
+        after = experiment.train(2, 0, "unfrozen", before, lr=1e-3, max_steps=2)
+    old, new = (dict(each.model.named_parameters()) for each in (before, after))
+    old |= {name.replace("llm.", "llm.base_model.model.", 1): p for name, p in old.items()}  # peft's names
+    for name, parameter in new.items():
+        base = name.replace(".base_layer", "")
+        changed = base not in old or not torch.equal(old[base], parameter)
+        expected = name.startswith("projector.") or bool(trained and re.match(trained, name))
+        assert changed == expected, name
 
 
-def test_the_time_of_a_step_is_measured_without_changing_a_weight(small):
-    model = experiment.train_baseline(2, 0).model
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    dataset = experiment.train_baseline(2, 0).heldout_dataset
-    batch = collate([dataset[0], dataset[1]], pad_token_id=2)
-    del batch["skipped"]
-    [seconds] = full_finetuning.seconds_per_step([model], batch)
-    assert seconds > 0
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]) and parameter.grad is None, name
+def test_the_image_mask_lets_patches_see_all_patches_and_keeps_text_causal(small):
+    trained = experiment.train_baseline(1, 0)
+    model, dataset = trained.model, trained.heldout_dataset
+    prompt, _ = dataset.make_prompt(0)
+    ids, pixels = torch.tensor([prompt["input_ids"]]), prompt["pixel_values"][None]
+    is_image = ids[0] == model.image_token_id
+
+    def reached():
+        """Returns which inputs (columns) the output at each position (row) depends on."""
+        embeds = model.embed(ids, pixels).detach().requires_grad_()
+        hidden = model.llm.get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        return torch.stack([torch.autograd.grad(row.sum(), embeds, retain_graph=True)[0][0].norm(dim=1) > 0
+                            for row in hidden[0]])
+
+    causal = torch.ones(len(is_image), len(is_image)).tril().bool()
+    with experiment.replaced(Llava, embed=image_attention.embed_and_remember), \
+            experiment.replaced(LlamaModel, forward=image_attention.forward_with_mask):
+        assert torch.equal(reached(), causal | (is_image[:, None] & is_image))
+        # Generation with the cache, in a batch with padding on the left, equals one pass over all tokens.
+        questions = experiment.list_questions(dataset)[:3]
+        prompts = [dataset.make_prompt(question.record)[0] for question in questions]
+        prompts[0]["input_ids"] = prompts[0]["input_ids"][:-3]
+        batch = prompt_batch(trained.template, prompts, torch.device("cpu"))
+        answers = model.generate(**batch, end_token_ids=[-1], max_new_tokens=5)
+        for prompt, answer in zip(prompts, answers.tolist()):
+            rows = token_probabilities(model, trained.template, prompt, answer)
+            assert all(p > other for _, p, _, other in rows)
+    assert torch.equal(reached(), causal)
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+def test_a_bug_is_one_line_and_its_symptom_shows(small, monkeypatch, capsys, tmp_path, number):
+    experiment.train_baseline(2, 0)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "toy").symlink_to(experiment.RUNS / "baseline-seed0")
+    (tmp_path / "toy").symlink_to(REPOSITORY / "toy")
+    monkeypatch.chdir(tmp_path)
+    function, right, wrong, *_ = find_the_bug.BUGS[number - 1]
+    source, _ = find_the_bug.broken_copy(function, right, wrong)
+    lines = inspect.getsource(function).replace("  # in characters: where the prompt ends", "").splitlines()
+    added = [line for line in difflib.ndiff([line.strip() for line in lines],
+                                            [line.strip() for line in source.splitlines()]) if line[0] == "+"]
+    assert len(added) == 1 and wrong in added[0]
+    monkeypatch.setattr("sys.argv", ["find_the_bug", str(number), "--solution"])
+    find_the_bug.main()
+    printed = capsys.readouterr().out
+    original, broken = re.search(r"^original:  (.*)\nthis copy: (.*)$", printed, re.M).groups()
+    assert original != broken and re.search("^reported:  .*https://github.com/", printed, re.M)
+
+
+def test_only_with_write_a_lesson_changes_a_file_of_the_repository(small, monkeypatch, capsys):
+    files = {path: path.read_bytes() for path in (REPOSITORY / "lessons").glob("*.*")}
+    monkeypatch.setattr("sys.argv", ["run", "temperature", "--seeds", "0", "--steps", "1"])
+    run.main()
+    assert files == {path: path.read_bytes() for path in (REPOSITORY / "lessons").glob("*.*")}
+    written = json.loads((experiment.RUNS / "temperature.json").read_text())
+    assert written["seeds"] == [0] and "greedy (baseline)" in written["conditions"]
+    assert "greedy (baseline): captions " in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["run", "temperature", "--seeds", "0", "--write"])
+    with pytest.raises(UserError, match="--write needs the default seeds and steps"):
+        run.main()
 
 
 def test_the_contrastive_loss_is_the_mean_over_both_directions():
@@ -121,28 +190,47 @@ def test_the_probes_read_the_patch_that_shows_the_object_and_score_unseen_ones()
 
 
 def test_every_lesson_is_in_the_list_and_says_what_it_expects_and_what_came_out():
-    files = {path.stem for path in (REPOSITORY / "lessons").glob("*.py")} - {"run", "experiment", "toy_parts", "walk"}
+    others = {"run", "experiment", "toy_parts", "walk", "find_the_bug"}
+    files = {path.stem for path in (REPOSITORY / "lessons").glob("*.py")} - others
     assert files == set(run.NAMES) and len(run.NAMES) == len(files)
     for name in run.NAMES:
-        lesson = importlib.import_module(f"lessons.{name}")
+        lesson = run.load_lesson(name)
         assert lesson.__doc__ and lesson.EXPECTED and lesson.MEANING, name
+        assert lesson.MINUTES > 0 and lesson.DIFFICULTY in ("easy", "medium", "hard"), name
 
 
-def test_the_readme_shows_the_committed_results_of_three_seeds():
-    assert set(RESULTS) == set(run.NAMES)
-    for conditions in RESULTS.values():
-        assert all(len(values) == 3 for numbers in conditions.values() for values in numbers.values())
-    assert README.split(run.START)[1] == run.make_report(RESULTS)
+def test_the_readme_shows_the_committed_results_of_three_seeds_and_hides_them_at_first():
+    assert set(RESULTS) <= set(run.NAMES)  # a lesson that has not been measured is left out
+    for result in RESULTS.values():
+        for measured in result["conditions"].values():
+            assert all(len(values) == 3 for values in measured.values())
+    report = README.split(run.START)[1]
+    assert report == run.make_report(RESULTS)
+    shown = re.sub(r"<details>[\s\S]*?</details>", "", report)
+    assert "0.85" in report and not re.search(r"\b0\.\d\d\b", shown.replace("0.96 points", ""))
+    assert "\n\n    s_ij = exp(t)" in report  # the formula stays a block
 
 
-def test_the_walk_prints_every_step_of_a_record_and_its_terms_add_up_to_the_loss(script, flags, capsys):
+def test_the_walk_shows_three_models_whose_terms_add_up_and_the_gradient_of_stage_1(script, flags, capsys):
     script("stage1_align", *flags(1, max_steps=1))
-    capsys.readouterr()
-    script("lessons.walk", "--run", "runs/toy", "--record", 1)
-    printed = capsys.readouterr().out
-    steps = re.findall(r"^(?:support/records|data|model|stage1_align)\.py, .*", printed, re.M)
-    assert len(steps) == 9
-    terms = [float(term) for term in re.findall(r"-log p = +([\d.]+)", printed)]
-    total, count, mean = re.search(r"loss = ([\d.]+) / (\d+) = ([\d.]+) nats", printed).groups()
-    assert len(terms) == int(count) and sum(terms) == pytest.approx(float(total), abs=1e-3 * len(terms))
-    assert float(mean) == pytest.approx(float(total) / int(count), abs=1e-3)
+    for models in (2, 3):
+        capsys.readouterr()
+        script("lessons.walk", "--record", 1)
+        printed = capsys.readouterr().out
+        assert len(re.findall(r"^(?:support/records|data|model|stage1_align)\.py, .*", printed, re.M)) == 10
+        assert "-0.000" not in printed
+        rows = re.findall(r"^ +\d+  '.*'((?: +[\d.]+){%d})$" % (2 * models), printed, re.M)
+        losses = re.findall(r"loss = ([\d.]+) / (\d+) = ([\d.]+)", printed)
+        assert len(losses) == models
+        for i, (total, count, mean) in enumerate(losses):
+            terms = [float(row.split()[2 * i]) for row in rows]
+            assert len(terms) == int(count)
+            assert sum(terms) == pytest.approx(float(total), abs=1e-3 * len(terms))
+            assert float(mean) == pytest.approx(float(total) / int(count), abs=1e-3)
+        three, ignored, two = re.findall(r"labels \[.*\] +([\d.]+)", printed)
+        assert three != ignored == two
+        [at_patches] = re.findall(r"input of block 1 .* (\S+)$", printed, re.M)
+        assert re.search(r"H_v +\(1, 4, 48\) +" + re.escape(at_patches), printed)
+        assert re.search(r"^    W +\(48, 32\) +\d", printed, re.M)
+        if models == 2:
+            script("stage2_instruct", *flags(2, max_steps=1))

@@ -1,11 +1,12 @@
 """Stage 2 computes the loss on more than the answers: on all text (questions, role markers and newlines too),
 or on the padding too."""
 
+import stage2_instruct
 from data import collate
 from lessons.experiment import labels_changed, measure, replaced, train, train_baseline
 from model import IGNORE_INDEX
-from support import step_batches
 
+MINUTES, DIFFICULTY = 10, "medium"
 EXPECTED = """Somewhat worse answers, because a part of every gradient comes from tokens outside the
 answers. The model never has to write a question, and padding is easy to predict after its first token."""
 MEANING = """Labels on all text do no harm here, and even help a little, perhaps because each step then has
@@ -27,7 +28,7 @@ def run(seed):
     after = train_baseline(1, seed)  # before anything is replaced
     with labels_changed(label_all_text):
         questions = train(2, seed, "label-questions", after=after)
-    with replaced(step_batches, collate=collate_with_labeled_padding):
+    with replaced(stage2_instruct, collate=collate_with_labeled_padding):
         padding = train(2, seed, "label-padding", after=after)
     return {"baseline": measure(train_baseline(2, seed)), "loss on all text": measure(questions),
             "loss on padding too": measure(padding)}

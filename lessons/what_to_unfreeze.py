@@ -1,0 +1,85 @@
+"""Stage 2 trains other components. The paper trains the projector and all of the language model. This
+project trains the projector and an adapter. Papers disagree about the vision tower: Prismatic VLMs
+(arXiv:2402.07865) find that training it "significantly degrades performance", and TinyLLaVA
+(arXiv:2402.14289, section 4.2.2) that training a part of it helps small language models, "contrary to"
+Prismatic's result."""
+
+from contextlib import contextmanager
+
+import torch
+
+from lessons.experiment import measure, replaced, train, train_baseline
+from model import Llava
+
+MINUTES, DIFFICULTY = 20, "medium"
+EXPECTED = """The more of the language model is trained, the more answers are correct after the same number
+of steps, and the more captions are forgotten, because stage 2 only asks questions. With the projector alone,
+the language model cannot learn the new kind of question, "Is there a shape at the top left?". Training CLIP
+gains nothing in the toy, because its features already show color, shape and place, and a high learning rate
+can spoil them."""
+MEANING = "Not measured yet."
+
+add_lora, AdamW = Llava.add_lora, torch.optim.AdamW
+
+# Each of these functions replaces Llava.add_lora(). The stage trains the projector in any case. It does not
+# save the other weights that they unfreeze, so these exist only in memory.
+
+
+def train_nothing_else(self, config):
+    pass
+
+
+def train_first_and_last_block(self, config):
+    blocks = self.llm.get_decoder().layers
+    blocks[0].requires_grad_(True)
+    blocks[-1].requires_grad_(True)
+
+
+def train_all_of_the_llm(self, config):
+    self.llm.requires_grad_(True)
+
+
+@contextmanager
+def clip_is_trained(lr):
+    """In this context, stage 2 trains LoRA, the projector and, with its own learning rate, half of CLIP."""
+    upper_half = []
+
+    def add_lora_and_unfreeze_clip(self, config):
+        add_lora(self, config)
+        blocks = self.vision_tower.encoder.layers
+        upper_half.extend(blocks[len(blocks) // 2:].requires_grad_(True))  # two of the toy's three
+
+    def encode_images(self, pixel_values):  # as in model.py, but with a gradient for CLIP
+        z_v = self.vision_tower(pixel_values).last_hidden_state[:, -self.num_image_tokens:]  # (I, N, D_v)
+        return self.projector(z_v)  # (I, N, D)
+
+    def make_optimizer(groups, **settings):
+        clip = {"params": [p for block in upper_half for p in block.parameters()], "peak_lr": lr}
+        return AdamW([*groups, clip], **settings)
+
+    with replaced(Llava, add_lora=add_lora_and_unfreeze_clip, encode_images=encode_images), \
+            replaced(torch.optim, AdamW=make_optimizer):
+        yield
+
+
+def run(seed):
+    before, lora = train_baseline(1, seed), train_baseline(2, seed)
+    trained = {"before stage 2": before._replace(stage=2, heldout_dataset=lora.heldout_dataset)}
+    for name, function in (("projector alone", train_nothing_else),
+                           ("first and last block of the LLM", train_first_and_last_block)):
+        with replaced(Llava, add_lora=function):
+            trained[name] = train(2, seed, name.replace(" ", "-"), before)
+    trained["LoRA (baseline)"] = lora
+    with replaced(Llava, add_lora=train_all_of_the_llm):
+        trained["all of the LLM"] = train(2, seed, "all-of-the-llm", before)
+    for lr in ("1e-4", "1.5e-3"):  # the second is that of the adapter
+        with clip_is_trained(float(lr)):
+            trained[f"LoRA, and half of CLIP with lr {lr}"] = train(2, seed, f"clip-{lr}", before)
+
+    results = {}
+    for name, each in trained.items():
+        # Both stages have the same held-out pictures: stage 1 asks for captions, stage 2 asks questions.
+        captions = measure(each._replace(stage=1, heldout_dataset=before.heldout_dataset))["captions"]
+        count = sum(parameter.numel() for parameter in each.model.trainable_parameters().values())
+        results[name] = measure(each) | {"captions": captions, "thousand trained parameters": count / 1000}
+    return results
