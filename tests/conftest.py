@@ -362,3 +362,9 @@ def metrics(folder):
     """Returns the lines of metrics.jsonl: (those of training steps, those of evaluations)."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line], [line for line in lines if "heldout_loss" in line]
+
+
+def pytest_configure(config):
+    # As in support/pretrained.py: peft asks transformers for an attribute by its old name.
+    config.addinivalue_line("filterwarnings",
+                            "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -170,7 +170,9 @@ class Hub(BaseHTTPRequestHandler):
                 continue
             commit, what = hashlib.sha1(name.encode()).hexdigest(), rest.removeprefix(name).strip("/")
             if name in self.gated:
-                return self.answer(b"{}", 403, X_Error_Code="GatedRepo", X_Error_Message="restricted")
+                return self.answer(b"{}", 403, X_Error_Code="GatedRepo", X_Error_Message=f"Access to model {name} "
+                                   "is restricted and you are not in the authorized list. Visit "
+                                   f"https://huggingface.co/{name} to ask for access.")
             if what.startswith("resolve/"):
                 file = what.split("/", 2)[2]
                 if file in files and file.endswith(".zip"):

@@ -1,4 +1,4 @@
-"""A bug in the code that students edit shows its traceback, and is never reported as a mistake of the user."""
+"""A bug in the code that students edit shows its traceback, and is never reported as a user's mistake."""
 
 import inspect
 import shutil
@@ -33,35 +33,36 @@ assert len(TRAINING) > 25 and len(CHECKING) > 7
 def trained(flags, tmp_path_factory):
     """The folder of a tiny run that has finished both stages."""
     run = tmp_path_factory.mktemp("trained")
-    for stage, main in ((1, stage1_align.main), (2, stage2_instruct.main)):
-        main([*flags(stage, run=run), "--max-steps", "1"])
+    stage1_align.main(flags(1, run=run, max_steps=1))
+    stage2_instruct.main(flags(2, run=run, max_steps=1))
     return run
 
 
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
 @pytest.mark.parametrize("function", TRAINING + CHECKING, ids=lambda function: function.__qualname__)
-def test_a_bug_in_a_function_is_not_taken_for_a_mistake_of_the_user(
-        script, flags, trained, tmp_path, monkeypatch, function):
+def test_a_bug_in_a_function_shows_itself(script, flags, run, monkeypatch, function):
     def raise_bug(*args, **kwargs):
         raise Bug
 
-    shutil.copytree(trained / "stage1", tmp_path / "run" / "stage1")
     code = raise_bug.__code__.replace(co_freevars=function.__code__.co_freevars)  # of super()
     monkeypatch.setattr(function, "__code__", code)
     monkeypatch.setitem(function.__globals__, "Bug", Bug)
     with pytest.raises(Bug):  # the first of these commands that calls the function ends with it
         if function in TRAINING:
             script("stage1_align", *flags(1, max_steps=1))
-            script("stage2_instruct", *flags(2, max_steps=1, run=tmp_path / "run"))
+            script("stage2_instruct", *flags(2, max_steps=1, run=run), "--restart")
         for words in (["--sample", 0], ["--nearest-tokens", 0], ["--every-stage"]):
-            script("sanity_check", "--run", trained, *words, *SMALL[2:4])
+            script("sanity_check", "--run", run, *words, *SMALL[2:4])
 
 
-@pytest.mark.parametrize("name, stage", [("stage1_align", 1), ("stage2_instruct", 2)])
+@pytest.mark.parametrize("stage, name", [(1, "stage1_align"), (2, "stage2_instruct")])
 @pytest.mark.parametrize("unknown", ["load_records", "ChatDataset", "Llava", "count_labeled", "results"])
-def test_an_unknown_name_in_main_shows_its_line(
-        script, flags, trained, tmp_path, monkeypatch, name, stage, unknown):
-    shutil.copytree(trained / "stage1", tmp_path / "run" / "stage1")
+def test_an_unknown_name_in_main_shows_its_line(script, flags, run, monkeypatch, stage, name, unknown):
     monkeypatch.delattr(f"{name}.{unknown}")
     with pytest.raises(NameError, match=unknown) as error:
-        script(name, *flags(stage, max_steps=1, run=tmp_path / "run"), "--restart")
+        script(name, *flags(stage, max_steps=1, run=run), "--restart")
     assert error.traceback[-1].path.name == f"{name}.py"

@@ -1,5 +1,6 @@
 """From a record to ids, labels and pixels: exactly what should be trained is trained."""
 
+from itertools import groupby
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,13 +26,8 @@ def assistant(text):
 
 def runs_of(labels):
     """Returns the runs of consecutive labeled tokens, as lists."""
-    runs, inside = [], False
-    for label in labels:
-        if label != IGNORE_INDEX:
-            runs = runs if inside else [*runs, []]
-            runs[-1].append(label)
-        inside = label != IGNORE_INDEX
-    return runs
+    groups = groupby(labels, key=lambda label: label != IGNORE_INDEX)
+    return [list(group) for labeled, group in groups if labeled]
 
 
 @pytest.fixture(scope="session", params=["tiny", "TinyLlama's"])
@@ -40,11 +36,8 @@ def any_template(request, parts):
     return ChatTemplate(parts.llm if request.param == "tiny" else request.getfixturevalue("real").llm)
 
 
-CONVERSATION = [
-    user("<image>\nWhat object is shown?"), assistant("olive oil ."),
-    user("Is it red?"), assistant("No, it is\n\nsolid cold."),
-    user("Sure?"), assistant("Yes"),
-]
+CONVERSATION = [user("<image>\nWhat object is shown?"), assistant("olive oil ."), user("Is it red?"),
+                assistant("No, it is\n\nsolid cold."), user("Sure?"), assistant("Yes")]
 
 
 # -- the mask ----------------------------------------------------------------------------------------------
@@ -209,7 +202,7 @@ OPENAI = [{"role": "user", "content": "What?"}, {"role": "assistant", "content":
     ([GPT, HUMAN, {"from": "gpt", "value": " "}], {}, "empty answer: turn 3"),
     ([HUMAN, {"from": "gpt", "value": "\ud83d"}], {}, r"no text should have: '\\ud83d', turn 2"),
     ([{"from": "human", "value": "<image>What?"}, GPT], {}, "more <image>.*1 <image>, 0 images"),
-    ([{"from": "human", "value": "<image>"}, GPT] * 2, {"image": "a.jpg"}, "more <image>.*2 <image>, 1 images"),
+    ([{"from": "human", "value": "<image>"}, GPT] * 2, {"image": "a.jpg"}, "more <image>.*2 <image>, 1 im"),
     ([HUMAN, GPT], {"image": ["a.jpg", "b.jpg"]}, "'image' is not the name of one file"),
     *(([HUMAN, GPT], {"image": "a.jpg", key: "content"}, f"the key '{key}' is not read")
       for key in ("images", "video", "videos", "audio", "system", "image_path")),

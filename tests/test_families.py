@@ -15,10 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (AutoModelForCausalLM, AutoTokenizer, CLIPConfig, CLIPProcessor, Dinov2Config,
-                          Dinov2Model, Gemma2Config, Gemma3Config, Gemma3ForConditionalGeneration,
-                          Gemma3TextConfig, GemmaConfig, GPTNeoXConfig, GraniteConfig, LlamaConfig,
-                          MistralConfig, Phi3Config, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config,
-                          SiglipConfig, SiglipModel, SiglipVisionModel)
+                          Dinov2Model, Gemma2Config, Gemma3Config, Gemma3ForConditionalGeneration, GemmaConfig,
+                          Gemma3TextConfig, GraniteConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config,
+                          PreTrainedTokenizerFast, Qwen3Config, SiglipConfig, SiglipModel, SiglipVisionModel)
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -111,8 +110,9 @@ def llm(request, tmp_path_factory):
 # -- labels ------------------------------------------------------------------------------------------------
 
 QUESTION = [{"role": "user", "content": f"{IMAGE_TOKEN}\nWhat object is shown?"}]
-# What each template writes, by hand: before a question, between question and answer, before the answer (labeled,
-# because the prompt does not contain it), the end token, after it.
+SURE = [{"role": "user", "content": "Sure?"}]
+# What each template writes, by hand: before a question, between question and answer, before the answer
+# (labeled, because the prompt does not contain it), the end token, after it.
 WRITTEN = {
     CHAT_TEMPLATE: ("<|user|>\n", "</s>\n<|assistant|>\n", "", "</s>", "\n"),
     LLAMA3: ("<|start_header_id|>user<|end_header_id|>\n\n",
@@ -123,13 +123,12 @@ WRITTEN = {
     MISTRAL: ("[INST] ", " [/INST]", " ", "</s>", ""),
     GEMMA: ("<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n", "", "<end_of_turn>", "\n"),
 }
-# Texts that are short, or mean something to a tokenizer or a template. A search for the answer "s" would also find
-# it in "</s>", and the newline after it would be labeled.
-LETTERS = "s</>deimnoprtu_|[]IST xq.\n"
-PIECES = st.one_of(st.text(LETTERS, max_size=3), st.text(max_size=12), st.sampled_from([
-    "</s>", "<s>", "<unk>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<think>", "<|user|>\n", "[/INST]", "user",
-    "end", "im", "of", "turn", "model", "</", "s>", "<<", "|>", "{{ eos_token }}", "<0x0A>", "是的, 🫒", "é", "אב",
-    "\t", "\u3000", "olive"]))
+# Texts that are short, or mean something to a tokenizer or a template. A search for the answer "s" would also
+# find it in "</s>", and the newline after it would be labeled.
+PIECES = st.one_of(st.text("s</>deimnoprtu_|[]IST xq.\n", max_size=3), st.text(max_size=12), st.sampled_from([
+    "</s>", "<s>", "<unk>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<think>", "<|user|>\n", "[/INST]",
+    "user", "end", "im", "of", "turn", "model", "</", "s>", "<<", "|>", "{{ eos_token }}", "<0x0A>", "是的, 🫒",
+    "é", "אב", "\t", "\u3000", "olive"]))
 TEXTS = st.lists(PIECES, max_size=3).map("".join)
 TURNS = st.lists(st.tuples(TEXTS.filter(lambda text: IMAGE_TOKEN not in text),
                            TEXTS.filter(str.strip) | TEXTS.map(lambda text: text + IMAGE_TOKEN)),
@@ -194,8 +193,7 @@ def test_a_template_that_ends_no_answer_or_changes_texts_is_refused(tmp_path, me
 
 
 def looks_complete(folder, config=LlamaConfig()):
-    """Adds a config and an empty file of weights, because a folder without them is refused. Returns the
-    folder."""
+    """Adds a config and empty weights, because a folder without them is refused. Returns the folder."""
     config.save_pretrained(folder)
     (folder / "model.safetensors").touch()
     return folder
@@ -244,8 +242,7 @@ def test_the_answer_prefix_of_a_template_is_trained_but_not_part_of_an_answer(tm
 def test_generation_stops_at_every_end_token_of_the_models_own_files(parts, tmp_path):
     llm = make_family(tmp_path, *FAMILIES["llama3"])
     model, template = build(parts.clip, llm)
-    prompt = {"input_ids": template.encode_prompt([{"role": "user", "content": "Sure?"}], 0),
-              "pixel_values": None}
+    prompt = {"input_ids": template.encode_prompt(SURE, 0), "pixel_values": None}
     batch = collate([prompt], 0, padding_side="left")
     free = model.generate(**batch, end_token_ids=template.end_token_ids, max_new_tokens=12)[0].tolist()
     ends = [template.tokenizer.convert_tokens_to_ids("<|endoftext|>"), free[4]]
@@ -296,14 +293,13 @@ def test_both_stages_the_sanity_check_and_the_export_run_on_every_family(
     script("tools.export_hf", "--run", tmp_path / "run", "--out", tmp_path / "exported", *SMALL[2:4])
 
 
-@pytest.mark.parametrize("config_class, change, message", [
+@pytest.mark.parametrize("config, change, message", [
     (Phi3Config, {}, "consist of the layers down_proj, gate_up_proj, o_proj, qkv_proj"),
-    (GPTNeoXConfig, {}, "consist of the layers dense, dense_4h_to_h"),
     # Llava.forward() would compute other losses than these two LLMs.
     (Gemma2Config, {"final_logit_softcapping": 30.0}, "changes its logits after the head"),
     (GraniteConfig, {"logits_scaling": 2.0}, "changes its logits after the head")])
-def test_an_llm_that_would_be_trained_wrongly_is_refused(flags, refusal, tmp_path, config_class, change, message):
-    llm = make_family(tmp_path, config_class, GEMMA, False, **change)
+def test_an_llm_with_other_layers_or_logits_is_refused(flags, refusal, tmp_path, config, change, message):
+    llm = make_family(tmp_path, config, GEMMA, False, **change)
     assert message in refusal("stage1_align", *flags(1, llm=llm))
 
 
@@ -342,11 +338,11 @@ VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_att
               patch_size=14)
 NORMALIZE = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3}
 PREPROCESSORS = {  # {tower: the file preprocessor_config.json}
-    "siglip": NORMALIZE | {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 28, "width": 28}},
+    "siglip": NORMALIZE | dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"height": 28, "width": 28}),
     "dinov2": NORMALIZE | {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 28},
                            "do_center_crop": True, "crop_size": {"height": 28, "width": 28},
                            "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}}
-WHOLE = {"siglip": (SiglipVisionModel, SiglipImageProcessorPil), "dinov2": (Dinov2Model, BitImageProcessorPil)}
+OWN = {"siglip": (SiglipVisionModel, SiglipImageProcessorPil), "dinov2": (Dinov2Model, BitImageProcessorPil)}
 
 
 @pytest.fixture(scope="module", params=["siglip", "dinov2"])
@@ -367,17 +363,16 @@ def tower(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("vision_layer", [-1, -2, -4])
-def test_all_patches_of_a_tower_are_kept_and_come_from_the_chosen_layer(tower, parts, vision_layer, capfd):
+def test_all_patches_of_a_tower_are_kept_and_come_from_the_chosen_layer(tower, parts, vision_layer):
     kind, folder = tower
     model, _ = build(folder, parts.llm, vision_layer=vision_layer)
     image_processor = load_image_processor(folder)
     pixel_values = torch.stack([preprocess(image_processor, draw(color)) for color in ("red", "blue")])
-    whole = WHOLE[kind][0].from_pretrained(folder, dtype=torch.float32)
+    whole = OWN[kind][0].from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         expected = whole(pixel_values, output_hidden_states=True).hidden_states[vision_layer]
         assert expected.shape == (2, 5 if kind == "dinov2" else 4, 32)  # DINOv2 has a class token
         torch.testing.assert_close(model.encode_images(pixel_values), model.projector(expected[:, -4:]))
-    assert "MISSING" not in capfd.readouterr().err
 
 
 def test_both_stages_the_sanity_check_and_the_export_run_on_a_tower(tower, flags, script, tmp_path):
@@ -391,12 +386,12 @@ def test_both_stages_the_sanity_check_and_the_export_run_on_a_tower(tower, flags
 def test_a_towers_pixels_are_those_of_its_own_processor(tower, size):
     kind, folder = tower
     image = Image.effect_noise(size, 80).convert("RGB")
-    expected = preprocess(WHOLE[kind][1].from_pretrained(folder), image)
+    expected = preprocess(OWN[kind][1].from_pretrained(folder), image)
     torch.testing.assert_close(preprocess(load_image_processor(folder), image), expected, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("change", [{"crop_size": {"height": 32, "width": 32}}, {"do_center_crop": False}])
-@pytest.mark.parametrize("config", [CLIPConfig(vision_config=VISION), Dinov2Config(**VISION)], ids=["CLIP", "DINOv2"])
+@pytest.mark.parametrize("config", [CLIPConfig(vision_config=VISION), Dinov2Config(**VISION)], ids=type)
 def test_a_preprocessor_that_does_not_make_every_image_the_towers_size_is_refused(tmp_path, config, change):
     """DINOv2 would take other sizes, and only the last N of its patches would be used."""
     path = looks_complete(tmp_path, config) / "preprocessor_config.json"
@@ -412,12 +407,8 @@ def test_processor_config_json_alone_is_read(parts, tmp_path):
     original = load_image_processor(parts.clip)
     CLIPProcessor(original, AutoTokenizer.from_pretrained(parts.llm)).save_pretrained(tmp_path)
     looks_complete(tmp_path, CLIPConfig(vision_config=VISION))
-    assert not (tmp_path / "preprocessor_config.json").exists()
     image = Image.effect_noise((40, 30), 80).convert("RGB")
     assert torch.equal(preprocess(load_image_processor(tmp_path), image), preprocess(original, image))
-    (tmp_path / "processor_config.json").unlink()
-    with pytest.raises(UserError, match="cannot load the preprocessing"):
-        load_image_processor(tmp_path)
 
 
 # -- tokenizers --------------------------------------------------------------------------------------------
@@ -430,9 +421,8 @@ def test_a_padding_token_beyond_the_embedding_table_is_not_used(flags, script, t
     rows = len(tokenizer)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(llm)
-    template = ChatTemplate(llm)
-    assert template.tokenizer.pad_token_id == template.num_embeddings == rows > template.pad_token_id
-    script("stage1_align", *flags(1, llm=llm), "--max-steps", 1)
+    assert ChatTemplate(llm).tokenizer.pad_token_id == rows > ChatTemplate(llm).pad_token_id
+    script("stage1_align", *flags(1, llm=llm, max_steps=1))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(llm)

@@ -52,12 +52,8 @@ def two_megabytes_of_metadata():
 
 UNUSUAL = {  # name: (content, size, color of the top left pixel)
     "half-transparent": (saved(Image.new("RGBA", (3, 3), (0, 0, 0, 51)), "PNG"), (3, 3), (204, 204, 204)),
-    "gray-transparent": (saved(Image.new("LA", (3, 3), (0, 0)), "PNG"), (3, 3), (255, 255, 255)),
-    "bilevel": (saved(Image.new("1", (3, 3), 1), "PNG"), (3, 3), (255, 255, 255)),
-    "palette": (saved(Image.new("RGB", (3, 3), RED).convert("P", palette=Image.Palette.ADAPTIVE), "PNG"), (3, 3),
-                RED),
-    "palette-transparent": (saved(Image.new("P", (3, 3), 0), "PNG", transparency=b"\0"), (3, 3),
-                            (255, 255, 255)),
+    "palette": (saved(Image.new("RGB", (3, 3), RED).quantize(), "PNG"), (3, 3), RED),
+    "palette-transparent": (saved(Image.new("P", (3, 3)), "PNG", transparency=b"\0"), (3, 3), (255,) * 3),
     "metadata": (two_megabytes_of_metadata(), (3, 3), RED),
     "EXIF-rotated": (exif_rotated(), (2, 4), RED),
     "animated-GIF": (several_pictures("GIF"), (16, 16), RED),
@@ -119,9 +115,9 @@ UNUSABLE = {  # name: (content, reason, what the sentence says)
     "empty.jpg": (b"", DECODE, "is not an image in a supported format"),
     "lfs.jpg": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 211000000\n", DECODE,
                 "is a Git LFS pointer instead of the image: run git lfs pull"),
-    "nowhere.jpg": (None, MISSING, "is not in"), "../secret.png": (None, OUTSIDE, "is not in"),
-    "/etc/hostname": (None, OUTSIDE, "is not in"), "C:secret.png": (None, OUTSIDE, "is not in"),
-    "a\\..\\..\\secret.png": (None, OUTSIDE, "is not in"), "images/../../secret.png": (None, OUTSIDE, "is not in"),
+    "nowhere.jpg": (None, MISSING, "is not in"),
+    **{name: (None, OUTSIDE, "is not in") for name in ("/etc/hostname", "C:secret.png", "../secret.png",
+                                                       "a\\..\\..\\secret.png", "a/../../secret.png")},
 }
 
 

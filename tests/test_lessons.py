@@ -12,12 +12,12 @@ import torch
 from conftest import REPOSITORY
 from transformers import LlamaModel
 
+import stage2_instruct
 import toy.world
 from data import ChatDataset, ChatTemplate
 from lessons import (change_patches, contrastive, experiment, find_the_bug, image_attention, run,
                      what_to_unfreeze)
 from model import Llava
-import stage2_instruct
 from support.errors import UserError
 from support.evaluation import prompt_batch, token_probabilities
 from support.pretrained import load_tokenizer
@@ -139,7 +139,7 @@ def test_a_bug_is_one_line_and_its_symptom_shows(small, monkeypatch, capsys, tmp
     monkeypatch.chdir(tmp_path)
     function, right, wrong, *_ = find_the_bug.BUGS[number - 1]
     source, _ = find_the_bug.broken_copy(function, right, wrong)
-    lines = inspect.getsource(function).replace("  # in characters: where the prompt ends", "").splitlines()
+    lines = inspect.getsource(function).replace("  # in characters, as end", "").splitlines()
     added = [line for line in difflib.ndiff([line.strip() for line in lines],
                                             [line.strip() for line in source.splitlines()]) if line[0] == "+"]
     assert len(added) == 1 and wrong in added[0]

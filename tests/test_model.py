@@ -381,6 +381,8 @@ def test_pretrained_weights_with_a_missing_tensor_are_refused_and_not_filled_at_
 
 DAMAGES = {  # name: (which folder, which file, its new content or None, what the sentence names)
     "the preprocessing is missing": ("clip", "preprocessor_config.json", None, "preprocessor_config.json"),
+    "the start token is not named": ("llm", "tokenizer_config.json", None, "tokenizer_config.json"),
+    "the weights are missing": ("llm", "model.safetensors", None, "weights in the format safetensors"),
     "the LLM's configuration is a list": ("llm", "config.json", "[]", "llm"),
     "the tokenizer is half a file": ("llm", "tokenizer.json", '{"version"', "tokenizer"),
     "the weights are half a file": ("llm", "model.safetensors", "half", "cannot load the weights"),

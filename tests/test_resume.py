@@ -88,20 +88,18 @@ def killed_at(n):
     """Makes the nth operation on a file raise Killed; None only counts. Yields the list of operations."""
     patches, calls = pytest.MonkeyPatch(), []
 
-    def watch(module, name):
-        operation = getattr(module, name)
-
+    def watch(operation):
         def call(*args, **kwargs):
-            calls.append(name)
+            calls.append(operation)
             if len(calls) == n:
                 raise Killed
             return operation(*args, **kwargs)
 
-        patches.setattr(module, name, call)
+        return call
 
     for module, name in ((os, "replace"), (torch, "save"), (results, "save_file"), (files, "delete"),
                          (checkpoints, "delete"), (results, "delete")):
-        watch(module, name)
+        patches.setattr(module, name, watch(getattr(module, name)))
     try:
         yield calls
     finally:
@@ -217,7 +215,8 @@ def test_a_script_says_that_it_starts_before_the_slow_imports_and_ctrl_c_ends_th
     assert process.returncode == 130 and rest.strip() == "interrupted"
 
 
-def test_a_second_process_in_the_same_folder_is_refused_until_the_first_has_ended(refusal, tmp_path):
+def test_a_second_process_in_the_same_folder_is_refused(refusal, tmp_path):
+    """Until the first one has ended. The tests above resume runs whose .lock is left by a killed process."""
     arguments = ["--run", str(tmp_path), *SMALL]
     first = start("stage1_align", arguments, tmp_path / "log")
     wait_for(first, lambda: (tmp_path / "stage1" / "checkpoint.pt").exists())
@@ -225,12 +224,8 @@ def test_a_second_process_in_the_same_folder_is_refused_until_the_first_has_ende
         sentence = refusal("stage1_align", *arguments, flag)
         assert "another process is training" in sentence and "stage1" in sentence and "--run" in sentence
     assert first.is_alive()
-    first.kill()  # leaves .lock behind
+    first.kill()
     first.join()
-    resumed = start("stage1_align", [*arguments, "--resume"], tmp_path / "log")
-    wait_for(resumed, lambda: "resuming" in (tmp_path / "log").read_text())
-    resumed.kill()
-    resumed.join()
 
 
 # -- resuming, or not --------------------------------------------------------------------------------------
@@ -255,20 +250,16 @@ def interrupted(script, flags, drawn, tmp_path, monkeypatch):
     return arguments, tmp_path / "runs" / "toy" / "stage1" / "checkpoint.pt"
 
 
-def test_an_unfinished_run_is_not_overwritten_by_accident(interrupted, refusal):
+def test_an_unfinished_run_is_resumed_only_with_the_same_settings_and_effective_batch(interrupted, refusal, script):
     arguments, checkpoint = interrupted
     before = checkpoint.read_bytes()
-    sentence = refusal("stage1_align", *arguments)
+    sentence = refusal("stage1_align", *arguments)  # never by accident
     assert "unfinished run" in sentence and "--resume" in sentence and "--restart" in sentence
-    assert checkpoint.read_bytes() == before
-
-
-def test_a_run_is_resumed_only_with_the_same_settings_and_effective_batch(interrupted, refusal, script):
-    arguments, checkpoint = interrupted
     for flag, value in (("--lr", "0.5"), ("--seed", "3"), ("--max-length", "99"), ("--precision", "bf16")):
         sentence = refusal("stage1_align", *arguments, "--resume", flag, value)
         assert "--resume" in sentence and flag in sentence and value in sentence
     assert "--grad-accum" in refusal("stage1_align", *arguments, "--resume", "--batch-size", "2")
+    assert checkpoint.read_bytes() == before
     # On a CPU, "auto" is fp32.
     script("stage1_align", *arguments, "--resume", "--batch-size", "2", "--grad-accum", "2", "--precision", "auto")
     assert [line["samples"] for line in metrics(checkpoint.parent) if "loss" in line] == [4, 8, 12, 16]

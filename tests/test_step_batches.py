@@ -75,60 +75,54 @@ def test_a_resumed_run_sees_the_rest_of_the_same_order(limits):
         assert plan(20, samples_done=samples, steps_done=done, **limits) == steps[done:]
 
 
-class TimedLog(metrics_log.MetricsLog):
-    """A MetricsLog without a terminal, and a clock."""
-    now = 0.0
-
-    def evaluate(self, seconds):
-        TimedLog.now += seconds
-        measured = {"loss": 1.0, "loss_different": 2.0, "correct_more_likely": 0.5}
-        self.log_heldout(0, measured, "a", "b", [])
-
-    def step(self, number, seconds):
-        TimedLog.now += seconds
-        batch = {"attention_mask": torch.ones(8, 50)}
-        self.log_step(Progress(step=number), SimpleNamespace(param_groups=[]), [batch], seconds / 4, loss=1.5)
-
-
 @pytest.fixture
 def make_log(tmp_path, monkeypatch):
-    """make_log(total_steps, eval_every, save_every) returns a TimedLog."""
-    monkeypatch.setattr(metrics_log, "time", SimpleNamespace(time=lambda: TimedLog.now))
+    """make_log(total_steps, eval_every, save_every) returns a MetricsLog without a terminal, and two functions
+    that pass time in an evaluation and in step number N."""
+    clock = SimpleNamespace(now=0.0, time=lambda: clock.now)
+    monkeypatch.setattr(metrics_log, "time", clock)
+    processes = SimpleNamespace(rank=0, device=torch.device("cpu"), sum=lambda x: x, max=lambda x: x)
+    folder = SimpleNamespace(path=tmp_path, processes=processes, checkpoint=None)
+    measured = {"loss": 1.0, "loss_different": 2.0, "correct_more_likely": 0.5}
 
     def make(total_steps, eval_every=None, save_every=None):
-        processes = SimpleNamespace(rank=0, device=torch.device("cpu"), sum=lambda x: x, max=lambda x: x)
-        folder = SimpleNamespace(path=tmp_path, processes=processes, checkpoint=None)
         settings = SimpleNamespace(eval_every=eval_every, save_every=save_every)
-        return TimedLog(folder, settings, Progress(), total_steps)
+        log = metrics_log.MetricsLog(folder, settings, Progress(), total_steps)
+
+        def evaluate(seconds):
+            clock.now += seconds
+            log.log_heldout(0, measured, "a", "b", [])
+
+        def step(number, seconds):
+            clock.now += seconds
+            log.log_step(Progress(step=number), SimpleNamespace(param_groups=[]),
+                         [{"attention_mask": torch.ones(8, 50)}], seconds / 4, loss=1.5)
+
+        return log, evaluate, step
 
     return make
 
 
 @pytest.mark.parametrize("total_steps", [3, 157, 14_800])
-def test_evaluations_and_checkpoints_follow_the_length_of_the_run(make_log, total_steps):
-    log, steps = make_log(total_steps), range(1, total_steps + 1)
-    evaluations, saves = list(filter(log.evaluation_is_due, steps)), list(filter(log.checkpoint_is_due, steps))
+def test_evaluations_and_checkpoints_follow_the_length_of_the_run_or_the_flags(make_log, total_steps):
+    def due_steps(*flags):
+        log, *_ = make_log(total_steps, *flags)
+        steps = range(1, total_steps + 1)
+        return [step for step in steps if log.evaluation_is_due(step)], list(filter(log.checkpoint_is_due, steps))
+
+    evaluations, saves = due_steps()
     assert min(total_steps - 1, 18) <= len(evaluations) <= 19 and total_steps not in evaluations
     assert set(evaluations) <= set(saves) or total_steps > 2000
     assert np.diff([0, *saves]).max() <= 100 and saves[-1] == total_steps
-
-
-def test_explicit_intervals_are_kept(make_log):
-    log = make_log(13, eval_every=4, save_every=6)
-    log.evaluate(1000)
-    assert list(filter(log.evaluation_is_due, range(1, 14))) == [4, 8, 12]
-    assert list(filter(log.checkpoint_is_due, range(1, 14))) == [6, 12, 13]
+    assert due_steps(4, 6) == (list(range(4, total_steps, 4)), [*range(6, total_steps, 6), total_steps])
 
 
 def test_evaluations_take_at_most_a_tenth_of_the_time(make_log):
-    log = make_log(100)
-    log.evaluate(6)
-    log.step(1, seconds=59)
+    log, evaluate, step = make_log(100)
+    evaluate(6)
+    step(1, seconds=59)
     assert not log.evaluation_is_due(5)
-    log.step(2, seconds=2)
-    assert log.evaluation_is_due(5)
-    log.evaluate(3)
-    log.step(3, seconds=31)
+    step(2, seconds=2)
     assert log.evaluation_is_due(5)
     log.processes.max = lambda answer: 0  # the answer is that of all processes
     assert not log.evaluation_is_due(5)
@@ -137,15 +131,15 @@ def test_evaluations_take_at_most_a_tenth_of_the_time(make_log):
 def test_the_line_without_a_terminal_says_loss_speed_waiting_and_time_left(
         make_log, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(metrics_log, "LOG_EVERY", 2)
-    TimedLog.now, log = 1e9, make_log(100)
-    log.evaluate(100)  # before the first step, so it says nothing about the time left
-    log.step(1, seconds=10)
-    log.step(2, seconds=10)
-    assert ("step 2 of 100: loss 1.500, 40 tokens/s, waiting for data 25%, 16:20 left"
-            in capsys.readouterr().out.splitlines())
+    _, evaluate, step = make_log(100)
+    evaluate(100)  # before the first step, so it says nothing about the time left
+    step(1, seconds=10)
+    step(2, seconds=10)
+    line = "step 2 of 100: loss 1.500, 40 tokens/s, waiting for data 25%, 16:20 left"
+    assert line in capsys.readouterr().out.splitlines()
     [line] = metrics(tmp_path)[0]
     assert (line["tokens_per_s"], line["waiting"], line["seconds_left"]) == (40, 0.25, 980)
-    log.step(4, seconds=10)  # once a minute is enough
+    step(4, seconds=10)  # once a minute is enough
     assert "tokens/s" not in capsys.readouterr().out
 
 

@@ -64,19 +64,17 @@ def on(hub, tmp_path):
 
 
 def find(on, *names, **changes):
-    """Returns what find_or_fetch_pretrained() prints or raises for each name, in a process of its own."""
-    also = {CLIP: "preprocessor_config.json"}
-    wanted = [(name, also.get(name, "tokenizer_config.json")) for name in names]
+    """Returns what find_pretrained() prints or raises for each name, in a process of its own."""
     done = on(sys.executable, "-c", f"""
 from support.errors import UserError
-from support.hub import find_or_fetch_pretrained
-for name, file in {wanted}:
+from support.pretrained import find_pretrained
+for name in {names}:
     try:
-        print(find_or_fetch_pretrained(name, file))
+        print(find_pretrained(name))
     except UserError as error:
         print(error)
 """, **changes)
-    return done.stdout + done.stderr
+    return done.stdout
 
 
 def test_the_first_evening(on, hub):
@@ -98,7 +96,7 @@ def test_the_first_evening(on, hub):
         process.send_signal(signal.SIGINT)
         printed, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "continue with the same command and --resume" in printed, printed
-    assert printed.count("fetching ") == 2 and f"fetching {CLIP}: 0.0" in printed
+    assert printed.count("fetching ") == 2 and f"fetching {CLIP} from the hub" in printed
     fetched = [name for name, _ in hub.requested if name.startswith(("model", "pytorch", "tf_model", "flax"))]
     assert fetched == ["model.safetensors"] * 2  # of each model one format of the weights
 
@@ -166,48 +164,30 @@ def test_a_model_that_others_have_put_into_the_cache_is_found(on, hub, how):
     assert find(on, LLM).startswith(str(on.folder / "home")) and hub.requested == []
 
 
-@pytest.mark.parametrize("what", ["files of its own choice", "another revision", "a download that broke off"])
-def test_an_incomplete_model_is_completed_or_what_is_missing_is_named(on, hub, what):
-    if what == "a download that broke off":
+@pytest.mark.parametrize("how, name, missing", [
+    (f"hf download {CLIP} config.json preprocessor_config.json", CLIP, "model.safetensors"),
+    (f"hf download {CLIP} config.json --revision 0123", CLIP, "outgoing traffic has been disabled"),
+    (f"hf download {CLIP}", CLIP, "model.safetensors"),  # breaks off
+    (f"python -c 'from transformers import *; AutoModelForCausalLM.from_pretrained(\"{LLM}\")'", LLM,
+     "tokenizer_config.json")])
+def test_an_incomplete_model_is_completed_or_what_is_missing_is_named(on, hub, how, name, missing):
+    if how == f"hf download {CLIP}":
         hub.break_off["model.safetensors"] = 100
-        assert "run the same command again, and complete files are not fetched twice" in find(on, CLIP)
-        hub.break_off.clear()
-    else:
-        revision = "--revision 0123" if what == "another revision" else ""
-        done = on("bash", "-c", f"hf download {CLIP} config.json preprocessor_config.json {revision}")
-        assert done.returncode == 0, done.stderr
-    missing = "config.json" if what == "another revision" else "model.safetensors"
-    assert (f"HF_HUB_OFFLINE=1 forbids it, and the hub's cache has no {missing} of this model"
-            in find(on, CLIP, HF_HUB_OFFLINE="1"))
+    done = on("bash", "-c", how)
+    assert (done.returncode != 0) == bool(hub.break_off), done.stderr
+    hub.break_off.clear()
+    assert missing in find(on, name, HF_HUB_OFFLINE="1")
     hub.requested.clear()
-    assert f"fetching {CLIP}" in find(on, CLIP)
-    assert ("model.safetensors", 0) in hub.requested
+    assert f"fetching {name}" in find(on, name)
+    assert hub.requested and "fetching" not in find(on, name, HF_HUB_OFFLINE="1")
 
 
-def test_a_model_that_cannot_be_fetched_is_refused_in_one_sentence(on, hub):
+def test_a_model_that_cannot_be_fetched_is_refused_in_one_sentence(on, hub, monkeypatch):
     hub.gated.add(LLM)
-    sentences = find(on, "nobody/nothing", "no such name", LLM)
-    assert "nobody/nothing: it is neither a folder here nor a public model" in sentences
-    assert "correct the name" in sentences and "it is gated: accept its license" in sentences
-    sentence = find(on, CLIP, HF_ENDPOINT="http://127.0.0.1:9")
-    assert sentence.count("\n") == 1 and "ConnectError" in sentence and "Traceback" not in sentence
-
-
-def test_two_processes_fetch_a_model_once(on, hub):
-    code = f"from support.hub import find_or_fetch_pretrained; print(find_or_fetch_pretrained({CLIP!r}))"
-    both = [subprocess.Popen([sys.executable, "-c", code], cwd=on.folder, env=on.environment, text=True,
-                             stdout=subprocess.PIPE) for _ in range(2)]
-    printed = [process.communicate(timeout=120)[0] for process in both]
-    assert "".join(printed).count("fetching") == 1
-    assert sorted(name for name, _ in hub.requested).count("model.safetensors") == 1
-
-
-def test_a_folder_that_is_not_complete_is_refused_by_naming_what_is_missing(parts, tmp_path, refusal, flags):
-    make_clip(tmp_path / "clip")
-    (tmp_path / "clip" / "model.safetensors").rename(tmp_path / "clip" / "pytorch_model.bin")
-    sentence = refusal("stage1_align", *flags(1, vision_tower=tmp_path / "clip"))
-    assert "is not a complete pretrained model: it has no model.safetensors (pytorch_model.bin" in sentence
-    make_llm(tmp_path / "llm")
-    (tmp_path / "llm" / "tokenizer_config.json").unlink()
-    sentence = refusal("stage1_align", *flags(1, llm=tmp_path / "llm"))
-    assert "it has no tokenizer_config.json" in sentence
+    monkeypatch.delitem(hub.repositories[CLIP], "model.safetensors")  # as of openai/clip-vit-base-patch32
+    printed = find(on, "nobody/nothing", "no such name", LLM, CLIP) + find(on, CLIP, HF_ENDPOINT="http://127.0.0.1:9",
+                                                                          HF_HOME="none")
+    sentences = [line for line in printed.splitlines() if not line.startswith("fetching")]
+    for sentence, words in zip(sentences, ["Repository Not Found", "Repo id must", "Visit http", "in the format "
+                                           "safetensors", "check your internet connection"], strict=True):
+        assert words in sentence and len(sentence) < 450
