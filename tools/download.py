@@ -12,6 +12,8 @@ Everything goes to data/. If a download breaks off, run the same command again, 
 fetched again. At the end it prints the commands of the stages, which fetch the models themselves.
 """
 
+import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
+
 import argparse
 import os
 import struct
