@@ -81,7 +81,8 @@ class ChatTemplate:
         # feature wherever this id stands, so the id is never looked up.
         self.tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        special = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items()
+                   if token.special or i >= self.num_embeddings}
         self.special_pattern = re.compile("|".join(map(re.escape, special.values())))
         # encode() labels up to the first of these after an answer.
         self.special_ids = special.keys() - {self.image_token_id}
@@ -147,7 +148,7 @@ class ChatTemplate:
             last = next((t for t in range(first, len(ids)) if ids[t] in self.special_ids), len(ids) - 1)
             end = offsets[last][0] if ids[last] in self.special_ids else len(text)
             if found < 0 or not text[start:end].strip().endswith(answer["content"]):
-                raise UserError("the chat template changes a question or an answer")
+                raise UserError(f"the chat template in {self.tokenizer.name_or_path} changes a text")
             labels[first:last + 1] = ids[first:last + 1]
         return ids, labels
 

@@ -39,7 +39,7 @@ from support.settings import INT_FROM_0, INT_FROM_1, FLOAT_FROM_0
 MAX_PATCHES = 24  # printed by --nearest-tokens
 
 
-def print_prompt_and_answer(model, template, prompt, args):
+def print_generation(model, template, prompt, args):
     """Prints PROMPT, then GENERATED token by token."""
     text = printable(template.tokenizer.decode(prompt["input_ids"]), keep="\n")
     text = shorten_image(text, prompt["input_ids"].count(template.image_token_id))
@@ -182,7 +182,7 @@ def main():
     if args.image is not None:
         pixel_values = load_image(args.image, image_processor)  # (3, S, S)
         prompt = make_image_prompt(model, template, args.question, pixel_values)
-        print_prompt_and_answer(model, template, prompt, args)
+        print_generation(model, template, prompt, args)
         return
 
     heldout_dataset = load_heldout_dataset(args.run / f"stage{saved['stage']}", template, image_processor,
@@ -201,7 +201,7 @@ def main():
         print(printable(f"reference answer: {reference}\n", keep="\n"))
         print_nearest_tokens(model, template, prompt["pixel_values"], saved["stage"])
         return
-    print_prompt_and_answer(model, template, prompt, args)
+    print_generation(model, template, prompt, args)
     print(printable(f"REFERENCE\n{reference}\n", keep="\n"))
     if prompt["pixel_values"] is not None:
         print_losses(model, heldout_dataset, i)

@@ -31,7 +31,7 @@ def allowed_attention(is_image, attention_mask=None):
     return allowed[:, None]  # the same for all heads
 
 
-def embed_and_remember(self, input_ids, pixel_values):
+def remembering_embed(self, input_ids, pixel_values):
     self.llm.get_decoder().is_image = input_ids == self.image_token_id  # (B, T)
     return embed(self, input_ids, pixel_values)
 
@@ -51,7 +51,7 @@ def run(seed):
 
     causal = train_baseline(1, seed), train_baseline(2, seed)  # before anything is replaced
     results = {"causal (baseline)": measure_both(*causal)}
-    with replaced(Llava, embed=embed_and_remember), replaced(LlamaModel, forward=forward_with_mask):
+    with replaced(Llava, embed=remembering_embed), replaced(LlamaModel, forward=forward_with_mask):
         results["bidirectional for the questions only"] = measure_both(*causal)
         stage1 = train(1, seed, "image-attention")
         results["bidirectional"] = measure_both(stage1, train(2, seed, "image-attention", after=stage1))

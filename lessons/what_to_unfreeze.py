@@ -29,7 +29,7 @@ def train_nothing_else(self, config):
     pass
 
 
-def train_first_and_last_block(self, config):
+def train_outer_blocks(self, config):
     blocks = self.llm.get_decoder().layers
     blocks[0].requires_grad_(True)
     blocks[-1].requires_grad_(True)
@@ -44,7 +44,7 @@ def clip_is_trained(lr):
     """In this context, stage 2 trains LoRA, the projector and, with its own learning rate, half of CLIP."""
     upper_half = []
 
-    def add_lora_and_unfreeze_clip(self, config):
+    def add_lora_with_clip(self, config):
         add_lora(self, config)
         blocks = self.vision_tower.encoder.layers
         upper_half.extend(blocks[len(blocks) // 2:].requires_grad_(True))  # two of the toy's three
@@ -57,7 +57,7 @@ def clip_is_trained(lr):
         clip = {"params": [p for block in upper_half for p in block.parameters()], "peak_lr": lr}
         return AdamW([*groups, clip], **settings)
 
-    with replaced(Llava, add_lora=add_lora_and_unfreeze_clip, encode_images=encode_images), \
+    with replaced(Llava, add_lora=add_lora_with_clip, encode_images=encode_images), \
             replaced(torch.optim, AdamW=make_optimizer):
         yield
 
@@ -66,7 +66,7 @@ def run(seed):
     before, lora = train_baseline(1, seed), train_baseline(2, seed)
     trained = {"before stage 2": before._replace(stage=2, heldout_dataset=lora.heldout_dataset)}
     for name, function in (("projector alone", train_nothing_else),
-                           ("first and last block of the LLM", train_first_and_last_block)):
+                           ("first and last block of the LLM", train_outer_blocks)):
         with replaced(Llava, add_lora=function):
             trained[name] = train(2, seed, name.replace(" ", "-"), before)
     trained["LoRA (baseline)"] = lora

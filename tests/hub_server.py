@@ -8,7 +8,6 @@ real ones where the folder shared/hub exists, and small ones that the tests make
 import hashlib
 import io
 import json
-import mmap
 import re
 import threading
 import zipfile
@@ -17,57 +16,46 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
-import torch
 from conftest import SHARED, draw, make_clip, make_llm
+from huggingface_hub import constants
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
 CLIP, LLM = "openai/clip-vit-large-patch14", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 CHAT, INSTRUCT = "liuhaotian/LLaVA-CC3M-Pretrain-595K", "liuhaotian/LLaVA-Instruct-150K"
 # Files of the real repositories that nobody needs: other formats of the same weights, and documents.
-UNUSED = {CLIP: [".gitattributes", "README.md", "flax_model.msgpack", "merges.txt", "pytorch_model.bin",
-                 "special_tokens_map.json", "tf_model.h5", "tokenizer.json", "tokenizer_config.json", "vocab.json"],
+UNUSED = {CLIP: [".gitattributes", "README.md", "flax_model.msgpack", "pytorch_model.bin", "tf_model.h5", "merges.txt",
+                 "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"],
           LLM: [".gitattributes", "README.md", "eval_results.json"],
           CHAT: [".gitattributes", "README.md", "metadata.json"],
           INSTRUCT: [".gitattributes", "README.md", "complex_reasoning_77k.json", "conversation_58k.json",
                      "detail_23k.json", "llava_instruct_80k.json", "llava_v1_5_mix665k.json"]}
 
 
-def make_models(folder, shared=SHARED / "hub", small=True):
-    """Makes both models in `folder`, small or of the real sizes. Returns {name: {file: its content}}."""
+def make_models(folder):
+    """Makes both models in `folder`, with few parameters. Returns {name: {file: its content}}."""
     clip_folder, llm_folder = folder / "clip", folder / "llm"
-    if shared.exists():
-        clip = CLIPConfig.from_pretrained(shared / CLIP.split("/")[1])
-        llm = LlamaConfig.from_pretrained(shared / LLM.split("/")[1])
-        if small:
-            sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
-            clip.vision_config.update({**sizes, "image_size": 28})
-            clip.text_config.update(sizes)
-            llm.update(dict(sizes, num_hidden_layers=2, num_key_value_heads=1, initializer_range=0.3))
+    if (SHARED / "hub").exists():
+        clip = CLIPConfig.from_pretrained(SHARED / "hub" / CLIP.split("/")[1])
+        llm = LlamaConfig.from_pretrained(SHARED / "hub" / LLM.split("/")[1])
+        sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
+        clip.vision_config.update({**sizes, "image_size": 28})
+        clip.text_config.update(sizes)
+        llm.update(dict(sizes, num_hidden_layers=2, num_key_value_heads=1, initializer_range=0.3))
         # On the hub, CLIP's weights are in fp32 and TinyLlama's in bf16.
-        for config, model_class, dtype, name, target in (
-                (clip, CLIPModel, torch.float32, CLIP, clip_folder),
-                (llm, LlamaForCausalLM, torch.bfloat16, LLM, llm_folder)):
-            torch.set_default_dtype(dtype)
-            model_class(config).save_pretrained(target)
-            torch.set_default_dtype(torch.float32)
-            for path in (shared / name.split("/")[1]).iterdir():
+        for model, name, target in ((CLIPModel(clip), CLIP, clip_folder),
+                                    (LlamaForCausalLM(llm).bfloat16(), LLM, llm_folder)):
+            model.save_pretrained(target)
+            for path in (SHARED / "hub" / name.split("/")[1]).iterdir():
                 if path.name != "config.json":
                     (target / path.name).write_bytes(path.read_bytes())
-        if small:
-            preprocessor = clip_folder / "preprocessor_config.json"
-            settings = json.loads(preprocessor.read_text())
-            preprocessor.write_text(json.dumps({**settings, "size": 28, "crop_size": 28}))
+        preprocessor = clip_folder / "preprocessor_config.json"
+        settings = json.loads(preprocessor.read_text())
+        preprocessor.write_text(json.dumps({**settings, "size": 28, "crop_size": 28}))
     else:
         make_clip(clip_folder)
         make_llm(llm_folder, max_position_embeddings=2048)
-    return {name: {path.name: read(path) for path in source.iterdir()}
+    return {name: {path.name: path.read_bytes() for path in source.iterdir()}
             for name, source in ((CLIP, clip_folder), (LLM, llm_folder))}
-
-
-def read(path):
-    """Returns the content of a file as something that can be sliced and sent, without reading it."""
-    with open(path, "rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def make_data(records):
@@ -170,9 +158,8 @@ class Hub(BaseHTTPRequestHandler):
                 continue
             commit, what = hashlib.sha1(name.encode()).hexdigest(), rest.removeprefix(name).strip("/")
             if name in self.gated:
-                return self.answer(b"{}", 403, X_Error_Code="GatedRepo", X_Error_Message=f"Access to model {name} "
-                                   "is restricted and you are not in the authorized list. Visit "
-                                   f"https://huggingface.co/{name} to ask for access.")
+                return self.answer(b"{}", 403, X_Error_Code="GatedRepo", X_Error_Message="Access to model "
+                                   f"{name} is restricted and you are not in the authorized list.")
             if what.startswith("resolve/"):
                 file = what.split("/", 2)[2]
                 if file in files and file.endswith(".zip"):
@@ -194,11 +181,11 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(folder, records, shared=SHARED / "hub", small=True):
+def serve(folder, records):
     """Yields the handler class of a running server. Its `url` is the address. Without a folder for them, it
     has no models."""
     data, coco = make_data(records)
-    repositories = {**(make_models(folder, shared, small) if folder else {}), **data}
+    repositories = {**(make_models(folder) if folder else {}), **data}
     for name, files in repositories.items():
         files |= {file: b"x" for file in UNUSED[name]}
     handler = type("RunningHub", (Hub,), {"repositories": repositories, "coco": coco, "requested": [],
@@ -211,3 +198,13 @@ def serve(folder, records, shared=SHARED / "hub", small=True):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def use(url, monkeypatch):
+    """Makes this process take the server for the hub and for COCO's."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                        url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("COCO_URL", f"{url}/coco/train2017")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits before it tries again

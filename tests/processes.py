@@ -48,14 +48,15 @@ def start(script, arguments, output, environment=None, plain_sgd=False, limit=No
     Args: output: file to which stdout and stderr are appended. plain_sgd: use SGD instead of AdamW.
     limit: (resource, number), for example resource.RLIMIT_NOFILE and the number of files that may be open.
     """
-    process = CONTEXT.Process(target=_child, args=(script, arguments, output, environment or {}, plain_sgd, limit))
+    process = CONTEXT.Process(target=_child, args=(
+        script, arguments, output, environment or {}, plain_sgd, limit))
     process.start()
     return process
 
 
 def start_all(script, arguments, output, world_size, plain_sgd=False, own_arguments=((), ())):
-    """Starts a script in `world_size` processes, as torchrun would. Returns the processes. own_arguments[rank]
-    are passed to one process only."""
+    """Starts a script in `world_size` processes, as torchrun would. Returns the processes.
+    own_arguments[rank] are passed to one process only."""
     environments = [{}]
     if world_size > 1:
         with socket.socket() as free:

@@ -5,8 +5,7 @@ import shlex
 import zipfile
 
 import pytest
-from huggingface_hub import constants
-from hub_server import CHAT, make_data, serve
+from hub_server import CHAT, make_data, serve, use
 
 import stage1_align
 import stage2_instruct
@@ -22,16 +21,6 @@ def hub(monkeypatch):
     with serve(None, records=40) as running:
         use(running.url, monkeypatch)
         yield running
-
-
-def use(url, monkeypatch):
-    """Makes this process take the server for the hub and for COCO's."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-                        url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("COCO_URL", f"{url}/coco/train2017")
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits before it tries again
 
 
 def names_in(folder):

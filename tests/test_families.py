@@ -15,9 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (AutoModelForCausalLM, AutoTokenizer, CLIPConfig, CLIPProcessor, Dinov2Config,
-                          Dinov2Model, Gemma2Config, Gemma3Config, Gemma3ForConditionalGeneration, GemmaConfig,
-                          Gemma3TextConfig, GraniteConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config,
-                          PreTrainedTokenizerFast, Qwen3Config, SiglipConfig, SiglipModel, SiglipVisionModel)
+                          Dinov2Model, Gemma2Config, Gemma3Config, Gemma3ForConditionalGeneration,
+                          Gemma3TextConfig, GemmaConfig, GraniteConfig, LlamaConfig, MistralConfig,
+                          Phi3Config, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config, SiglipConfig,
+                          SiglipModel, SiglipVisionModel)
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -135,9 +136,7 @@ TURNS = st.lists(st.tuples(TEXTS.filter(lambda text: IMAGE_TOKEN not in text),
                  min_size=1, max_size=3)
 
 
-@cache
-def template_of(folder):
-    return ChatTemplate(folder)
+template_of = cache(ChatTemplate)  # the next test asks for it many times
 
 
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
@@ -230,8 +229,7 @@ def test_the_prompt_is_the_same_on_every_day(tmp_path):
 def test_the_answer_prefix_of_a_template_is_trained_but_not_part_of_an_answer(tmp_path):
     template = ChatTemplate(make_family(tmp_path, *FAMILIES["qwen3"]))
     messages = QUESTION + [{"role": "assistant", "content": "Yes ,\n是的"}]
-    _, labels = template.encode(messages, 4)
-    labeled = [label for label in labels if label != IGNORE_INDEX]
+    labeled = [label for label in template.encode(messages, 4)[1] if label != IGNORE_INDEX]
     assert template.tokenizer.decode(labeled).startswith("<think>\n\n</think>\n\nYes")
     assert template.decode(labeled) == messages[1]["content"]
 

@@ -82,7 +82,7 @@ LORA = r"llm\..*\.lora_[AB]\."
 
 @pytest.mark.parametrize(("add_lora", "trained"), [
     (what_to_unfreeze.train_nothing_else, None),
-    (what_to_unfreeze.train_first_and_last_block, r"llm\.model\.layers\.[03]\."),
+    (what_to_unfreeze.train_outer_blocks, r"llm\.model\.layers\.[03]\."),
     (what_to_unfreeze.train_all_of_the_llm, r"llm\."),
     ("clip", rf"{LORA}|vision_tower\.encoder\.layers\.[12]\.")])
 def test_a_row_of_what_to_unfreeze_changes_the_projector_and_what_its_name_says(small, add_lora, trained):
@@ -115,7 +115,7 @@ def test_the_image_mask_lets_patches_see_all_patches_and_keeps_text_causal(small
                             for row in hidden[0]])
 
     causal = torch.ones(len(is_image), len(is_image)).tril().bool()
-    with experiment.replaced(Llava, embed=image_attention.embed_and_remember), \
+    with experiment.replaced(Llava, embed=image_attention.remembering_embed), \
             experiment.replaced(LlamaModel, forward=image_attention.forward_with_mask):
         assert torch.equal(reached(), causal | (is_image[:, None] & is_image))
         # Generation with the cache, in a batch with padding on the left, equals one pass over all tokens.

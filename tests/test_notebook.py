@@ -132,7 +132,7 @@ def test_without_a_gpu_all_cells_run_in_a_clone_and_those_of_the_real_models_do_
     cells = with_cell_after(CODE, "helpers", RUN_IN_KERNEL)
     printed, shown = run_notebook(cells, start, TOY_FLAGS=flags, LESSON_FLAGS="--steps 2", REAL=False)
     assert "git clone" not in printed and "the cells of the real models do nothing" in printed
-    for words in (f"working directory: {clone}", "16 samples to train on, 6 held out; 2 steps", "PROMPT",
+    for words in (f"working directory: {clone}", "samples per step; 2 steps on 16 samples", "PROMPT",
                   "REFERENCE", "correct image more likely", "wrong images: training loss",
                   "class token kept, last patch lost: captions", "found at the bottom right"):
         assert words in printed, words
@@ -173,7 +173,7 @@ def test_the_cells_of_the_real_models_run_after_cloning(tmp_path, monkeypatch):
     for folder in ("LLaVA-CC3M-Pretrain-595K/images", "coco/train2017"):
         assert len(list((start / "llava" / "data" / folder).iterdir())) == 10
     assert printed.count("10 images to fetch") == printed.count("fetching ") == 2  # images, and both models
-    assert printed.count("8 samples to train on, 2 held out; 1 steps") == 2
+    assert printed.count("; 1 steps on 8 samples") == 2
     assert "runs/limit-8/stage1 holds a finished run, so there is nothing to resume" in printed
     assert re.search(r"<image>×\d+\nIs it a drawing, or what's this\?", printed)
     assert shown == {"real-look": "page", "photo": "picture"}

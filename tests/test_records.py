@@ -98,9 +98,6 @@ def test_a_split_that_leaves_nothing_is_refused(records, message):
         split(records)
 
 
-# -- the check ---------------------------------------------------------------------------------------------
-
-
 def test_the_check_names_unusable_records_by_their_reason_and_leaves_them_out(dataset_of, capsys):
     records = [record_of("Who?", "A ."), record_of("Who?", " ", id="two"),
                record_of("Who?", "A .", image="red.png"), record_of("Who?", "", id="four"),

@@ -77,8 +77,8 @@ def test_a_resumed_run_sees_the_rest_of_the_same_order(limits):
 
 @pytest.fixture
 def make_log(tmp_path, monkeypatch):
-    """make_log(total_steps, eval_every, save_every) returns a MetricsLog without a terminal, and two functions
-    that pass time in an evaluation and in step number N."""
+    """make_log(total_steps, eval_every, save_every) returns a MetricsLog without a terminal, and two
+    functions that pass time in an evaluation and in step number N."""
     clock = SimpleNamespace(now=0.0, time=lambda: clock.now)
     monkeypatch.setattr(metrics_log, "time", clock)
     processes = SimpleNamespace(rank=0, device=torch.device("cpu"), sum=lambda x: x, max=lambda x: x)
@@ -108,7 +108,7 @@ def test_evaluations_and_checkpoints_follow_the_length_of_the_run_or_the_flags(m
     def due_steps(*flags):
         log, *_ = make_log(total_steps, *flags)
         steps = range(1, total_steps + 1)
-        return [step for step in steps if log.evaluation_is_due(step)], list(filter(log.checkpoint_is_due, steps))
+        return list(filter(log.evaluation_is_due, steps)), list(filter(log.checkpoint_is_due, steps))
 
     evaluations, saves = due_steps()
     assert min(total_steps - 1, 18) <= len(evaluations) <= 19 and total_steps not in evaluations

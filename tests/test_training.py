@@ -99,7 +99,8 @@ def test_the_learning_rate_rises_in_the_warm_up_and_falls_along_a_cosine(script,
 def test_the_same_seed_gives_the_same_projector_and_a_norm_of_zero_means_no_clipping(script, flags, tmp_path):
     saved = []
     for i, changes in enumerate([{}, {}, {"max_grad_norm": 0}, {"max_grad_norm": 1e-3}, {"seed": 4}]):
-        script("stage1_align", *flags(1, **{**dict(max_steps=2, run=i, seed=3, max_grad_norm=1e9), **changes}))
+        changes = {"max_grad_norm": 1e9, "seed": 3, **changes}
+        script("stage1_align", *flags(1, max_steps=2, run=i, **changes))
         saved.append((tmp_path / str(i) / "stage1" / "projector.safetensors").read_bytes())
     assert saved[0] == saved[1] == saved[2] and len(set(saved)) == 3
 
@@ -117,11 +118,12 @@ def test_activation_checkpointing_changes_no_loss(script, flags, watched, tmp_pa
 def test_trying_the_longest_batch_changes_nothing(tiny, dataset_of, capsys):
     model, *_ = tiny()
     model.add_lora(LoraConfig(lora_dropout=0.5, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"))
+    model.train()
     dataset = dataset_of([record_of("Who?", "Yes " * n, image="red.png") for n in (1, 9, 3)])
     lengths = np.array([len(dataset.encode_record(record)[0]) for record in dataset.records])
     settings = SimpleNamespace(batch_size=2, grad_accum=1, activation_checkpointing=False)
     before, random = [p.detach().clone() for p in model.parameters()], torch.get_rng_state()
-    step_batches.try_longest_batch(model.train(), dataset, lengths, torch.device("cpu"), nullcontext, settings)
+    step_batches.try_longest_batch(model, dataset, lengths, torch.device("cpu"), nullcontext, settings)
     assert all(p.grad is None and torch.equal(p, old) for p, old in zip(model.parameters(), before))
     assert torch.equal(torch.get_rng_state(), random)  # dropout has drawn from it
     assert f"longest micro-batch: 2 samples of up to {lengths[1]} tokens" in capsys.readouterr().out
@@ -222,16 +224,17 @@ def test_the_sanity_check_says_when_the_image_makes_no_difference(script, flags,
 
 
 def test_the_sanity_check_shows_the_mask_and_answers_about_any_picture(script, trained, tmp_path, capsys):
-    script("sanity_check", "--run", trained[0], "--show-mask", 0)
-    assert "[[a red picture .</s>]]" in capsys.readouterr().out
+    def printed(*words):
+        script("sanity_check", "--run", trained[0], *words)
+        return capsys.readouterr().out
+
+    assert "[[a red picture .</s>]]" in printed("--show-mask", 0)
     draw("red", size=(30, 40)).save(tmp_path / "mine.png")
-    script("sanity_check", "--run", trained[0], "--image", "mine.png", "--question", "What object is shown?")
-    assert "What object is shown?" in capsys.readouterr().out
-    script("sanity_check", "--run", trained[0], "--image", "mine.png")
-    assert "GENERATED\na red picture" in capsys.readouterr().out
+    assert "What object is shown?" in printed("--image", "mine.png", "--question", "What object is shown?")
+    assert "GENERATED\na red picture" in printed("--image", "mine.png")
     torch.manual_seed(0)
-    script("sanity_check", "--run", trained[0], "--image", "mine.png", "--temperature", 50, "--max-new-tokens", 5)
-    assert "a red picture" not in capsys.readouterr().out.split("GENERATED")[1]
+    out = printed("--image", "mine.png", "--temperature", 50, "--max-new-tokens", 5)
+    assert "a red picture" not in out.split("GENERATED")[1]
 
 
 # -- files -------------------------------------------------------------------------------------------------
@@ -248,10 +251,11 @@ def test_result_files_get_the_permissions_of_the_umask_and_the_adapter_names_wha
         script("tools.export_hf", "--out", "exported")
     finally:
         os.umask(before)
-    files = [path for folder in ("runs", "exported") for path in (tmp_path / folder).rglob("*") if path.is_file()]
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
     assert len(files) > 12 and {oct(path.stat().st_mode & 0o777) for path in files} == {"0o644"}
     adapter = tmp_path / "runs" / "toy" / "stage2" / "adapter"
-    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "me/tiny-llm"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "me/tiny-llm"
     assert "base_model: me/tiny-llm\n" in (adapter / "README.md").read_text()
 
 
@@ -305,14 +309,14 @@ def test_the_folder_of_a_stage_is_not_taken_for_the_folder_of_a_run(script, refu
 
 def test_the_next_command_can_be_typed_as_it_is_printed(script, parts, drawn, tmp_path, capsys):
     """With own data and models, it would otherwise train the toy. Records are held out of the own data."""
-    own = {"--run": "my run", "--llm": shutil.copytree(parts.llm, tmp_path / "my llm"), "--vision-layer": -1,
-           "--vision-tower": parts.clip, "--data": shutil.copytree(drawn, tmp_path / "it's mine") / "chat.json",
-           "--images": drawn / "images", "--heldout": 3}
+    data = shutil.copytree(drawn, tmp_path / "it's mine") / "chat.json"
+    own = {"--run": "my run", "--llm": shutil.copytree(parts.llm, tmp_path / "my llm"), "--data": data,
+           "--vision-tower": parts.clip, "--vision-layer": -1, "--images": drawn / "images", "--heldout": 3}
     words = [str(word) for flag_and_value in own.items() for word in flag_and_value]
     script("stage1_align", *words, "--max-steps", "0")
     for name, expected in (("stage2_instruct", words), ("sanity_check", words[:2])):
         out = capsys.readouterr().out
-        assert f"checked 3 records of {own['--data']}" in out and "toy/data" not in out
+        assert f"checked 3 records of {data}" in out and "toy/data" not in out
         python, file, *typed = shlex.split(out.splitlines()[-1].partition("next: ")[2])
         assert (python, file, sorted(typed)) == ("python", f"{name}.py", sorted(expected))
         script(name, *typed)
@@ -325,7 +329,8 @@ def test_stage_2_refuses_a_projector_made_for_other_models(refusal, script, flag
     copy = shutil.copytree(parts.llm, tmp_path / "other")
     other = {"llm": copy, "vision_layer": -1, "projector": "mlp"}[change]
     sentence = refusal("stage2_instruct", *flags(2, **{change: other}))
-    assert all(words in sentence for words in ("stage1 was trained for", f"--{change.replace('_', '-')}", str(other)))
+    assert "stage1 was trained for" in sentence
+    assert f"--{change.replace('_', '-')}" in sentence and str(other) in sentence
 
 
 @pytest.mark.parametrize("change, expected", [

@@ -13,10 +13,15 @@ import sys
 import time
 
 import pytest
-from conftest import REPOSITORY, draw, make_clip, make_llm
-from hub_server import CHAT, CLIP, LLM, serve
+from conftest import REPOSITORY, draw
+from hub_server import CHAT, CLIP, LLM, serve, use
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-pytestmark = pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+from support.errors import UserError
+from support.pretrained import find_pretrained
+
+needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 
 # Runs commands one after another in one process, because importing torch and transformers takes seconds.
 WALK = """
@@ -41,15 +46,24 @@ def hub(tmp_path_factory):
 
 
 @pytest.fixture
-def on(hub, tmp_path):
-    """on("command", …) runs a command in an empty folder, with an empty cache and the network. Returns the
+def cache(hub, tmp_path, monkeypatch):
+    """An empty cache of the hub's client, for this process."""
+    use(hub.url, monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    hub.requested.clear()
+    hub.gated.clear()
+    hub.break_off.clear()
+    return tmp_path / "home" / "hub"
+
+
+@pytest.fixture
+def on(hub, tmp_path, cache):
+    """on("command", …) runs a command in an empty folder, with the cache and the network. Returns the
     CompletedProcess."""
-    (tmp_path / "home").mkdir()
     for name in ("tools", *(path.name for path in REPOSITORY.glob("*.py"))):
         (tmp_path / name).symlink_to(REPOSITORY / name)
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url,
-                   "HF_HUB_OFFLINE": "0", "COCO_ZIP": f"{hub.url}/coco/train2017.zip",
-                   "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100",
+    environment = {**os.environ, "HF_HOME": str(cache.parent), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0",
+                   "COCO_ZIP": f"{hub.url}/coco/train2017.zip", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100",
                    "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
 
     def run(*words, text="", **changes):
@@ -57,26 +71,21 @@ def on(hub, tmp_path):
                               env={**environment, **changes})
 
     run.environment, run.folder = environment, tmp_path
-    hub.requested.clear()
-    hub.gated.clear()
-    hub.break_off.clear()
     return run
 
 
-def find(on, *names, **changes):
-    """Returns what find_pretrained() prints or raises for each name, in a process of its own."""
-    done = on(sys.executable, "-c", f"""
-from support.errors import UserError
-from support.pretrained import find_pretrained
-for name in {names}:
-    try:
-        print(find_pretrained(name))
-    except UserError as error:
-        print(error)
-""", **changes)
-    return done.stdout
+def find(name, **changes):
+    """Returns what find_pretrained() returns or raises, as a text, while constants of the client are changed."""
+    with pytest.MonkeyPatch.context() as patches:
+        for constant, value in changes.items():
+            patches.setattr(constants, constant, value)
+        try:
+            return find_pretrained(name)
+        except UserError as error:
+            return str(error)
 
 
+@needs_curl
 def test_the_first_evening(on, hub):
     download = on("bash", "tools/download.sh")
     assert download.returncode == 0, download.stderr
@@ -102,7 +111,8 @@ def test_the_first_evening(on, hub):
 
     draw("red", size=(60, 50)).save(on.folder / "photo.jpg")
     walk = on(sys.executable, "-c", WALK, text="""\
-python stage1_align.py --preset tinyllama --check-data
+python -m tools.download --limit 40
+python stage1_align.py --preset tinyllama --limit 40 --images data/LLaVA-CC3M-Pretrain-595K/images --check-data
 python stage1_align.py --preset tinyllama --max-steps 40 --resume
 python stage2_instruct.py --preset tinyllama --max-steps 2
 python sanity_check.py --run runs/tinyllama --sample 0
@@ -113,7 +123,7 @@ python -m tools.export_hf --run runs/tinyllama --out exported
 """)
     assert walk.returncode == 0, walk.stdout + walk.stderr
     out = walk.stdout
-    for words in ("checked 64 records", "resuming runs/tinyllama/stage1",
+    for words in ("checked 40 records", "checked 64 records", "resuming runs/tinyllama/stage1",
                   "next: python stage2_instruct.py --preset tinyllama",
                   "next: python sanity_check.py --run runs/tinyllama", "\nREFERENCE\n",
                   "What is unusual about this image?", "correct image more likely",
@@ -134,6 +144,7 @@ print(ask([{"role": "user", "content": [{"type": "image", "path": "photo.jpg"},
     assert chat.returncode == 0 and chat.stdout.strip(), chat.stderr
 
 
+@needs_curl
 def test_download_sh_continues_a_zip_that_broke_off(on, hub):
     hub.break_off["images.zip"] = 1
     assert on("bash", "tools/download.sh", "stage1").returncode != 0
@@ -145,49 +156,51 @@ def test_download_sh_continues_a_zip_that_broke_off(on, hub):
     assert zip_file.read_bytes() == hub.repositories[CHAT]["images.zip"]
 
 
-def test_download_sh_fetches_the_models_beforehand(on, hub):
+def test_download_sh_fetches_the_models_beforehand(on, hub, cache):
     assert on("bash", "tools/download.sh", "models").returncode == 0
-    hub.requested.clear()
-    assert find(on, CLIP, LLM, HF_HUB_OFFLINE="1").count(str(on.folder / "home")) == 2
+    assert all(find(name, HF_HUB_OFFLINE=True).startswith(str(cache)) for name in (CLIP, LLM))
 
 
 @pytest.mark.parametrize("how", ["snapshot_download", "from_pretrained", "an older client"])
-def test_a_model_that_others_have_put_into_the_cache_is_found(on, hub, how):
-    calls = {"from_pretrained": f"from transformers import *; AutoTokenizer.from_pretrained({LLM!r}); "
-                                f"AutoModelForCausalLM.from_pretrained({LLM!r})"}
-    everything = f"from huggingface_hub import *; snapshot_download({LLM!r})"
-    done = on(sys.executable, "-c", calls.get(how, everything))
-    assert done.returncode == 0, done.stderr
+def test_a_model_that_others_have_put_into_the_cache_is_found(cache, hub, how):
+    if how == "from_pretrained":
+        for model_class in (AutoTokenizer, AutoModelForCausalLM):
+            model_class.from_pretrained(LLM, cache_dir=cache)
+    else:
+        snapshot_download(LLM)
     if how == "an older client":  # before version 1.23, the client stored no list of files
-        shutil.rmtree(on.folder / "home" / "hub" / f"models--{LLM.replace('/', '--')}" / "trees")
+        shutil.rmtree(cache / f"models--{LLM.replace('/', '--')}" / "trees")
     hub.requested.clear()
-    assert find(on, LLM).startswith(str(on.folder / "home")) and hub.requested == []
+    assert find(LLM).startswith(str(cache)) and hub.requested == []
 
 
-@pytest.mark.parametrize("how, name, missing", [
-    (f"hf download {CLIP} config.json preprocessor_config.json", CLIP, "model.safetensors"),
-    (f"hf download {CLIP} config.json --revision 0123", CLIP, "outgoing traffic has been disabled"),
-    (f"hf download {CLIP}", CLIP, "model.safetensors"),  # breaks off
-    (f"python -c 'from transformers import *; AutoModelForCausalLM.from_pretrained(\"{LLM}\")'", LLM,
-     "tokenizer_config.json")])
-def test_an_incomplete_model_is_completed_or_what_is_missing_is_named(on, hub, how, name, missing):
-    if how == f"hf download {CLIP}":
-        hub.break_off["model.safetensors"] = 100
-    done = on("bash", "-c", how)
-    assert (done.returncode != 0) == bool(hub.break_off), done.stderr
+INCOMPLETE = {  # what: (a call that leaves an incomplete model in the cache, its name, what is missing)
+    "a part": (lambda: snapshot_download(CLIP, allow_patterns="*config.json"), CLIP, "model.safetensors"),
+    "another revision": (lambda: hf_hub_download(CLIP, "config.json", revision="0123"), CLIP,
+                         "Cannot find an appropriate cached snapshot"),
+    "a download that broke off": (lambda: find(CLIP), CLIP, "model.safetensors"),
+    "no tokenizer": (lambda: AutoModelForCausalLM.from_pretrained(LLM, cache_dir=constants.HF_HUB_CACHE), LLM,
+                     "tokenizer_config.json"),
+}
+
+
+@pytest.mark.parametrize("what", INCOMPLETE)
+def test_an_incomplete_model_is_completed_or_what_is_missing_is_named(cache, hub, what):
+    fetch_a_part, name, missing = INCOMPLETE[what]
+    hub.break_off["model.safetensors"] = 100 if what == "a download that broke off" else 0
+    fetch_a_part()
     hub.break_off.clear()
-    assert missing in find(on, name, HF_HUB_OFFLINE="1")
+    assert missing in find(name, HF_HUB_OFFLINE=True)
     hub.requested.clear()
-    assert f"fetching {name}" in find(on, name)
-    assert hub.requested and "fetching" not in find(on, name, HF_HUB_OFFLINE="1")
+    folder = find(name)
+    assert folder.startswith(str(cache)) and hub.requested and find(name, HF_HUB_OFFLINE=True) == folder
 
 
-def test_a_model_that_cannot_be_fetched_is_refused_in_one_sentence(on, hub, monkeypatch):
+def test_a_model_that_cannot_be_fetched_is_refused_in_one_sentence(cache, hub, monkeypatch):
     hub.gated.add(LLM)
     monkeypatch.delitem(hub.repositories[CLIP], "model.safetensors")  # as of openai/clip-vit-base-patch32
-    printed = find(on, "nobody/nothing", "no such name", LLM, CLIP) + find(on, CLIP, HF_ENDPOINT="http://127.0.0.1:9",
-                                                                          HF_HOME="none")
-    sentences = [line for line in printed.splitlines() if not line.startswith("fetching")]
-    for sentence, words in zip(sentences, ["Repository Not Found", "Repo id must", "Visit http", "in the format "
-                                           "safetensors", "check your internet connection"], strict=True):
-        assert words in sentence and len(sentence) < 450
+    for words, sentence in {
+            "Repository Not Found": find("nobody/nothing"), "Repo id must": find("no such name"),
+            "Access to model": find(LLM), "weights in the format safetensors": find(CLIP),
+            "check your internet connection": find("a/b", ENDPOINT="http://127.0.0.1:9")}.items():
+        assert words in sentence and "\n" not in sentence and len(sentence) < 450

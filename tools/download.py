@@ -92,7 +92,7 @@ def fetch_from_coco(name):
 
 def fetch_images(names, fetch, folder):
     """Writes fetch(name) to the folder for each of the names, and prints those that could not be fetched."""
-    def fetch_and_write(name):
+    def save_image(name):
         content = fetch(name)
         if content is None:
             return 0
@@ -101,7 +101,7 @@ def fetch_images(names, fetch, folder):
 
     unavailable, num_bytes, pool = [], 0, ThreadPoolExecutor(16)
     try:
-        bar = tqdm(pool.map(fetch_and_write, names), total=len(names), unit="image")
+        bar = tqdm(pool.map(save_image, names), total=len(names), unit="image")
         for size, name in zip(bar, names):
             num_bytes += size
             bar.set_postfix_str(f"{num_bytes / 1e6:,.0f} MB", refresh=False)

@@ -171,7 +171,7 @@ def score_answers(questions, answers, name="qa_exact"):
             f"{name}_by_kind": {kind: sum(correct[kind]) / len(correct[kind]) for kind in sorted(correct)}}
 
 
-def is_yes_or_no(text):
+def is_yes_no(text):
     return text.lower().rstrip(".") in ("yes", "no")
 
 
@@ -250,7 +250,7 @@ def evaluate(model, dataset, name, result, args):
     # 2. With generated answers. They can be scored only if no other answer is correct.
     is_toy = name == "captions" and any(is_toy_caption(question.reference) for question in questions)
     scored = [q for q in questions if (is_toy_caption(q.reference) if is_toy else q.kind)]
-    yes_no = [q for q in questions if is_yes_or_no(q.reference)]
+    yes_no = [q for q in questions if is_yes_no(q.reference)]
     asked = scored or yes_no or evenly_spaced(questions, args.count)
     settings = dataset, asked, device, args.batch_size, args.max_new_tokens
     answers = answer_questions(model, dataset.template, *settings)
@@ -265,7 +265,7 @@ def evaluate(model, dataset, name, result, args):
             result |= score_answers(asked, answers, key) | score_answers(asked, different, f"{key}_different")
             if name == "answers":
                 result["most_frequent_by_kind"] = most_frequent_shares(asked, answers)
-        positions = [i for i, question in enumerate(asked) if is_yes_or_no(question.reference)]
+        positions = [i for i, question in enumerate(asked) if is_yes_no(question.reference)]
         if positions and name == "answers":
             result["counts"]["yes_no"] = len(positions)
             for key, texts in (("yes_no", answers), ("yes_no_different", different)):
