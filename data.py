@@ -44,8 +44,8 @@ Three rules:
   * No code looks for padding by its id, because TinyLlama's padding token is also its end token.
   * labels[t] belongs to the token at position t. Llava.forward() shifts by one.
 
-An image position is never labeled, because the image token has no row in the LLM's vocabulary that could be
-predicted. (The original code marks the image's place with the id -200.)
+An image position is never labeled, because the image is part of a question. (Readers of the original code
+know its id as -200. In stage 1, that code leaves the question out, see docs/paper.md.)
 
 `python stage1_align.py --check-data` prints a record with its labeled tokens in [[ ]].
 """
@@ -77,8 +77,8 @@ class ChatTemplate:
     def __init__(self, llm):
         (self.tokenizer, self.start_token_id, end_token_ids, self.context_length,
          self.num_embeddings) = load_tokenizer(llm)
-        # The tokenizer gets one more token. The LLM's embedding table does not: Llava.embed() puts an image
-        # feature wherever this id stands, so the id is never looked up.
+        # The tokenizer gets one more token. The LLM's embedding table stays as it is, because Llava.embed()
+        # puts an image feature wherever this id stands, so the id is never looked up.
         self.tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         special = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items()
@@ -90,7 +90,8 @@ class ChatTemplate:
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = pad if pad is not None and pad < self.num_embeddings else 0
         # What the template writes between a question and its answer.
-        self.answer_header = self.render([{"role": "user", "content": "?"}], is_prompt=True).rpartition("?")[2]
+        prompt = self.render([{"role": "user", "content": "?"}], is_prompt=True)
+        self.answer_header = prompt.rpartition("?")[2]
         # What encode() relies on. Generation stops at all end tokens; the first is the one that is trained.
         self.answer_prefixes, self.end_token_id = check_chat_template(self)
         self.end_token_ids = list(dict.fromkeys([self.end_token_id, *end_token_ids]))
@@ -98,7 +99,8 @@ class ChatTemplate:
     def render(self, messages, is_prompt=False):
         """Returns the conversation as one text. A prompt ends where the answer to its last question begins."""
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
+            return self.tokenizer.apply_chat_template(messages, tokenize=False,
+                                                      add_generation_prompt=is_prompt)
         except jinja2.TemplateError as error:  # a template can refuse a conversation
             raise UserError(f"the chat template in {self.tokenizer.name_or_path} fails: {error}") from error
 
@@ -138,18 +140,20 @@ class ChatTemplate:
         text = self.render(messages)
         ids, offsets = self.tokenize(text, num_image_tokens)
         labels = [IGNORE_INDEX] * len(ids)
-        end = last = 0
+        end = last_token = 0
         for question, answer in zip(messages[::2], messages[1::2]):
             prompt_end = question["content"] + self.answer_header
             found = text.find(prompt_end, end)
             start = found + len(prompt_end)  # in characters, as end
-            # The tokens from the start of the answer to the first special token, which ends it.
-            first = next((t for t in range(last, len(ids)) if offsets[t][0] >= start), len(ids) - 1)
-            last = next((t for t in range(first, len(ids)) if ids[t] in self.special_ids), len(ids) - 1)
-            end = offsets[last][0] if ids[last] in self.special_ids else len(text)
+            # From the first token of the answer to the next special token, which ends it.
+            first_token = next((t for t in range(last_token, len(ids)) if offsets[t][0] >= start),
+                               len(ids) - 1)
+            last_token = next((t for t in range(first_token, len(ids)) if ids[t] in self.special_ids),
+                              len(ids) - 1)
+            end = offsets[last_token][0] if ids[last_token] in self.special_ids else len(text)
             if found < 0 or not text[start:end].strip().endswith(answer["content"]):
                 raise UserError(f"the chat template in {self.tokenizer.name_or_path} changes a text")
-            labels[first:last + 1] = ids[first:last + 1]
+            labels[first_token:last_token + 1] = ids[first_token:last_token + 1]
         return ids, labels
 
     def encode_prompt(self, messages, num_image_tokens):
@@ -187,9 +191,9 @@ class ChatTemplate:
 
     def decode(self, ids):
         """Returns the text of an answer, without special tokens and without an answer prefix."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for prefix in self.answer_prefixes:
-            text = text.removeprefix(prefix.strip())
+            text = text.strip().removeprefix(prefix.strip())
         return text.strip()
 
 
@@ -197,9 +201,9 @@ class ChatTemplate:
 
 
 class ChatDataset(Dataset):
-    """Training samples. Sample i is {"input_ids", "labels", "pixel_values", "skipped"}. `records` are Records,
-    `image_processor` is the preprocessing of the vision tower, and `num_image_tokens` is N. `max_length` is
-    the longest sample in tokens, image positions included."""
+    """Training samples. Sample i is {"input_ids", "labels", "pixel_values", "skipped"}. `records` are
+    Records, `image_processor` is the preprocessing of the vision tower, and `num_image_tokens` is N.
+    `max_length` is the longest sample in tokens, image positions included."""
 
     def __init__(self, records, template, image_processor, num_image_tokens, max_length):
         self.records, self.template, self.image_processor = records, template, image_processor
@@ -231,14 +235,14 @@ class ChatDataset(Dataset):
         except UserError as error:
             raise BadRecord(record, str(error)) from error
         if len(ids) > self.max_length:
-            has_image, following = self.template.image_token_id in ids, labels[1:] + [IGNORE_INDEX]
+            has_image = self.template.image_token_id in ids
             # The last labeled token of an answer is followed by one without a label.
-            end = max((t + 1 for t in range(self.max_length)
-                       if labels[t] != IGNORE_INDEX and following[t] == IGNORE_INDEX), default=0)
-            ids, labels = ids[:end], labels[:end]
+            ends = [t + 1 for t in range(self.max_length)
+                    if labels[t] != IGNORE_INDEX and labels[t + 1] == IGNORE_INDEX]
+            ids, labels = (ids[:ends[-1]], labels[:ends[-1]]) if ends else ([], [])
             if not ids or (has_image and self.template.image_token_id not in ids):
                 raise BadRecord(record, "too long for --max-length",
-                                f"not even its first answer fits into {self.max_length} tokens")
+                                f"its first answer, or its image, does not fit into {self.max_length} tokens")
         return ids, labels
 
     def load_pixel_values(self, record):

@@ -7,7 +7,8 @@
 CLIP cuts the image into patches and returns one vector per patch (Z_v). The projector, one linear layer, maps
 each of these vectors into the space of the LLM's token embeddings (H_v). From there on the LLM reads the
 image like text, whose embeddings are H_q. Nothing marks these positions as an image. They have consecutive
-positions, in reading order, and attention is causal, so patch k sees only the patches before it.
+positions, in reading order, and attention is causal, so patch k sees only the patches before it. Where a
+patch is, its features say themselves, because CLIP has added position embeddings.
 
 Sizes used in the comments:                                          CLIP ViT-L/14 + TinyLlama       toy
     B    samples in the batch
@@ -99,7 +100,7 @@ class Llava(nn.Module):
         A and B are fp32. If W is in half precision, the model must be called under autocast.
         """
         self.llm = get_peft_model(self.llm, config)
-        # peft would cast x to fp32, and autocast back to half precision.
+        # Otherwise peft would cast x to fp32 and autocast back, which costs time and memory.
         for module in self.llm.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = False
@@ -186,7 +187,7 @@ class Llava(nn.Module):
             input_ids, labels: (B, T) int64, padded on the right. labels is IGNORE_INDEX except on answers
                 and their end tokens, see ChatTemplate.encode().
             pixel_values: (I, 3, S, S).
-            attention_mask: (B, T), not used, see below. It is a parameter so that model(**batch) works.
+            attention_mask: (B, T), ignored, see below. collate() makes it for generate() and for the log.
         """
         # The output at position t predicts the token at t + 1, so the targets are the labels, shifted by one.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # (B, T) -> (B·T,)

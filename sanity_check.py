@@ -40,7 +40,7 @@ MAX_PATCHES = 24  # printed by --nearest-tokens
 
 
 def print_generation(model, template, prompt, args):
-    """Prints PROMPT, then GENERATED token by token."""
+    """Prints PROMPT, then GENERATED word by word."""
     text = printable(template.tokenizer.decode(prompt["input_ids"]), keep="\n")
     text = shorten_image(text, prompt["input_ids"].count(template.image_token_id))
     print(f"PROMPT\n{text.rstrip()}\nGENERATED")
@@ -66,7 +66,8 @@ def print_every_stage(args):
         else:
             dataset = load_heldout_dataset(stage2, template, image_processor, model.num_image_tokens)
             record = record_of(dataset, args.sample)
-            question, pixel_values = record["conversations"][0]["value"], dataset.load_pixel_values(record)
+            question = template.to_messages(record)[0]["content"].removeprefix(IMAGE_TOKEN).strip()
+            pixel_values = dataset.load_pixel_values(record)
 
         def show(title, pixel_values):
             print(f"\n{title}")
@@ -75,11 +76,12 @@ def print_every_stage(args):
                          args.temperature)
 
         if stage == 1:
-            print(printable(f"QUESTION\n{question.replace(IMAGE_TOKEN, '').strip()}", keep="\n"))
+            print(printable(f"QUESTION\n{question}", keep="\n"))
             show("WITHOUT AN IMAGE", None)
             with untrained_projector(model):
                 show("UNTRAINED PROJECTOR", pixel_values)
         show(f"AFTER STAGE {stage}", pixel_values)
+        del model  # so that two large models need not fit into the memory
 
 
 def make_image_prompt(model, template, question, pixel_values):
@@ -128,7 +130,7 @@ def print_losses(model, heldout_dataset, i):
     if max(abs(loss - losses["correct image"]) for loss in losses.values()) < 0.01:  # nats per token
         print("The image makes almost no difference for this record. Look at several records.")
     elif losses["correct image"] > min(losses.values()):
-        print("The reference answers of this record are less likely with the correct image.")
+        print("A wrong image makes the reference answers of this record more likely than the correct one.")
 
 
 def print_nearest_tokens(model, template, pixel_values, stage):
@@ -169,9 +171,11 @@ def main():
     args = parser.parse_args()
     if args.image is None and args.question is not None:
         raise UserError("--question needs --image, because a held-out record has its own question")
-    other_mode = args.every_stage or args.show_mask is not None or args.nearest_tokens is not None
-    if args.probabilities and other_mode:
+    no_answer = args.show_mask is not None or args.nearest_tokens is not None
+    if args.probabilities and (args.every_stage or no_answer):
         raise UserError("--probabilities needs --sample or --image without --every-stage")
+    if args.every_stage and (args.stage or no_answer):
+        raise UserError("--every-stage needs --sample or --image, and no --stage, because it shows both")
     args.question = args.question or "Provide a brief description of the given image."
     args.sample = args.sample or 0
     if args.every_stage:
@@ -187,7 +191,7 @@ def main():
 
     heldout_dataset = load_heldout_dataset(args.run / f"stage{saved['stage']}", template, image_processor,
                                            model.num_image_tokens)
-    i = args.show_mask or args.nearest_tokens or args.sample
+    i = next(n for n in (args.show_mask, args.nearest_tokens, args.sample) if n is not None)
     record = record_of(heldout_dataset, i)
     if args.show_mask is not None:
         print_sample(heldout_dataset, i, color=sys.stdout.isatty())

@@ -10,7 +10,8 @@ could damage it.
     python stage1_align.py --preset small       DINOv2 and SmolLM2-135M, see docs/small.md
     python stage1_align.py --preset tinyllama   the real models and data, see docs/real_data.md
 
-Writes projector.safetensors, run.json and metrics.jsonl to <run>/stage1/. Continue with stage2_instruct.py.
+Writes projector.safetensors, run.json, heldout.json and metrics.jsonl to <run>/stage1/. Continue with
+stage2_instruct.py.
 This prints where main() of the two stages differs, without comments:
     diff <(sed -n '/^def main/,$p' stage1_align.py | grep -v '^ *#') \\
          <(sed -n '/^def main/,$p' stage2_instruct.py | grep -v '^ *#')
@@ -46,7 +47,7 @@ PRESETS = {
         images="toy/data/images.zip",         # a .zip file, or a folder as in stage 2
         heldout_data="toy/data/heldout_chat.json",
         heldout_images="toy/data/heldout.zip",
-        heldout=240,                          # records that are only evaluated
+        heldout=240,                          # that many of them are evaluated
         max_length=256,                       # longest sample in tokens, N image positions included
         lr=1e-2,                              # at its peak; the small toy allows a high one
         batch_size=32,                        # samples per micro-batch
@@ -76,11 +77,11 @@ PRESETS = {
         llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
         data="data/LLaVA-CC3M-Pretrain-595K/chat.json",
         images="data/LLaVA-CC3M-Pretrain-595K/images.zip",
-        heldout=256,                          # images that are taken out of the training data
+        heldout=256,                          # images that are taken out of the training data and evaluated
         max_length=2048,                      # TinyLlama cannot read more
         workers=2,                            # processes that decode images
         lr=2e-3,                              # this, one epoch and 128 samples per step are the paper's
-        batch_size=4,                         # fits into 14.6 GiB, see docs/memory_and_speed.md
+        batch_size=4,                         # computed to fit into 14.6 GiB, see docs/memory_and_speed.md
         grad_accum=32,                        # 4 × 32 = 128 samples per step
         epochs=1),
 }
@@ -176,7 +177,7 @@ def main(argv=None):
         if progress.step == 0:
             progress.before = evaluate()
         batches = iter(loader)
-        for indices, num_samples in zip(steps, samples_per_step):
+        for step_indices, num_samples in zip(steps, samples_per_step):
             # Linear warm-up, because Adam's first updates are about as large as lr however small the gradient
             # is. Then half a cosine, towards zero, while `decay` grows from 0 to 1.
             decay = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -184,14 +185,14 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
 
-            micro_batches, skipped, seconds_waiting = step_batches.take_step(batches, len(indices))
+            micro_batches, skipped, seconds_waiting = step_batches.take_step(batches, len(step_indices))
             folder.record_skipped(progress, skipped, len(train_dataset))
 
-            # The loss is the mean over all n labeled tokens of the effective batch, here num_labeled:
-            #     L = 1/n · Σ over micro-batches Σ over their labeled tokens  -log p(x_t | x_<t, image)
-            # With the usual loss.mean() / grad_accum, every micro-batch has the same weight. A token in a
-            # micro-batch with few labeled tokens would then count more than one in a micro-batch with many,
-            # and the result would depend on how the batch is split.
+            # The loss is the mean over all n labeled tokens of the effective batch, here num_labeled:     L =
+            # 1/n · Σ over micro-batches Σ over their labeled tokens  -log p(x_t | x_<t, image) With the usual
+            # loss.mean() / grad_accum, which many training loops have, every micro-batch has the same weight.
+            # A token in a micro-batch with few labeled tokens would then count more than one in a micro-batch
+            # with many, and the result would depend on how the batch is split.
             own_labeled = sum(count_labeled(batch).sum().item() for batch in micro_batches)
             num_labeled = processes.sum(own_labeled)
             loss = torch.zeros((), device=device)
@@ -211,7 +212,8 @@ def main(argv=None):
             loss = processes.sum(loss)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-            checkpoints.stop_if_diverged(progress, loss, grad_norm, scaler, train_dataset.records, indices)
+            checkpoints.stop_if_diverged(progress, loss, grad_norm, scaler, train_dataset.records,
+                                         step_indices)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -224,7 +226,7 @@ def main(argv=None):
             del micro_batches
             if log.evaluation_is_due(progress.step):
                 evaluate()
-            # Not 0 if any process has got Ctrl-C or SIGTERM. Then all processes save and stop.
+            # The number of the signal, or 0. If any process has got Ctrl-C or SIGTERM, all save and stop.
             stop = processes.max(stop_signal.number)
             if stop or log.checkpoint_is_due(progress.step):
                 folder.save_checkpoint(progress, model, optimizer, scaler)

@@ -9,8 +9,9 @@ one small GPU is enough. The original code has a LoRA script, too: scripts/v1_5/
     python stage2_instruct.py --preset tinyllama   the real models and data, see docs/real_data.md
 
 Reads <run>/stage1/. Writes projector.safetensors, adapter/, run.json and metrics.jsonl to <run>/stage2/.
-Continue with sanity_check.py. stage1_align.py explains what both stages have in common. What is new stands
-under a heading of its own: the LLM gets a LoRA adapter, and adapter and projector have different learning rates.
+Continue with sanity_check.py. stage1_align.py explains what both stages have in common. What is new is marked
+"New", or stands under "new in stage 2": the LLM gets a LoRA adapter, and adapter and projector have different
+learning rates.
 """
 
 import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
@@ -34,7 +35,7 @@ from support.pretrained import (load_image_processor, load_language_model, load_
 from support.processes import Processes
 from support.records import load_records
 
-# Only the last lines of each preset are new.
+# The settings of stage 1, with other data and schedules. New are projector_lr and lora_*.
 PRESETS = {
     "toy": dict(
         run="runs/toy",
@@ -87,11 +88,11 @@ PRESETS = {
         workers=2,
         batch_size=2,
         grad_accum=64,                        # 2 × 64 = 128 samples per step, as in the original LoRA script
-        epochs=1,
-        lr=2e-4,                              # also from that script, as is
-        projector_lr=2e-5,                    # a tenth for the projector, which must not forget stage 1
-        lora_r=16,                            # there 128 and 256: alpha / r is the same, but the adapter and
-        lora_alpha=32,                        # its optimizer need an eighth of the memory
+        epochs=1,                             # also there; the paper has 3 epochs of steps of 32 samples
+        lr=2e-4,                              # also there; the paper has 2e-5 for all weights of the LLM
+        projector_lr=2e-5,                    # also there; low, so that the projector keeps what it can
+        lora_r=16,                            # there 128, which needs eight times the memory
+        lora_alpha=32,                        # there 256, so alpha / r is the same
         lora_dropout=0.05),
 }
 
@@ -158,7 +159,7 @@ def main(argv=None):
 
     # -- 5. the loop ---------------------------------------------------------------------------------------
 
-    # This is the loop of stage 1, line by line.
+    # New: nothing. This is the loop of stage 1, line by line.
     progress = folder.begin(model, optimizer, scaler, train_dataset.records, heldout_dataset.records)
     steps, samples_per_step = step_batches.plan_steps(lengths, args, processes, progress)
     total_steps = progress.step + len(steps)
@@ -181,13 +182,13 @@ def main(argv=None):
         if progress.step == 0:
             progress.before = evaluate()
         batches = iter(loader)
-        for indices, num_samples in zip(steps, samples_per_step):
+        for step_indices, num_samples in zip(steps, samples_per_step):
             decay = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
             lr_factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * decay))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
 
-            micro_batches, skipped, seconds_waiting = step_batches.take_step(batches, len(indices))
+            micro_batches, skipped, seconds_waiting = step_batches.take_step(batches, len(step_indices))
             folder.record_skipped(progress, skipped, len(train_dataset))
 
             own_labeled = sum(count_labeled(batch).sum().item() for batch in micro_batches)
@@ -207,7 +208,8 @@ def main(argv=None):
             loss = processes.sum(loss)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-            checkpoints.stop_if_diverged(progress, loss, grad_norm, scaler, train_dataset.records, indices)
+            checkpoints.stop_if_diverged(progress, loss, grad_norm, scaler, train_dataset.records,
+                                         step_indices)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()

@@ -1,23 +1,31 @@
-"""Checks that data of the real size fits into memory, with a synthetic chat.json of 595,375 records.
+"""Checks that data of the real size fits into memory: synthetic records and a .zip file, 595,375 of each.
 
-    python -m bench.data_scale    about 1 minute on 2 CPU cores, 230 MB of temporary files, Linux only
+    python -m bench.data_scale    about 2 minutes on 2 CPU cores, 310 MB of temporary files, Linux only
 
-Measures how long support.records.RecordFile takes to open the file and what memory it holds, and compares
-both with json.loads. Fails if a figure is above its bound.
+Opens both as stage 1 does and reads random samples with two DataLoader workers. Prints the seconds and the memory
+of each process (proportional set size, in which shared memory is divided among the processes that share it).
+Fails if they need more than 1.5 GB together.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import random
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
-from support.records import RecordFile
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from support.images import ImageStore
+from support.records import image_name, read_records, split_records
 
 WORDS = "olive oil is a healthy ingredient used liberally in this part of the world , says person".split()
+BOUND = 1.5e9  # bytes
 
 
 def write_chat_json(path, count):
@@ -32,35 +40,65 @@ def write_chat_json(path, count):
         file.write("]")
 
 
-def memory():
-    """Returns the memory of this process in bytes (proportional set size)."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+def write_images_zip(path, count):
+    """Writes a .zip file with as many members, of a few bytes each."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(count):
+            archive.writestr(f"GCC_train_{i:09d}.jpg", f"{i}")
+
+
+class Members(Dataset):
+    """Sample i is the content of the image of record i, not decoded."""
+
+    def __init__(self, records):
+        self.records = records
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i):
+        images, name = self.records.images, image_name(self.records[i])
+        return int(images.zip_file().read(images.find(name)))
+
+
+def memory(process):
+    """Returns the memory of a process in bytes (proportional set size)."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
-def measure_opening(path, reader):
-    """Returns the seconds in which `reader` opens the file, and the bytes that the result holds."""
-    before, started = memory(), time.perf_counter()
-    result = RecordFile(path) if reader == "RecordFile" else json.loads(path.read_text(encoding="utf-8"))
-    seconds, held = time.perf_counter() - started, memory() - before
-    print(f"  {reader}: {len(result):,} records in {seconds:.2f} s, holds {held / 1e6:.0f} MB", flush=True)
-    return seconds, held
+def timed(title, function, *args):
+    started = time.perf_counter()
+    result = function(*args)
+    print(f"{title}: {time.perf_counter() - started:.1f} s, memory {memory(os.getpid()) / 1e6:.0f} MB", flush=True)
+    return result
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--records", type=int, default=595_375)
+    parser.add_argument("--count", type=int, default=595_375, help="records, and members of the .zip file")
+    parser.add_argument("--samples", type=int, default=20_000, help="how many are read")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        path, ratios = Path(folder) / "chat.json", []
-        write_chat_json(path, parser.parse_args().records)
-        for _ in range(3):
-            with multiprocessing.Pool(1, maxtasksperchild=1) as pool:  # a new process for each call
-                json_seconds, _ = pool.apply(measure_opening, (path, "json.loads"))
-                seconds, held = pool.apply(measure_opening, (path, "RecordFile"))
-            ratios.append(seconds / json_seconds)
-    ratio = sorted(ratios)[1]
-    print(f"median time / time of json.loads: {ratio:.2f} (bound 3)\nmemory: {held / 1e9:.3f} GB (bound 0.1)")
-    sys.exit(ratio > 3 or held > 1e8)
+        data, images = Path(folder) / "chat.json", Path(folder) / "images.zip"
+        timed("wrote chat.json", write_chat_json, data, args.count)
+        timed("wrote images.zip", write_images_zip, images, args.count)
+        store = timed("opened images.zip", ImageStore, images)
+        records = timed("opened chat.json", read_records, data, store)
+        train_records, _ = timed("held out 256 records", split_records, records, 256, 0, 0)
+        order = torch.randperm(len(train_records))[:args.samples].tolist()
+        loader = iter(DataLoader(Members(train_records), sampler=order, batch_size=4, num_workers=2))
+        numbers = timed("first batch", next, loader).tolist()
+        workers = [process.pid for process in multiprocessing.active_children()]
+        for _ in range(len(order) // 4 - 20):  # the workers end after the last batch
+            numbers += next(loader).tolist()
+        sizes = [memory(process) for process in (os.getpid(), *workers)]
+    if numbers != [int(train_records[i]["id"][-9:]) for i in order[:len(numbers)]]:
+        sys.exit("data_scale.py: a sample has the content of another image")
+    print(f"after {len(numbers):,} samples: main process {sizes[0] / 1e6:.0f} MB, workers "
+          f"{' and '.join(f'{size / 1e6:.0f} MB' for size in sizes[1:])}; {sum(sizes) / 1e9:.2f} GB in all "
+          f"(bound {BOUND / 1e9} GB)")
+    sys.exit(sum(sizes) > BOUND)
 
 
 if __name__ == "__main__":

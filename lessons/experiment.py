@@ -65,7 +65,8 @@ def train(stage, seed, name, after=None, **settings):
         model = STAGES[stage].main([*flags, "--restart"])
     run = read_result(folder / f"stage{stage}")
     template = ChatTemplate(run["llm"])
-    dataset = load_heldout_dataset(folder / f"stage{stage}", template, load_image_processor(run["vision_tower"]),
+    image_processor = load_image_processor(run["vision_tower"])
+    dataset = load_heldout_dataset(folder / f"stage{stage}", template, image_processor,
                                    model.num_image_tokens)
     return Trained(stage, model.eval(), template, dataset, folder)
 

@@ -27,7 +27,7 @@ def load(n):
     """Returns (model, template, dataset with 16 held-out records) of the toy's finished stage n."""
     folder = f"runs/toy/stage{n}"
     model, template, processor, _ = load_trained(folder, torch.device("cpu"), torch.float32)
-    return model, template, load_heldout_dataset(folder, template, processor, model.num_image_tokens, count=16)
+    return model, template, load_heldout_dataset(folder, template, processor, model.num_image_tokens, 16)
 
 
 def batch_of(dataset, indices, make_batch=collate):
@@ -125,8 +125,8 @@ BUGS = [  # (original, a part of its source, the same with a bug, what shows the
      "model.load_state_dict(load_file(path), strict=False)", load_into_untrained,
      "The file's names are not those of the whole model, and strict=False ignores names that do not fit.",
      "https://github.com/jingyaogong/minimind-v/issues/75 (the loss stayed at 7.5)"),
-    (ChatTemplate.encode, "labels[first:last + 1] = ids[first:last + 1]",
-     "labels[first:last] = ids[first:last]", train_to_stop,
+    (ChatTemplate.encode, "labels[first_token:last_token + 1] = ids[first_token:last_token + 1]",
+     "labels[first_token:last_token] = ids[first_token:last_token]", train_to_stop,
      "The end token has no label, so the model does not learn to stop, and no loss shows it.",
      "https://github.com/verl-project/verl/issues/3562 (the answers did not end)"),
     (Llava.train, "super().train(False)", "super().train(mode)", repeat_in_train_mode,

@@ -28,13 +28,14 @@ from support.evaluation import load_heldout_dataset
 from support.results import load_trained
 from support.settings import INT_FROM_0
 
-NO_LABEL = """A label of - is {ignored}. Image positions are never labeled, because their id, {id}, {reason}:
-the LLM has the ids 0 to {last}. In the original code, the id of the image is −200 (IMAGE_TOKEN_INDEX)."""
+NO_LABEL = """The sign - stands for the label {ignored}. Image positions are never labeled, because their
+id, {id}, {reason}: the LLM has the ids 0 to {last}. In the original code, the id of the image is −200
+(IMAGE_TOKEN_INDEX)."""
 READING_ORDER = """The LLM reads the {n} patches as it reads {n} words. They come in reading order, row by
 row. RoPE gives them the consecutive positions {first} to {last}, so the patch below another one is {side}
-positions later, and nothing says that it is below. Attention is causal, so each patch sees the text and the
-patches before it, and no later one. Question and answer come after the image, so they see all patches. The
-lesson image_attention tries another mask."""
+positions later. RoPE does not say that it is below, but CLIP has added a position embedding of its own.
+Attention is causal, so each patch sees the text and the patches before it, and no later one. Question and
+answer come after the image, so they see all patches. The lesson image_attention tries another mask."""
 COMPARE = """Compare the words that any caption contains with those that only the image can tell."""
 FROZEN = """The LLM is frozen, so no gradient is stored for its weights. But the loss is a function of H_v
 through all of its blocks, so by the chain rule the gradient passes through them to H_v, and from there to W
@@ -62,7 +63,7 @@ def shape(tensor):
 
 
 def forget_projector(model, seed):
-    """Gives the projector the random weights that it had before stage 1."""
+    """Gives the projector fresh random weights, those of the stage's seed."""
     torch.manual_seed(seed)
     for module in model.projector.modules():
         if hasattr(module, "reset_parameters"):

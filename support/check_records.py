@@ -8,12 +8,13 @@ from support.records import image_name
 
 
 def drop_unusable_records(dataset, allow_bad=1.0, open_images=False, quiet=False):
-    """Checks every record of a ChatDataset, prints why records cannot be used (if quiet: only then), and leaves
-    them out of dataset.records. Returns the approximate number of tokens of each other sample: (samples,).
+    """Checks every record of a ChatDataset, prints why records cannot be used (if quiet: only then), and
+    leaves them out of dataset.records. Returns the approximate number of tokens of each other sample:
+    (samples,).
 
-    Without open_images, images are only looked up, because opening 595,375 of them takes long. Raises UserError
-    if more than the fraction `allow_bad` is unusable, or if the dataset's max_length is more than the LLM can
-    read."""
+    Without open_images, images are only looked up, because opening 595,375 of them takes long. Raises
+    UserError if more than the fraction `allow_bad` is unusable, or if the dataset's max_length is more
+    than the LLM can read."""
     records, template = dataset.records, dataset.template
     if dataset.max_length > template.context_length:
         raise UserError(f"--max-length {dataset.max_length} is more than the LLM can read: pass --max-length "
@@ -45,7 +46,7 @@ def drop_unusable_records(dataset, allow_bad=1.0, open_images=False, quiet=False
     bad = len(records) - len(usable)
     if bad > allow_bad * len(records) or not usable:
         hint = " (is --images wrong?)" if "image missing" in failures else ""
-        raise UserError(f"{bad:,} of {len(records):,} records of {records.path} cannot be used, more than "
-                        f"--allow-bad {allow_bad} allows{hint}")
+        raise UserError(f"{bad:,} of {len(records):,} records of {records.path} cannot be used{hint}; "
+                        "--allow-bad says how many may be left out")
     dataset.records = records.subset(usable)
     return np.array(lengths)

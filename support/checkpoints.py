@@ -67,8 +67,8 @@ class StageFolder:
             return
         if not args.resume and (finished or path.exists()):
             way = "discard it" if finished else "continue it with --resume, discard it"
-            raise UserError(f"{self.path} holds {'a finished' if finished else 'an unfinished'} run: {way} with "
-                            "--restart, or choose another folder with --run")
+            raise UserError(f"{self.path} holds {'a finished' if finished else 'an unfinished'} run: {way} "
+                            "with --restart, or choose another folder with --run")
         if finished:
             self._check_same_settings(finished.get("settings", {}))
             delete(path)  # left if the run was killed just before its end
@@ -88,36 +88,38 @@ class StageFolder:
     def _check_same_settings(self, before):
         """Raises UserError if --resume comes with other settings than `before`, those of the earlier run."""
         if before.get("stage1_hash") != self.settings.get("stage1_hash"):  # stage 2 has this setting
-            raise UserError(f"--resume: stage 1 has been trained again since the run in {self.path} began; start "
-                            "stage 2 again with --restart")
+            raise UserError(f"--resume: stage 1 has been trained again since the run in {self.path} began; "
+                            "start stage 2 again with --restart")
         for name, value in self.settings.items():
             if name not in MAY_CHANGE and before.get(name) != value:
                 flag = "--" + name.replace("_", "-")
-                raise UserError(f"--resume: the run in {self.path} has {flag} {before.get(name)}, not {value}; "
-                                "use the same flags, or start another run with --run")
+                raise UserError(f"--resume: the run in {self.path} has {flag} {before.get(name)}, not {value}"
+                                "; use the same flags, or start another run with --run")
         if self.settings["effective_batch"] != before["effective_batch"]:
-            raise UserError(f"--resume: the run in {self.path} has {before['effective_batch']} samples per step, "
-                            f"not {self.settings['effective_batch']}; change --batch-size and --grad-accum "
-                            "together")
+            raise UserError(f"--resume: the run in {self.path} has {before['effective_batch']} samples per "
+                            f"step, not {self.settings['effective_batch']}; change --batch-size and "
+                            "--grad-accum together")
 
     def begin(self, model, optimizer, scaler, train_records, heldout_records):
-        """Begins the run at step 0, or where its checkpoint was saved: restores weights, optimizer, scaler and
-        random numbers. Returns the Progress."""
+        """Begins the run at step 0, or where its checkpoint was saved: restores weights, optimizer, scaler
+        and random numbers. Returns the Progress."""
         processes, checkpoint = self.processes, self.checkpoint
         # Without this, scaler.unscale_() would fail in a process without samples.
         scaler.scale(torch.zeros((), device=processes.device))
         if checkpoint is None:
             if processes.rank == 0:  # run.json first, because without it the rest does not count as finished
-                for name in ("run.json", "eval.json", "checkpoint.pt", "projector.safetensors", "adapter",
+                for name in ("run.json", "checkpoint.pt", "projector.safetensors", "adapter",
                              "metrics.jsonl"):
                     delete(self.path / name)
+                for path in self.path.glob("eval*.json"):
+                    delete(path)
                 write_json(self.path / "heldout.json",
                            [heldout_records[i] for i in range(len(heldout_records))])
             return Progress(records_hash=train_records.fingerprint())
         progress = Progress(**checkpoint["progress"])
         if progress.records_hash != train_records.fingerprint():
-            raise UserError("--resume: the training records have changed since the run was interrupted, so its "
-                            "order of samples is lost; restore the data, or start again with --restart")
+            raise UserError("--resume: the training records have changed since the run was interrupted, so "
+                            "its order of samples is lost; restore the data, or start again with --restart")
         with torch.no_grad():
             for name, parameter in model.trainable_parameters().items():
                 parameter.copy_(checkpoint["weights"][name])
@@ -167,8 +169,8 @@ def stop_if_diverged(progress, loss, grad_norm, scaler, records, indices):
     if progress.bad_steps >= (10 if scaler.is_enabled() else 1):
         ids = [str(records[i].get("id")) for micro_batch in indices for i in micro_batch]
         advice = "--precision fp32, " if scaler.is_enabled() else ""
-        raise UserError(f"step {progress.step + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try {advice}a "
-                        f"lower --lr, or look at the records of this step: {', '.join(ids[:16])}")
+        raise UserError(f"step {progress.step + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try {advice}"
+                        f"a lower --lr, or look at the records of this step: {', '.join(ids[:16])}")
 
 
 class StopSignal:

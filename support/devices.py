@@ -12,7 +12,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def choose_device(name, local_rank=None):
     """Returns the torch.device called `name`; for "auto" a CUDA GPU, else Apple's mps, else the CPU. Process
-    `local_rank` of several on one machine gets the GPU of this number. Raises UserError if it cannot be used."""
+    `local_rank` of several on one machine gets the GPU of this number. Raises UserError if it cannot be used.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and local_rank is not None:
@@ -23,7 +24,8 @@ def choose_device(name, local_rank=None):
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)  # else CUDA would also take memory on GPU 0
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the device {name} cannot be used here: {str(error).splitlines()[0][:100]}") from error
+        reason = str(error).splitlines()[0][:100]
+        raise UserError(f"the device {name} cannot be used here: {reason}") from error
     return device
 
 
@@ -45,8 +47,8 @@ def expanded_attention(module, query, key, value, attention_mask, scaling=None, 
     """Attention as transformers' "sdpa" computes it, but every query head gets its own copy of its keys and
     values. (In TinyLlama, 8 query heads share them.)
 
-    For shared keys and values, PyTorch 2.13 has flash attention only in half precision and on an A100, an
-    RTX 30xx or a later GPU. Elsewhere it uses the kernel "math", which keeps all T×T attention weights in fp32
+    For shared keys and values, PyTorch 2.13 has flash attention only in half precision and on an A100, an RTX
+    30xx or a later GPU. Elsewhere it uses the kernel "math", which keeps all T×T attention weights in fp32
     for the backward pass. With copies, it can use its memory-efficient kernel, which keeps none and runs on
     older CUDA GPUs too, in fp16 and fp32. (Source: sdp_utils.cpp of PyTorch.)
 

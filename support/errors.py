@@ -14,8 +14,8 @@ UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udf
 
 
 def printable(text, keep=""):
-    """Returns the text of a record, a file name or a model with unprintable characters escaped, except those to
-    keep, because such a text can contain a code that changes the terminal."""
+    """Returns the text of a record, a file name or a model with unprintable characters escaped, except
+    those to keep, because such a text can contain a code that changes the terminal."""
     return UNPRINTABLE.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text)
 
 
@@ -36,9 +36,9 @@ class BadRecord(UserError):
 
 @contextmanager
 def explain_errors(action):
-    """Turns every exception into the UserError "cannot <action>: …". Put it only around calls of a library that
-    read or write a file, because these can raise almost anything if the file is damaged or the disk is full.
-    Around code of this project it would hide the line of a bug."""
+    """Turns every exception into the UserError "cannot <action>: …". Put it only around calls of a library
+    that read or write a file, because these can raise almost anything if the file is damaged or the disk
+    is full. Around code of this project it would hide the line of a bug."""
     try:
         yield
     except UserError:
@@ -68,8 +68,8 @@ def run_script(main):
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not is_out_of_memory(error):
             raise
-        sys.exit(f"{script}: out of memory ({str(error).partition(chr(10))[0]}). Lower --batch-size, and raise "
-                 "--grad-accum if there is one; see docs/memory_and_speed.md")
+        sys.exit(f"{script}: out of memory ({str(error).partition(chr(10))[0]}). Lower --batch-size, and "
+                 "raise --grad-accum if there is one; see docs/memory_and_speed.md")
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(130)
 

@@ -32,8 +32,8 @@ def load_heldout_dataset(folder, template, image_processor, num_image_tokens, co
     try:
         store = ImageStore(find_file(images))
     except UserError as error:
-        raise UserError(f"{error}; {folder}/run.json names it as the place of the held-out images, relative to "
-                        "the folder where the stage was started") from error
+        raise UserError(f"{error}; {folder}/run.json names it as the place of the held-out images, relative "
+                        "to the folder where the stage was started") from error
     records = read_records(Path(folder) / "heldout.json", store)
     records = records.subset(slice(count))
     dataset = ChatDataset(records, template, image_processor, num_image_tokens, settings["max_length"])
@@ -132,8 +132,8 @@ def records_with_other_images(records, i, count=1):
 
 
 def evaluate_heldout(model, dataset, batches, device):
-    """Returns what measure_image_use() returns for all held-out batches and, for the first record, the generated
-    answer, the reference answer and the nearest tokens."""
+    """Returns what measure_image_use() returns for all held-out batches and, for the first record, the
+    generated answer, the reference answer and the nearest tokens."""
     prompt, reference = dataset.make_prompt(0)
     image_use = measure_image_use(model, batches, device)
     [generated] = generate_answers(model, dataset.template, [prompt], device, max_new_tokens=64)
@@ -187,9 +187,9 @@ def nearest_tokens(model, template, pixel_values, count=3):
     """Returns the vocabulary tokens nearest to each projected patch: N lists of `count` pairs (text, cosine).
     pixel_values: (3, S, S), or None for a record without an image, which has no patches.
 
-    After stage 1 of the toy, the nearest tokens of a patch that shows an object are usually its color and its
-    shape. Of the image tokens of real models, about a third can be read in this way, and two thirds by comparing
-    them with token vectors inside the LLM (LatentLens, arXiv:2602.00462).
+    After stage 1 of the toy, the nearest tokens of a patch that shows an object are usually its color and
+    its shape. Of the image tokens of real models, about a third can be read in this way, and two thirds by
+    comparing them with token vectors inside the LLM (LatentLens, arXiv:2602.00462).
     """
     if pixel_values is None:
         return []

@@ -28,8 +28,8 @@ class MetricsLog:
         # disable=None: no bar where stderr is not a terminal, because it would fill a log file.
         self.bar = tqdm(total=total_steps, initial=progress.step, unit="step", dynamic_ncols=True,
                         disable=True if self.processes.rank > 0 else None)
-        # By default, there are up to 19 evaluations between the first and the last step, and a checkpoint after
-        # as many steps, but at most 100.
+        # By default, there are up to 19 evaluations between the first and the last step, and a checkpoint
+        # after as many steps, but at most 100.
         automatic = max(1, ceil(total_steps / 20))
         self.eval_every, self.is_automatic = args.eval_every or automatic, not args.eval_every
         self.save_every, self.total_steps = args.save_every or min(100, automatic), total_steps
@@ -52,9 +52,9 @@ class MetricsLog:
         return step % self.save_every == 0 or step == self.total_steps
 
     def log_step(self, progress, optimizer, micro_batches, waiting, **metrics):
-        """Counts a step: the micro-batches of this process, and the seconds that it waited for them. Logs every
-        fifth step and the last: the metrics and learning rates, tokens per second, the fraction of time spent
-        waiting for data, the seconds left, evaluations included, and the peak memory of a GPU."""
+        """Counts a step: the micro-batches of this process, and the seconds that it waited for them. Logs
+        every fifth step and the last: the metrics and learning rates, tokens per second, the fraction of
+        time spent waiting for data, the seconds left, evaluations included, and the peak memory of a GPU."""
         step, now = progress.step, time.time()
         self.interval_tokens += sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
         self.interval_waiting += waiting
@@ -130,6 +130,6 @@ def format_image_use(image_use):
     if image_use.get("same_image"):
         text += f"; records without a different image: {image_use['same_image']}"
     if names := image_use.get("not_finite"):
-        text += (f"; the loss of {len(names)} records is not finite, so they are left out: pass --precision fp32 "
-                 f"({', '.join(names[:5])}{', …' * (len(names) > 5)})")
+        text += (f"; the loss of {len(names)} records is not finite, so they are left out: pass "
+                 f"--precision fp32 ({', '.join(names[:5])}{', …' * (len(names) > 5)})")
     return text

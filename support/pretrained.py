@@ -1,8 +1,8 @@
 """Finds and loads pretrained models: the vision tower with its preprocessing, the language model and its
 tokenizer.
 
-Loading is strict. A tensor that is missing or has no place in the model is an error and never a warning, because
-a model with random weights in one place still answers fluently.
+Loading is strict. A tensor that is missing or has no place in the model is an error and never a warning,
+because a model with random weights in one place still answers fluently.
 """
 
 import os
@@ -89,8 +89,8 @@ def load_image_processor(name):
         shapes = {tuple(image_processor(Image.new("RGB", image_size))["pixel_values"][0].shape)
                   for image_size in ((size, size), (2 * size, size), (size, 2 * size))}
     if shapes != {(3, size, size)}:
-        raise UserError(f"the preprocessing in {folder} does not make every image {size} × {size} pixels large, "
-                        "as the vision tower needs it")
+        raise UserError(f"the preprocessing in {folder} does not make every image {size} × {size} pixels "
+                        "large, as the vision tower needs it")
     return image_processor
 
 
@@ -129,8 +129,8 @@ def load_language_model(name, dtype, device):
     # peft writes this name into adapter/. Else it would be the folder of the LLM on this machine.
     llm.name_or_path = llm.config.name_or_path = str(name)
     if device.type == "cpu" and llm.num_parameters() > 5e8:
-        print(f"WARNING: on a CPU, {name} is many times slower than on a GPU. If this machine has one, install a "
-              "PyTorch that supports it.")
+        print(f"WARNING: on a CPU, {name} is many times slower than on a GPU. If this machine has one, "
+              "install a PyTorch that supports it.")
     if llm.config is not llm.config.get_text_config():
         raise UserError(f"{name} is a multimodal model: --llm must name a language model alone")
     # LoRA would leave out the layers that have other names. (A weight matrix has two dimensions.)
@@ -156,8 +156,8 @@ def load_language_model(name, dtype, device):
 
 
 def load_tokenizer(name):
-    """Returns (tokenizer, id of the start token or None, ids of all end tokens, number of tokens that the model
-    can read, prompt and answer together, number of rows of its embedding table)."""
+    """Returns (tokenizer, id of the start token or None, ids of all end tokens, number of tokens that the
+    model can read, prompt and answer together, number of rows of its embedding table)."""
     folder = find_pretrained(name)
     with explain_errors(f"load the tokenizer in {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -191,7 +191,8 @@ def _load_strictly(model_class, name, dtype, **kwargs):
         model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True,
                                                   ignore_mismatched_sizes=True, use_safetensors=True,
                                                   trust_remote_code=False, **kwargs)
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    mismatched = (key for key, *_ in info["mismatched_keys"])
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *mismatched})
     if wrong:
         raise UserError(f"the weights in {folder} do not fit its config.json: {len(wrong)} are missing, of "
                         f"another shape or have no place, for example {wrong[0]}; fetch the folder again, or "

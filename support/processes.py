@@ -21,8 +21,8 @@ class Processes:
                 int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         self.device = choose_device(device_name, local_rank)
         if self.world_size > 1:
-            # If torchrun restarts the processes, its store still holds the addresses of those before, so every
-            # attempt uses a key prefix of its own.
+            # If torchrun restarts the processes, its store still holds the addresses of those before, so
+            # every attempt uses a key prefix of its own.
             store, _, _ = next(dist.rendezvous("env://"))
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store,

@@ -17,11 +17,13 @@ UNREAD_KEYS = {"images", "video", "videos", "audio", "system", "image_path"}
 class Records:
     """Some of the records of a JSON file: `records[i]` is a dict. `images` is their ImageStore.
 
-    595,375 records as Python dicts take 0.7 GB, and each DataLoader worker would copy them page by page, because
-    reading an object changes its reference count (github.com/pytorch/pytorch/issues/13246). So the records are
-    kept as JSON in one array, which all workers share, and a record is parsed when it is asked for.
+    595,375 records as Python dicts take 0.7 GB, and each DataLoader worker would copy them page by page,
+    because reading an object changes its reference count (github.com/pytorch/pytorch/issues/13246). So the
+    records are kept as JSON in one array, which all workers share, and a record is parsed when it is asked
+    for.
 
-    Attributes: path. image_numbers (records in the file,): equal for records with the same image, -1 without one.
+    Attributes: path. image_numbers (records in the file,): equal for records with the same image, -1
+    without one.
     """
 
     def __init__(self, records, path, images=None):
@@ -82,15 +84,16 @@ def read_records(path, images=None):
 def split_records(records, heldout, limit, seed):
     """Returns (training, held-out) Records.
 
-    The images are put into a seeded random order. The first `heldout` of them are held out, with one record
-    each, and no other record of these images is trained on. A record without an image is never held out. The
-    other records are put into a seeded random order, too, and the first `limit` of them are trained on (0: all).
+    The images are put into a seeded random order. The first `heldout` of them are held out, with one
+    record each, and no other record of these images is trained on. A record without an image is never held
+    out. The other records are put into a seeded random order, too, and the first `limit` of them are
+    trained on (0: all).
     """
     rng = np.random.default_rng(seed)
     images = rng.permutation(records.image_numbers.max() + 1)
     if len(images) <= heldout:
-        raise UserError(f"{records.path} has records of {len(images)} different images, so --heldout {heldout} "
-                        "leaves none to train on: lower --heldout" if len(images) else
+        raise UserError(f"{records.path} has records of {len(images)} different images, so --heldout "
+                        f"{heldout} leaves none to train on: lower --heldout" if len(images) else
                         f'no record of {records.path} has an image: the key "image" must name its file')
     is_heldout = np.isin(records.image_numbers, images[:heldout])
     numbers, first = np.unique(records.image_numbers, return_index=True)  # the first record of each image
@@ -146,8 +149,8 @@ def check_turns(record):
         raise BadRecord(record, f"'conversations' is not a list of turns{hint}")
     for key in sorted(UNREAD_KEYS & set(record)):
         if record[key]:
-            raise BadRecord(record, f"the key {key!r} is not read, so its content would be missing: remove the "
-                                    "key if that is right, or rename it if it names the image")
+            raise BadRecord(record, f"the key {key!r} is not read, so its content would be missing: remove "
+                                    "the key if that is right, or rename it if it names the image")
     if any("role" in turn and "from" not in turn for turn in turns):
         raise BadRecord(record, "turns in OpenAI's form: rename 'role' to 'from' and 'content' to 'value'")
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}

@@ -62,8 +62,9 @@ def read_result(folder, preset="toy"):
         if folder.parent.name in ("stage1", "stage2"):
             raise UserError(f"pass --run {shlex.quote(str(folder.parents[1]))}, the folder of the run")
         script = "stage2_instruct.py" if folder.name == "stage2" else "stage1_align.py"
-        raise UserError(f"{folder} holds no finished run: train it first, with python {script} --preset {preset} "
-                        f"--run {shlex.quote(str(folder.parent))} and the flags of your data and models")
+        raise UserError(f"{folder} holds no finished run: train it first, with python {script} --preset "
+                        f"{preset} --run {shlex.quote(str(folder.parent))} and the flags of your data and "
+                        "models")
     if not {"stage", "settings", *MODEL_SETTINGS} <= set(saved):
         raise UserError(f"{folder}/run.json is damaged, or an older version of this code wrote it: copy the "
                         "folder again, or train again with --restart")
@@ -71,8 +72,8 @@ def read_result(folder, preset="toy"):
 
 
 def read_stage1(args):
-    """Returns (folder of stage 1, a hash of its projector). Raises UserError if it is not finished, or if it was
-    trained with another vision tower, layer, LLM or projector than those of `args`."""
+    """Returns (folder of stage 1, a hash of its projector). Raises UserError if it is not finished, or if
+    it was trained with another vision tower, layer, LLM or projector than those of `args`."""
     folder = Path(args.run) / "stage1"
     saved = read_result(folder, args.preset)
     for name in MODEL_SETTINGS:
@@ -109,7 +110,7 @@ def load_adapter(model, folder):
 
 
 def load_trained(folder, device, dtype):
-    """Returns (model, template, image_processor, content of run.json) of a finished stage, ready to answer."""
+    """Returns (model, template, image_processor, content of run.json) of a finished stage."""
     folder, saved = Path(folder), read_result(folder)
     template, image_processor = ChatTemplate(saved["llm"]), load_image_processor(saved["vision_tower"])
     vision_tower = load_vision_tower(saved["vision_tower"], dtype)
@@ -145,6 +146,6 @@ def load_run(args):
     stage = args.stage or (2 if os.path.exists(args.run / "stage2" / "run.json") else 1)
     folder = args.run / f"stage{stage}"
     *loaded, saved = load_trained(folder, device, choose_dtype(args.precision, device))
-    print(f"{folder}: {saved['projector']} projector{' and LoRA adapter' * (saved['stage'] == 2)}, after step "
-          f"{saved['steps']:,}", file=sys.stderr)
+    print(f"{folder}: {saved['projector']} projector{' and LoRA adapter' * (saved['stage'] == 2)}, after "
+          f"step {saved['steps']:,}", file=sys.stderr)
     return *loaded, saved

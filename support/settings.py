@@ -111,8 +111,8 @@ def changed_settings(settings, preset):
 
 
 def next_command(script, settings, preset):
-    """Returns the command that continues with the run of these settings: with the same models and data, if they
-    are not those of the preset."""
+    """Returns the command that continues with the run of these settings: with the same models and data, if
+    they are not those of the preset."""
     names = ["run", "vision_tower", "vision_layer", "llm", "projector", "data", "images", "heldout_data",
              "heldout_images", "heldout", "max_length", "allow_bad", "precision", "device"]
     changed = changed_settings(settings, preset)

@@ -1,5 +1,6 @@
-"""Import this before PyTorch and transformers, because their imports take seconds. It prints a first line, and
-lets Ctrl-C end the script at once. It does nothing if the main program is not a script of this repository."""
+"""Import this before PyTorch and transformers, because their imports take seconds. It prints a first line,
+and lets Ctrl-C end the script at once. It does nothing if the main program is not a script of this
+repository."""
 
 import os
 import signal

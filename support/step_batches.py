@@ -12,9 +12,9 @@ from support.processes import ignore_signals_in_worker
 
 
 def plan_steps(lengths, settings, processes, progress):
-    """Returns the rest of the training of one process as (steps, sizes). steps[k] lists the micro-batches of an
-    optimizer step, and each micro-batch lists the indices of its samples. sizes[k] is the number of samples of
-    that step over all processes. lengths[i]: approximate number of tokens of sample i.
+    """Returns the rest of the training of one process as (steps, sizes). steps[k] lists the micro-batches of
+    an optimizer step, and each micro-batch lists the indices of its samples. sizes[k] is the number of
+    samples of that step over all processes. lengths[i]: approximate number of tokens of sample i.
 
     The samples of all epochs form one long sequence, each epoch in a random order drawn from (seed, epoch). A
     step takes the next batch_size × grad_accum × world_size of them; the last step of an epoch takes what is
@@ -33,8 +33,9 @@ def plan_steps(lengths, settings, processes, progress):
         steps += [order[i:i + effective] for i in range(begin, n, effective)]
     steps = steps[:remaining]
     sizes = [len(step) for step in steps]
-    print(f"batch: {batch_size} (micro-batch) × {settings.grad_accum} (accumulation) × {world_size} (processes) "
-          f"= {effective} samples per step; {progress.step + len(steps):,} steps on {n:,} samples")
+    print(f"batch: {batch_size} (micro-batch) × {settings.grad_accum} (accumulation) × {world_size} "
+          f"(processes) = {effective} samples per step; "
+          f"{progress.step + len(steps):,} steps on {n:,} samples")
     # Sorted by length, a micro-batch needs little padding. The gradient stays the same, because the loss is a
     # sum over the whole step. (Sorting a whole epoch would remove the randomness.)
     if effective > batch_size:
@@ -46,19 +47,20 @@ def plan_steps(lengths, settings, processes, progress):
 
 def loader_options(steps, workers):
     """Returns the arguments of the DataLoader that have nothing to do with the samples."""
-    # A generator of its own, because the loader would otherwise draw a seed from the global one, and a resumed
-    # run of stage 2 would then draw different dropout masks.
+    # A generator of its own, because the loader would otherwise draw a seed from the global one, and a
+    # resumed run of stage 2 would then draw different dropout masks.
     options = {"num_workers": workers, "generator": torch.Generator()}
     if workers:
         # While the GPU computes a step, the workers prepare the next one, but at most 64 micro-batches.
         longest = min(max([2, *map(len, steps)]), 64)
-        options |= {"prefetch_factor": 1 + ceil(longest / workers), "worker_init_fn": ignore_signals_in_worker}
+        options |= {"prefetch_factor": 1 + ceil(longest / workers),
+                    "worker_init_fn": ignore_signals_in_worker}
     return options
 
 
 def take_step(batches, count):
-    """Takes the next `count` micro-batches of a DataLoader's iterator. Returns them, the sentences about images
-    that could not be decoded, and the seconds spent waiting."""
+    """Takes the next `count` micro-batches of a DataLoader's iterator. Returns them, the sentences about
+    images that could not be decoded, and the seconds spent waiting."""
     started, micro_batches, skipped = time.perf_counter(), [], []
     for _ in range(count):
         batch = next(batches)

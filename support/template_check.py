@@ -1,7 +1,7 @@
 """Checks that a chat template does what ChatTemplate.encode() in data.py relies on.
 
-A chat template is a program that comes with the model, so it may do anything. What most of them do can be found
-out with one conversation whose texts show whether the template or the tokenizer changes them.
+A chat template is a program that comes with the model, so it may do anything. What most of them do can be
+found out with one conversation whose texts show whether the template or the tokenizer changes them.
 """
 
 from support.errors import UserError
@@ -15,9 +15,9 @@ PROBE = [{"role": role, "content": 'Is it 2 × "Größe"  (10%)?\nNo. , yes !'}
 def check_chat_template(template):
     """Returns (answer prefixes, id of the end token) of a ChatTemplate.
 
-    The answer prefixes are what the template writes between a prompt and its answer, the longest first: Mistral
-    a space, and Qwen3 an empty thinking block before the last answer. The end token ends every answer.
-    Raises UserError if the template cannot be used.
+    The answer prefixes are what the template writes between a prompt and its answer, the longest first:
+    Mistral a space, and Qwen3 an empty thinking block before the last answer. The end token ends every
+    answer. Raises UserError if the template cannot be used.
     """
     def refuse(reason):
         raise UserError(f"the chat template in {template.tokenizer.name_or_path} cannot be used: {reason}")
@@ -32,8 +32,8 @@ def check_chat_template(template):
         prompt = template.render(PROBE[:i], is_prompt=True)
         prompt_ids = template.encode_prompt(PROBE[:i], num_image_tokens=0)
         if not rendered.startswith(prompt) or ids[:len(prompt_ids)] != prompt_ids:
-            refuse("it renders a prompt differently once its answer is added, so the model would be trained on "
-                   "prompts that it never gets")
+            refuse("it renders a prompt differently once its answer is added, so the model would be trained "
+                   "on prompts that it never gets")
         prefixes.add(rendered[len(prompt):rendered.find(PROBE[i]["content"], len(prompt))])
 
     _, labels = template.encode(PROBE, num_image_tokens=0)
@@ -43,6 +43,6 @@ def check_chat_template(template):
         refuse("it writes no end token after an answer, so the model would never learn to stop")
     decoded = template.tokenizer.decode(answer[:end], clean_up_tokenization_spaces=False)
     if not decoded.endswith(PROBE[5]["content"]):
-        refuse(f"its tokenizer turns {PROBE[5]['content']!r} into {decoded!r}; fetch the folder again if a file "
-               "is missing, such as tokenizer.json")
+        refuse(f"its tokenizer turns {PROBE[5]['content']!r} into {decoded!r}; fetch the folder again if a "
+               "file is missing, such as tokenizer.json")
     return sorted(prefixes, key=len, reverse=True), answer[end]

@@ -180,7 +180,7 @@ def test_labels_are_exactly_the_answers_and_their_end_tokens(llm, turns, image_i
 
 @pytest.mark.parametrize("message, chat_template", [
     ("no end token", CHATML.replace("<|im_end|>", " ")),
-    ("changes a question or an answer", CHATML.replace("message['content']", "message['content'] | upper")),
+    ("changes a text", CHATML.replace("message['content']", "message['content'] | upper")),
     ("renders a prompt differently",
      CHATML.replace("message['role'] + '", "(message['role'] if loop.last else 'past') + '")),
     ("fails: only one turn", "{{ raise_exception('only one turn') }}")])

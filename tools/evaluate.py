@@ -5,11 +5,11 @@
     python -m tools.evaluate --data FILE --images DIR   on other records in LLaVA's format, such as POPE's
 
 The toy takes about 30 seconds on 2 CPU cores. The script prints a table and the first mistakes, and writes
-the numbers to eval.json in the stage's folder (eval_FILE.json for other records). If they are as good with a
-different image, the model ignores the image.
+the numbers to eval.json in the stage's folder (eval_FILE.json for other records). If the scores are as good
+with a different image, the model ignores the image.
 
 "Captions" are the held-out records of stage 1, and "answers" are those of stage 2 or of --data. Each stage is
-evaluated on both, if the run has both. Stage 2 may have forgotten how to write captions. The keys of eval.json:
+evaluated on both, if the run has both. Stage 2 may have forgotten how to write captions. These are the keys:
 
     stage                 the stage that was evaluated
     captions_loss, captions_loss_different, captions_loss_blank
@@ -35,15 +35,15 @@ evaluated on both, if the run has both. Stage 2 may have forgotten how to write 
                           the same for each kind of question
     captions_exact, …     the same for the captions, if their records name kinds
     yes_no, yes_no_different
-                          accuracy, precision, recall, F1 and the fraction of answers with "yes", for questions
-                          whose reference answer is yes or no, as POPE (arXiv:2305.10355) counts them
+                          accuracy, precision, recall, F1 and the fraction of answers with "yes", for
+                          questions whose reference answer is yes or no, as POPE (arXiv:2305.10355) counts them
     captions_groups, answers_groups
                           {group: losses and fraction as above}, if the kinds name groups: "photo, color" and
                           "photo, count" belong to the group "photo"
     most_frequent_by_kind
-                          for each kind, the fraction of the most frequent answer among the generated and among
-                          the reference answers. The second is what always giving that answer would score. If
-                          the first is much larger, the model has a habit.
+                          for each kind, the fraction of the most frequent answer among the generated and
+                          among the reference answers. The second is what always giving that answer would
+                          score. If the first is much larger, the model has a habit.
     counts                number of generated captions and answers, and of answers by kind
 """
 
@@ -176,9 +176,10 @@ def is_yes_no(text):
 
 
 def score_yes_no(references, answers):
-    """Returns the scores of POPE's evaluate.py, in which "yes" is the positive class. As there, an answer counts
-    as yes unless its first sentence contains "no" or "not"."""
-    says_yes = [not {"No", "no", "not"} & set(answer.split(".")[0].replace(",", "").split()) for answer in answers]
+    """Returns the scores of POPE's evaluate.py, in which "yes" is the positive class. As there, an answer
+    counts as yes unless its first sentence contains "no" or "not"."""
+    says_yes = [not {"No", "no", "not"} & set(answer.split(".")[0].replace(",", "").split())
+                for answer in answers]
     is_yes = [reference.lower().startswith("yes") for reference in references]
     hits = sum(says and true for says, true in zip(says_yes, is_yes))
     return {"accuracy": sum(says == true for says, true in zip(says_yes, is_yes)) / len(answers),
@@ -217,7 +218,8 @@ def make_table(result):
                   f"{result['yes_no_different'][name]:.3f}") for name, value in result["yes_no"].items()]
     if shares := result.get("most_frequent_by_kind"):
         rows.append(("fraction of the most frequent answer among", "generated", "reference"))
-        rows += [(printable(f"    {kind}"), *(f"{share:.3f}" for share in pair)) for kind, pair in shares.items()]
+        rows += [(printable(f"    {kind}"), *(f"{share:.3f}" for share in pair))
+                 for kind, pair in shares.items()]
     return rows
 
 
@@ -231,7 +233,8 @@ def loss_rows(name, measured):
             count = measured[note] if note == "same_image" else len(measured[note])
             rows.append((f"    records left out: {note.replace('_', ' ')}", str(count)))
     for group, values in measured.get("groups", {}).items():
-        rows += [(printable(f"    {label.replace(name, group)}"), *cells) for label, *cells in loss_rows(name, values)]
+        rows += [(printable(f"    {label.replace(name, group)}"), *cells)
+                 for label, *cells in loss_rows(name, values)]
     return rows
 
 
@@ -269,7 +272,8 @@ def evaluate(model, dataset, name, result, args):
         if positions and name == "answers":
             result["counts"]["yes_no"] = len(positions)
             for key, texts in (("yes_no", answers), ("yes_no_different", different)):
-                result[key] = score_yes_no([asked[i].reference for i in positions], [texts[i] for i in positions])
+                result[key] = score_yes_no([asked[i].reference for i in positions],
+                                           [texts[i] for i in positions])
     pairs, title = list(zip(asked, answers)), f"{len(asked)} of the generated {name}"
     if scored or yes_no:
         pairs = [(question, answer) for question, answer in pairs if answer != question.reference]
@@ -291,15 +295,16 @@ def main():
                         "answers cannot be scored, how many of them to generate and print (default: 5)")
     args = parser.parse_args()
     if bool(args.data) != bool(args.images):
-        raise UserError("--data and --images belong together: pass both, or neither to evaluate on the held-out "
-                        "records of the run")
+        raise UserError("--data and --images belong together: pass both, or neither to evaluate on the "
+                        "held-out records of the run")
     model, template, image_processor, saved = load_run(args)
     folder, parts = args.run / f"stage{saved['stage']}", (template, image_processor, model.num_image_tokens)
     path, datasets = folder / "eval.json", {}
     if args.data:
         path = folder / f"eval_{Path(args.data).stem}.json"
         records = read_records(find_file(args.data), ImageStore(find_file(args.images)))
-        datasets["answers"] = ChatDataset(records.subset(slice(args.heldout)), *parts, template.context_length)
+        records = records.subset(slice(args.heldout))
+        datasets["answers"] = ChatDataset(records, *parts, template.context_length)
         drop_unusable_records(datasets["answers"], open_images=True)
     for stage, name in ((1, "captions"), (2, "answers")):
         if args.data or not (args.run / f"stage{stage}" / "run.json").exists():
@@ -309,7 +314,8 @@ def main():
         except UserError as error:
             if stage == saved["stage"]:
                 raise
-            print(f"The {name} are left out, because the held-out records of stage {stage} cannot be used: {error}")
+            print(f"The {name} are left out, because the held-out records of stage {stage} cannot be used: "
+                  f"{error}")
     result = {"stage": saved["stage"], "counts": {}}
     examples = [evaluate(model, dataset, name, result, args) for name, dataset in datasets.items()]
     for name, *cells in make_table(result):

@@ -149,8 +149,9 @@ def copy_projector(ours, theirs):
 
 
 def save_model(llava, folder):
-    """Writes config.json, generation_config.json and the weights. Their names are those of the LLaVA models on
-    the hub, because vLLM expects them. transformers alone would leave out "vision_model." of CLIP and SigLIP.
+    """Writes config.json, generation_config.json and the weights. Their names are those of the LLaVA
+    models on the hub, because vLLM expects them. transformers alone would leave out "vision_model." of
+    CLIP and SigLIP.
     """
     level = "" if llava.config.vision_config.model_type == "dinov2" else "vision_model."
     llava.save_pretrained(folder, state_dict={
