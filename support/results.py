@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 from peft import LoraConfig, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from data import ChatTemplate
 from model import Llava
@@ -54,7 +54,7 @@ def save_result(folder, stage, model, progress, image_use):
           f"saved in {folder.path}")
 
 
-def read_result(folder, preset="toy"):
+def read_result(folder, preset=None):
     """Returns run.json of a finished stage. Raises UserError if it is not finished."""
     folder = Path(folder)
     saved = read_json(folder / "run.json")
@@ -62,9 +62,9 @@ def read_result(folder, preset="toy"):
         if folder.parent.name in ("stage1", "stage2"):
             raise UserError(f"pass --run {shlex.quote(str(folder.parents[1]))}, the folder of the run")
         script = "stage2_instruct.py" if folder.name == "stage2" else "stage1_align.py"
-        raise UserError(f"{folder} holds no finished run: train it first, with python {script} --preset "
-                        f"{preset} --run {shlex.quote(str(folder.parent))} and the flags of your data and "
-                        "models")
+        words = ["python", script, *(["--preset", preset] if preset else []), "--run", str(folder.parent)]
+        raise UserError(f"{folder} holds no finished run: train it first, with {shlex.join(words)} and the "
+                        "flags of your preset, data and models")
     if not {"stage", "settings", *MODEL_SETTINGS} <= set(saved):
         raise UserError(f"{folder}/run.json is damaged, or an older version of this code wrote it: copy the "
                         "folder again, or train again with --restart")
@@ -88,14 +88,14 @@ def load_projector(model, folder):
     """Loads projector.safetensors into the model. Raises UserError if it does not fit exactly."""
     path = Path(folder) / "projector.safetensors"
     with explain_errors(f"load {path}, which must fit this projector"):
-        model.projector.load_state_dict(load_file(path), strict=True)
+        model.projector.load_state_dict(load(path.read_bytes()), strict=True)
 
 
 def load_adapter(model, folder):
     """Adds a saved LoRA adapter to the model, frozen. Raises UserError if it does not fit exactly (peft
     itself only warns about missing tensors)."""
     with explain_errors(f"read the adapter in {folder}"):
-        tensors = load_file(Path(folder) / "adapter_model.safetensors")
+        tensors = load((Path(folder) / "adapter_model.safetensors").read_bytes())
         saved = read_json(Path(folder) / "adapter_config.json")
         # Other fields of the file are not used, because some of them would change the base weights.
         config = LoraConfig(r=saved["r"], lora_alpha=saved["lora_alpha"], task_type="CAUSAL_LM",

@@ -337,7 +337,8 @@ def watched(monkeypatch):
             return seen["model"]
 
         def watching_plan(*args, **named):  # after weights are restored and before the first evaluation
-            seen["before"] = {name: p.detach().clone() for name, p in seen["model"].named_parameters()}
+            if "model" in seen:  # else the other stage calls it
+                seen["before"] = {name: p.detach().clone() for name, p in seen["model"].named_parameters()}
             return plan_steps(*args, **named)
 
         def watching_clip(parameters, *args):

@@ -207,7 +207,7 @@ def test_fewer_held_out_records_can_be_evaluated(script, flags, drawn, tmp_path)
 
 
 def test_a_stage_that_is_not_finished_is_refused(refusal, script, flags, tmp_path):
-    assert "python stage1_align.py --preset toy --run none" in refusal("tools.evaluate", "--run", "none")
+    assert "python stage1_align.py --run none" in refusal("tools.evaluate", "--run", "none")
     train(script, flags, tmp_path / "run", stages=[1])
     assert "stage2_instruct.py" in refusal("tools.evaluate", "--run", "run", "--stage", 2)
 
