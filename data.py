@@ -81,6 +81,7 @@ class ChatTemplate:
         # puts an image feature wherever this id stands, so the id is never looked up.
         self.tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        # Special tokens, and tokens without an embedding. escape() keeps both out of a record's texts.
         special = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items()
                    if token.special or i >= self.num_embeddings}
         self.special_pattern = re.compile("|".join(map(re.escape, special.values())))
@@ -92,12 +93,14 @@ class ChatTemplate:
         # What the template writes between a question and its answer.
         prompt = self.render([{"role": "user", "content": "?"}], is_prompt=True)
         self.answer_header = prompt.rpartition("?")[2]
-        # What encode() relies on. Generation stops at all end tokens; the first is the one that is trained.
+        # Checks what encode() relies on. The model learns to end an answer with end_token_id. Generation
+        # stops at any of end_token_ids.
         self.answer_prefixes, self.end_token_id = check_chat_template(self)
         self.end_token_ids = list(dict.fromkeys([self.end_token_id, *end_token_ids]))
 
     def render(self, messages, is_prompt=False):
-        """Returns the conversation as one text. A prompt ends where the answer to its last question begins."""
+        """Returns the conversation as one text. A prompt ends where the answer to its last
+        question starts."""
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False,
                                                       add_generation_prompt=is_prompt)
@@ -134,8 +137,8 @@ class ChatTemplate:
         Where the prompt ends, the answer starts. It is labeled up to the first special token after it. Some
         templates write a little more there (Mistral a space), which is labeled too, because the model has to
         generate it. Raises UserError if the template changes a text.
-        Source: preprocess_v1() in the original code's train.py. It tokenizes the turns separately and adds up
-        their lengths, and masks the whole sample if the sum is wrong. Character offsets avoid that.
+        Source: preprocess_v1() in the original code's train.py. It tokenizes each turn once more to
+        count its tokens, and masks the whole sample if the sum is wrong. Character offsets avoid that.
         """
         text = self.render(messages)
         ids, offsets = self.tokenize(text, num_image_tokens)
@@ -157,7 +160,8 @@ class ChatTemplate:
         return ids, labels
 
     def encode_prompt(self, messages, num_image_tokens):
-        """Returns the ids of a conversation that ends with a question. With its answer, they are a prefix."""
+        """Returns the ids of a conversation that ends with a question. encode() of the same conversation with
+        an answer begins with them."""
         return self.tokenize(self.render(messages, is_prompt=True), num_image_tokens)[0]
 
     def to_messages(self, record):

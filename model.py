@@ -7,7 +7,7 @@
 CLIP cuts the image into patches and returns one vector per patch (Z_v). The projector, one linear layer, maps
 each of these vectors into the space of the LLM's token embeddings (H_v). From there on the LLM reads the
 image like text, whose embeddings are H_q. Nothing marks these positions as an image. They have consecutive
-positions, in reading order, and attention is causal, so patch k sees only the patches before it. Where a
+positions, in reading order, and attention is causal, so patch k sees itself and what comes before it. Where a
 patch is, its features say themselves, because CLIP has added position embeddings.
 
 Sizes used in the comments:                                          CLIP ViT-L/14 + TinyLlama       toy
@@ -196,6 +196,7 @@ class Llava(nn.Module):
         # No mask is needed. Padding is on the right, and in a causal model no token attends to what follows
         # it. Without a mask, transformers asks PyTorch for a causal kernel, which can skip half of the T×T
         # attention scores.
+        # get_decoder() is the LLM without its head: the blocks and the last norm.
         inputs_embeds = self.embed(input_ids, pixel_values)  # (B, T, D)
         hidden = self.llm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=None,
                                         use_cache=False).last_hidden_state  # (B, T, D)
@@ -225,7 +226,7 @@ class Llava(nn.Module):
         inputs_embeds = self.embed(input_ids, pixel_values)  # (B, T, D)
         # Each row counts its positions after its padding: [pad, pad, a, b] -> [0, 0, 0, 1]
         position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, T)
-        # In every block, keys and values: (B, key-value heads, positions so far, head_dim).
+        # Keys and values of all positions so far, for every block: (B, key-value heads, positions, head_dim).
         cache = DynamicCache()
         finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # (B,)
         answer = []

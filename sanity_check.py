@@ -7,8 +7,9 @@
     python sanity_check.py --show-mask 0         a held-out record with its labeled tokens marked
     python sanity_check.py --nearest-tokens 0    the vocabulary tokens that are nearest to each image patch
 
-The script loads stage 2 of the run if it is finished, else stage 1; --stage 1 loads stage 1 in any case. For
-the toy, each command takes a few seconds. --probabilities adds the probability of each generated token.
+The script needs a finished stage. It loads stage 2 of the run if that is finished, else stage 1; with --stage 1,
+it loads stage 1. For the toy, each command takes a few seconds. --probabilities adds the probability of each
+generated token.
 
 --sample also prints the loss of the reference answers with the correct image, a different image and a blank
 image. If the three are equal for many records, the model ignores the image. --sample uses held-out records,
@@ -130,7 +131,8 @@ def print_losses(model, heldout_dataset, i):
     if max(abs(loss - losses["correct image"]) for loss in losses.values()) < 0.01:  # nats per token
         print("The image makes almost no difference for this record. Look at several records.")
     elif losses["correct image"] > min(losses.values()):
-        print("A wrong image makes the reference answers of this record more likely than the correct one.")
+        print("Another or a blank image makes this record's reference answers more likely than the correct "
+              "image does.")
 
 
 def print_nearest_tokens(model, template, pixel_values, stage):

@@ -41,13 +41,13 @@ from support.records import load_records
 PRESETS = {
     "toy": dict(
         run="runs/toy",                       # the results go to runs/toy/stage1
-        vision_tower="toy/clip-vit",          # small models that were trained for this world
+        vision_tower="toy/clip-vit",          # small models, trained on drawn colored shapes
         llm="toy/llama-chat",
         data="toy/data/chat.json",            # records: an image, a question and a caption
         images="toy/data/images.zip",         # a .zip file, or a folder as in stage 2
         heldout_data="toy/data/heldout_chat.json",
         heldout_images="toy/data/heldout.zip",
-        heldout=240,                          # that many of them are evaluated
+        heldout=240,                          # the first 240 of these records are evaluated
         max_length=256,                       # longest sample in tokens, N image positions included
         lr=1e-2,                              # at its peak; the small toy allows a high one
         batch_size=32,                        # samples per micro-batch
@@ -98,19 +98,20 @@ def main(argv=None):
     folder = checkpoints.StageFolder(args, 1, processes)
     # Every process must start with the same random weights.
     torch.manual_seed(args.seed)
-
-    # -- 2. data -------------------------------------------------------------------------------------------
-
     # Before the first run, the toy draws its 12,240 pictures (about 10 s).
     if args.data.startswith("toy/data/"):
         import toy.world
         toy.world.draw_if_missing()
+
+    # -- 2. data -------------------------------------------------------------------------------------------
+
+    # Without --heldout-data, the records of some images are taken out of the training data.
     train_records, heldout_records = load_records(args)
     template, image_processor = ChatTemplate(args.llm), load_image_processor(args.vision_tower)
     num_image_tokens = count_patches(load_vision_config(args.vision_tower))  # N
-    make_dataset = partial(ChatDataset, template=template, image_processor=image_processor,
-                           num_image_tokens=num_image_tokens, max_length=args.max_length)
-    train_dataset, heldout_dataset = make_dataset(train_records), make_dataset(heldout_records)
+    parts = template, image_processor, num_image_tokens, args.max_length
+    train_dataset, heldout_dataset = ChatDataset(train_records, *parts), ChatDataset(heldout_records, *parts)
+    # A missing image must not stop the run hours later, so every record is checked now.
     # lengths[i]: about how many tokens sample i has
     lengths = drop_unusable_records(train_dataset, args.allow_bad)
     drop_unusable_records(heldout_dataset, open_images=True)
@@ -149,7 +150,7 @@ def main(argv=None):
 
     # -- 5. the loop ---------------------------------------------------------------------------------------
 
-    # At step 0, or where the checkpoint ended.
+    # Begins at step 0, or restores weights, optimizer and random numbers from the checkpoint.
     progress = folder.begin(model, optimizer, scaler, train_dataset.records, heldout_dataset.records)
     # steps[k] lists the micro-batches of one optimizer step of this process. Each micro-batch lists the
     # indices of its samples. samples_per_step[k] is the number of samples of that step in all processes.
@@ -161,8 +162,8 @@ def main(argv=None):
                         pin_memory=device.type == "cuda", **step_batches.loader_options(steps, args.workers))
     log = MetricsLog(folder, args, progress, total_steps)
 
+    # Logs the held-out loss with the correct and with a different image, an answer, and nearest tokens.
     def evaluate():
-        """Logs the held-out loss with the correct and a different image, an answer, and nearest tokens."""
         with autocast():
             image_use, *example = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches, device)
         log.log_heldout(progress.step, image_use, *example)
@@ -188,11 +189,13 @@ def main(argv=None):
             micro_batches, skipped, seconds_waiting = step_batches.take_step(batches, len(step_indices))
             folder.record_skipped(progress, skipped, len(train_dataset))
 
-            # The loss is the mean over all n labeled tokens of the effective batch, here num_labeled:     L =
-            # 1/n · Σ over micro-batches Σ over their labeled tokens  -log p(x_t | x_<t, image) With the usual
-            # loss.mean() / grad_accum, which many training loops have, every micro-batch has the same weight.
-            # A token in a micro-batch with few labeled tokens would then count more than one in a micro-batch
-            # with many, and the result would depend on how the batch is split.
+            # The loss is the mean over all n labeled tokens of the effective batch (n is num_labeled below):
+            #
+            #     L = 1/n · Σ over micro-batches Σ over their labeled tokens  -log p(x_t | x_<t, image)
+            #
+            # With loss.mean() / grad_accum, which many training loops have, every micro-batch has the same
+            # weight. A token in a micro-batch with few labeled tokens would then count more than one in a
+            # micro-batch with many, and the result would depend on how the batch is split.
             own_labeled = sum(count_labeled(batch).sum().item() for batch in micro_batches)
             num_labeled = processes.sum(own_labeled)
             loss = torch.zeros((), device=device)
@@ -211,6 +214,7 @@ def main(argv=None):
             processes.sum_gradients(parameters)
             loss = processes.sum(loss)
             scaler.unscale_(optimizer)
+            # Scales down gradients whose norm is too large. 0 sets no limit, and the norm is only logged.
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
             checkpoints.stop_if_diverged(progress, loss, grad_norm, scaler, train_dataset.records,
                                          step_indices)

@@ -8,7 +8,8 @@ one small GPU is enough. The original code has a LoRA script, too: scripts/v1_5/
     python stage2_instruct.py --preset small       DINOv2 and SmolLM2-135M, see docs/small.md
     python stage2_instruct.py --preset tinyllama   the real models and data, see docs/real_data.md
 
-Reads <run>/stage1/. Writes projector.safetensors, adapter/, run.json and metrics.jsonl to <run>/stage2/.
+Reads <run>/stage1/. Writes projector.safetensors, adapter/, run.json, heldout.json and metrics.jsonl to
+<run>/stage2/.
 Continue with sanity_check.py. stage1_align.py explains what both stages have in common. What is new is marked
 "New", or stands under "new in stage 2": the LLM gets a LoRA adapter, and adapter and projector have different
 learning rates.
@@ -52,11 +53,11 @@ PRESETS = {
         epochs=1,
         eval_every=40,
         save_every=100,
-        lr=1.5e-3,                            # of the adapter, which starts at zero
+        lr=1.5e-3,                            # of the adapter, whose output starts at zero
         projector_lr=5e-4,                    # of the projector, which is trained already
         lora_r=16,                            # rank of the adapter's matrices A and B
         lora_alpha=32,                        # their product is scaled by lora_alpha / lora_r
-        lora_dropout=0.0),                    # the toy scores the same without it, and is faster
+        lora_dropout=0.0),                    # without dropout a step is faster
     "small": dict(
         run="runs/small",
         vision_tower="data/small/encoder",
@@ -91,7 +92,7 @@ PRESETS = {
         epochs=1,                             # also there; the paper has 3 epochs of steps of 32 samples
         lr=2e-4,                              # also there; the paper has 2e-5 for all weights of the LLM
         projector_lr=2e-5,                    # also there; low, so that the projector keeps what it can
-        lora_r=16,                            # there 128, which needs eight times the memory
+        lora_r=16,                            # there 128, an adapter of eight times the size
         lora_alpha=32,                        # there 256, so alpha / r is the same
         lora_dropout=0.05),
 }
@@ -107,18 +108,17 @@ def main(argv=None):
     stage1_folder, stage1_hash = results.read_stage1(args)
     folder = checkpoints.StageFolder(args, 2, processes, stage1_hash=stage1_hash)
     torch.manual_seed(args.seed)
-
-    # -- 2. data -------------------------------------------------------------------------------------------
-
     if args.data.startswith("toy/data/"):
         import toy.world
         toy.world.draw_if_missing()
+
+    # -- 2. data -------------------------------------------------------------------------------------------
+
     train_records, heldout_records = load_records(args)
     template, image_processor = ChatTemplate(args.llm), load_image_processor(args.vision_tower)
     num_image_tokens = count_patches(load_vision_config(args.vision_tower))  # N
-    make_dataset = partial(ChatDataset, template=template, image_processor=image_processor,
-                           num_image_tokens=num_image_tokens, max_length=args.max_length)
-    train_dataset, heldout_dataset = make_dataset(train_records), make_dataset(heldout_records)
+    parts = template, image_processor, num_image_tokens, args.max_length
+    train_dataset, heldout_dataset = ChatDataset(train_records, *parts), ChatDataset(heldout_records, *parts)
     lengths = drop_unusable_records(train_dataset, args.allow_bad)
     drop_unusable_records(heldout_dataset, open_images=True)
     heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
@@ -143,7 +143,7 @@ def main(argv=None):
     model.add_lora(LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
                               target_modules=LORA_TARGETS, task_type="CAUSAL_LM"))
     print(model.parameter_table())
-    # From here on, each process draws different dropout masks.
+    # So far all processes have drawn the same numbers, so A is equal. From here on, dropout masks differ.
     torch.manual_seed(args.seed + processes.rank)
 
     # -- 4. optimizer --------------------------------------------------------------------------------------

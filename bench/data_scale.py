@@ -1,9 +1,9 @@
 """Checks that data of the real size fits into memory: synthetic records and a .zip file, 595,375 of each.
 
-    python -m bench.data_scale    about 2 minutes on 2 CPU cores, 310 MB of temporary files, Linux only
+    python -m bench.data_scale    about 1 minute on 2 CPU cores, 250 MB of temporary files, Linux only
 
-Opens both as stage 1 does and reads random samples with two DataLoader workers. Prints the seconds and the memory
-of each process (proportional set size, in which shared memory is divided among the processes that share it).
+Opens both as stage 1 does and reads random samples with two DataLoader workers. Prints the seconds and the
+memory of each process (proportional set size, in which shared memory is divided among its processes).
 Fails if they need more than 1.5 GB together.
 """
 
@@ -70,7 +70,8 @@ def memory(process):
 def timed(title, function, *args):
     started = time.perf_counter()
     result = function(*args)
-    print(f"{title}: {time.perf_counter() - started:.1f} s, memory {memory(os.getpid()) / 1e6:.0f} MB", flush=True)
+    seconds = time.perf_counter() - started
+    print(f"{title}: {seconds:.1f} s, memory {memory(os.getpid()) / 1e6:.0f} MB", flush=True)
     return result
 
 

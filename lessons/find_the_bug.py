@@ -1,4 +1,4 @@
-"""Six bugs that real projects had, each in a copy of a function of this project.
+"""Six bugs that real projects had, each in a copy of a function of this project (the second: of its loop).
 
     python -m lessons.find_the_bug 1               prints the copy without comments, and what the bug does
     python -m lessons.find_the_bug 1 --solution    also the wrong line, the right one, and who reported it
@@ -146,8 +146,9 @@ def broken_copy(function, right, wrong):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("number", type=int, choices=range(1, len(BUGS) + 1))
-    parser.add_argument("--solution", action="store_true")
+    parser.add_argument("number", type=int, choices=range(1, len(BUGS) + 1), help="which bug")
+    parser.add_argument("--solution", action="store_true",
+                        help="also print the wrong line, the right one and who reported it")
     args = parser.parse_args()
     function, right, wrong, symptom, reason, reported = BUGS[args.number - 1]
     source, broken = broken_copy(function, right, wrong)

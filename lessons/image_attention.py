@@ -15,10 +15,10 @@ EXPECTED = """No gain. Each vector of CLIP has already attended to the whole ima
 after the image, so it can read all patches with either mask. In stage 1 the captions may even become worse,
 because the frozen language model was pretrained with the causal mask. For the same reason, the new mask
 should cost some answers if it is only used for the questions and not in the training."""
-MEANING = """No difference that three seeds can show. Trained with the new mask, the model writes captions and
-answers as well as before. A model that was trained with the causal mask loses two hundredths of its captions if
-it gets the new mask for the questions only, and no answers. So in the toy, too, there is no improvement, and the
-causal mask has the advantage that the image needs no code of its own."""
+MEANING = """No difference that three seeds can show. Trained with the new mask, the model writes captions
+and answers as well as before. A model that was trained with the causal mask loses two hundredths of its
+captions if it gets the new mask for the questions only, and no answers. So in the toy, too, there is no
+improvement, and the causal mask has the advantage that the image needs no code of its own."""
 
 embed, forward = Llava.embed, LlamaModel.forward
 

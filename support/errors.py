@@ -51,7 +51,8 @@ def explain_errors(action):
 
 
 def run_script(main):
-    """Runs main(). A UserError exits with its sentence and code 1; every other error shows its traceback."""
+    """Runs main(). A UserError or a lack of memory ends with one sentence and code 1, and Ctrl-C with code
+    130. Every other error shows its traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # support/start.py has set another one
     script = Path(sys.argv[0]).name
     for output in (sys.stdout, sys.stderr):  # a character that the terminal lacks must not end a run

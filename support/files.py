@@ -60,7 +60,7 @@ def atomic_write(path):
         yield temporary
         if path.exists() and not (path.is_dir() if temporary.is_dir() else path.is_file()):
             raise OSError(errno.EEXIST, "something else has this name")
-        os.umask(mask := os.umask(0))
+        os.umask(mask := os.umask(0))  # it can only be read by setting it
         for file in [temporary] if temporary.is_file() else temporary.rglob("*"):
             if file.is_file():
                 file.chmod(0o666 & ~mask)  # safetensors lets only the owner read its files

@@ -29,7 +29,7 @@ def decode_image(content, name):
             image = Image.open(io.BytesIO(content), formats=PILLOW_FORMATS)
         except UnidentifiedImageError as error:
             raise UserError(f"{name} is not an image in a supported format") from error
-        image.getexif()  # Pillow keeps what it has parsed
+        image.getexif()  # parses the EXIF data and keeps them, although the raw bytes are dropped below
         image.load()
         image.info.pop("exif", None)  # else exif_transpose() would write it again, which fails for odd tags
         ImageOps.exif_transpose(image, in_place=True)

@@ -113,9 +113,11 @@ def changed_settings(settings, preset):
 def next_command(script, settings, preset):
     """Returns the command that continues with the run of these settings: with the same models and data, if
     they are not those of the preset."""
-    names = ["run", "vision_tower", "vision_layer", "llm", "projector", "data", "images", "heldout_data",
-             "heldout_images", "heldout", "max_length", "allow_bad", "precision", "device"]
+    names = ["run", "vision_tower", "vision_layer", "llm", "projector", "limit", "heldout", "max_length",
+             "allow_bad", "precision", "device"]
     changed = changed_settings(settings, preset)
+    if "data" in changed:  # else the next stage of the preset has data and images of its own
+        names += ["data", "images", "heldout_data", "heldout_images"]
     words = ["python", script]
     if script == "sanity_check.py":  # it reads all other settings from run.json
         names = ["run"]

@@ -73,8 +73,9 @@ def take_step(batches, count):
 
 def try_longest_batch(model, dataset, lengths, device, autocast, settings):
     """Takes one forward and backward pass of the micro-batch that is probably the longest, and prints the
-    peak memory. Raises UserError if it does not fit, so that a run does not fail hours later.
-    Changes nothing in the run: weights and random numbers stay, and gradients are None afterwards."""
+    peak memory, without the two numbers per trained parameter that AdamW adds in the first step. Raises
+    UserError if it does not fit, so that a run does not fail hours later. Changes nothing in the run: weights
+    and random numbers stay, and gradients are None afterwards."""
     longest = np.argsort(-lengths, kind="stable")[:settings.batch_size].tolist()
     batch = collate([dataset[i] for i in longest], dataset.template.pad_token_id)
     size, length = batch["input_ids"].shape

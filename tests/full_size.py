@@ -3,9 +3,9 @@
     python tests/full_size.py                   sizes of CLIP ViT-L/14 and TinyLlama-1.1B
     python tests/full_size.py --geometry toy    a few seconds, to try the script
 
-pytest does not collect this file, because it takes minutes, 4 GB of disk and about 10 GB of memory. It makes both
-models with the tests' small tokenizer, draws pictures of the toy, runs one optimizer step of each stage and one
-answer, and prints the time and the peak memory of each.
+pytest does not collect this file, because it takes minutes, 4 GB of disk and about 10 GB of memory. It makes
+both models with the tests' small tokenizer, draws pictures of the toy, runs one optimizer step of each stage
+and one answer, and prints the time and the peak memory of each.
 """
 
 import argparse
@@ -50,18 +50,18 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="full", help="sizes of the models")
     parser.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16; see stage1_align.py")
-    parser.add_argument("--batch-size", default=2, type=int)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_models(folder, args.geometry)
         draw(folder / "data", chat=8, instruct=8, heldout=1)
-        flags = ["--preset", "tinyllama", "--precision", args.precision, "--batch-size", args.batch_size,
-                 "--vision-tower", "clip", "--llm", "llm", "--grad-accum", 1, "--heldout", 2,
-                 "--max-length", 400, "--max-steps", 1, "--workers", 0]
+        flags = ["--preset", "tinyllama", "--precision", args.precision, "--vision-tower", "clip",
+                 "--llm", "llm", "--batch-size", 2, "--grad-accum", 1, "--heldout", 2, "--max-length", 400,
+                 "--max-steps", 1, "--workers", 0]
         lines = [
             run(folder, "stage1_align.py", *flags, "--data", "data/chat.json", "--images", "data/images.zip"),
-            run(folder, "stage2_instruct.py", *flags, "--data", "data/instruct.json", "--images", "data/images"),
+            run(folder, "stage2_instruct.py", *flags, "--data", "data/instruct.json", "--images",
+                "data/images"),
             run(folder, "sanity_check.py", "--run", "runs/tinyllama", "--precision", args.precision,
                 "--max-new-tokens", 8)]
     print("\n" + "\n".join(lines))

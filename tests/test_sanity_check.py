@@ -49,7 +49,8 @@ def test_every_evaluation_logs_the_words_of_the_first_held_out_picture(script, f
 
 def test_token_probabilities_are_those_that_generation_chose_from(tiny):
     model, template, image_processor = tiny()
-    prompt = make_image_prompt(model, template, "What object is shown?", preprocess(image_processor, draw("red")))
+    pixel_values = preprocess(image_processor, draw("red"))
+    prompt = make_image_prompt(model, template, "What object is shown?", pixel_values)
     ids = model.generate(**prompt_batch(template, [prompt], "cpu"), end_token_ids=template.end_token_ids,
                          max_new_tokens=6)[0].tolist()
     rows = token_probabilities(model, template, prompt, ids)
@@ -68,20 +69,22 @@ def test_every_stage_answers_the_same_question(script, flags, tmp_path, capsys, 
     script("stage2_instruct", *flags(2, max_steps=2, lr=0.1))
     draw("red").save("mine.png")
     capsys.readouterr()
-    script("sanity_check", "--image", "mine.png", "--question", "What?", "--every-stage", "--max-new-tokens", 5)
+    flags = ["--image", "mine.png", "--question", "What?", "--max-new-tokens", 5]
+    script("sanity_check", *flags, "--every-stage")
     titles = ["WITHOUT AN IMAGE", "UNTRAINED PROJECTOR", "AFTER STAGE 1", "AFTER STAGE 2"]
     out = capsys.readouterr().out
     answers = [re.search(f"{title}\n(.*)\n", out)[1] for title in titles]
     assert "QUESTION\nWhat?" in out and len(set(answers)) > 2
-    script("sanity_check", "--image", "mine.png", "--question", "What?", "--max-new-tokens", 5, "--probabilities")
+    script("sanity_check", *flags, "--probabilities")
     out = capsys.readouterr().out
     assert answers[3] in out and len(re.findall(r"^\S.* \d\.\d{3} +\S.* \(\d\.\d{3}\)$", out, re.M)) > 1
     script("sanity_check", "--every-stage", "--sample", 1, "--max-new-tokens", 3)
     out = capsys.readouterr().out
-    assert "QUESTION\nProvide a brief description of the given image." in out and out.count("\n\n") == len(titles)
+    assert "QUESTION\nProvide a brief description of the given image.\n\nWITHOUT AN IMAGE\n" in out
     assert "without --every-stage" in refusal("sanity_check", "--every-stage", "--probabilities")
     # The Python code of the README gives the same answer as the command.
-    code = re.search("```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    code = re.search("```python\n(.*?)```", readme, re.DOTALL)[1]
     exec(code.replace("toy/data/images/000000000617.jpg", "mine.png")
          .replace("Describe the image concisely.", "What?"), {})
     assert capsys.readouterr().out.startswith(answers[3].strip()[:10])

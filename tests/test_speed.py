@@ -5,7 +5,7 @@ import torch
 from conftest import N, batch_of, draw, preprocess
 from peft import LoraConfig
 
-from data import IGNORE_INDEX, collate
+from data import IGNORE_INDEX
 from model import LORA_TARGETS
 from support.devices import choose_attention
 
@@ -35,7 +35,7 @@ def step(tiny, template, image_processor):
         change(model, batch)
         loss = model(**batch).sum()
         loss.backward()
-        return loss.detach(), {name: parameter.grad for name, parameter in model.trainable_parameters().items()}
+        return loss.detach(), {name: p.grad for name, p in model.trainable_parameters().items()}
 
     return run
 
@@ -96,14 +96,3 @@ def test_logits_only_at_labels_change_no_gradient(step):
 
     assert_same(step(counted), step(everywhere))
     assert rows[0] == rows[1]  # the head computed one row for each label
-
-
-def test_generation_computes_each_position_once(tiny, template, image_processor):
-    """The keys and values of earlier positions are cached: only the first pass reads the prompt."""
-    model, _, _ = tiny()
-    ids = template.encode_prompt([{"role": "user", "content": "<image>\nWhat object is shown?"}], N)
-    prompt = {"input_ids": ids, "pixel_values": preprocess(image_processor, draw("red"))}
-    block, lengths = model.llm.get_decoder().layers[0], []
-    block.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
-    model.generate(**collate([prompt], 0, padding_side="left"), end_token_ids=[2], max_new_tokens=5)
-    assert lengths == [len(ids), 1, 1, 1, 1]
