@@ -24,8 +24,7 @@ CLIP, LLM = "openai/clip-vit-large-patch14", "TinyLlama/TinyLlama-1.1B-Chat-v1.0
 CHAT, INSTRUCT = "liuhaotian/LLaVA-CC3M-Pretrain-595K", "liuhaotian/LLaVA-Instruct-150K"
 # Files of the real repositories that nothing here reads, such as other formats of the same weights.
 UNUSED = {CLIP: [".gitattributes", "README.md", "flax_model.msgpack", "pytorch_model.bin", "tf_model.h5",
-                 "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
-                 "vocab.json"],
+                 "merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json"],
           LLM: [".gitattributes", "README.md", "eval_results.json"],
           CHAT: [".gitattributes", "README.md", "metadata.json"],
           INSTRUCT: [".gitattributes", "README.md", "complex_reasoning_77k.json", "conversation_58k.json",

@@ -86,8 +86,7 @@ def test_a_stage_imports_few_names_and_the_toys_drawing_only_when_it_runs(stage)
 
 
 def test_the_two_stages_differ_in_few_lines():
-    """The command in the docstring of stage 1 prints them."""
-    command = re.search(r"diff .*\\\n.*", ast.get_docstring(SOURCES["stage1_align"]))[0]
+    command = re.search(r"diff .*\\\n.*", ast.get_docstring(SOURCES["stage1_align"]))[0]  # prints them
     done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 1 and 0 < len(done.stdout.splitlines()) <= 45, done.stdout + done.stderr
     assert "LoraConfig(" in done.stdout and "token_losses" not in done.stdout

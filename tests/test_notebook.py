@@ -188,8 +188,7 @@ def test_it_is_stored_without_outputs_and_every_cell_has_its_own_id():
     assert len(set(ids)) == len(ids)
     for cell in CODE:
         assert cell["outputs"] == [] and cell["execution_count"] is None, cell["id"]
-        tags = {"parameters", "setup", "toy", "lesson", "real", "ask"}
-        assert set(cell["metadata"]["tags"]) <= tags, cell["id"]
+        assert set(cell["metadata"]["tags"]) <= {"parameters", "setup", "toy", "lesson", "real", "ask"}
 
 
 def test_every_path_and_module_that_it_names_exists():

@@ -83,8 +83,7 @@ def test_every_stage_answers_the_same_question(script, flags, tmp_path, capsys, 
     assert "QUESTION\nProvide a brief description of the given image.\n\nWITHOUT AN IMAGE\n" in out
     assert "without --every-stage" in refusal("sanity_check", "--every-stage", "--probabilities")
     # The Python code of the README gives the same answer as the command.
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    code = re.search("```python\n(.*?)```", readme, re.DOTALL)[1]
+    code = re.search("```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)[1]
     exec(code.replace("toy/data/images/000000000617.jpg", "mine.png")
          .replace("Describe the image concisely.", "What?"), {})
     assert capsys.readouterr().out.startswith(answers[3].strip()[:10])
