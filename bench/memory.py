@@ -9,10 +9,10 @@ without flash attention, expanded_attention() in support/devices.py needs more m
 The hours are samples · operations / (peak rate · utilization), see CARDS. A multiplication and an addition
 are two operations. Per sample, with P positions in CLIP and T in the LLM, K of them labeled:
 
-    language model    4 · weights · T                  forward, and backward to the activations only, because
-                                                       frozen weights get no gradient
-    attention         6 · width · T² · blocks          causal: half of the T×T scores
-    LoRA (stage 2)    6 · weights of A and B · T       forward, and backward to activations and weights
+    language model    4 · weights · T          forward, and backward to the activations only, because
+                                               frozen weights get no gradient
+    attention         6 · width · T² · blocks  causal: half of the T×T scores
+    LoRA (stage 2)    6 · weights of A and B · T   forward, and backward to activations and weights
     head              4 · width · vocabulary · K
     CLIP              2 · weights · P + 4 · width · P² · blocks          forward only
 

@@ -35,7 +35,7 @@ from support.devices import DTYPES, choose_attention, choose_device, choose_dtyp
 warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated")  # see support/errors.py
 PAD = 2  # Llama's end token, which is its padding token too
 LORA = dict(r=16, lora_alpha=32, lora_dropout=0.05, task_type="CAUSAL_LM")
-# {stage: mean number of text tokens of a sample, of which labeled}, as draw_sample() draws them
+# {stage: mean number of text tokens of a sample, of which labeled}, as in draw_sample()
 LENGTHS = {1: (36, 24), 2: (250, 165)}
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -84,47 +84,41 @@ def make_batches(samples, size):
     return [{name: batch[name] for name in batch if name != "skipped"} for batch in batches]
 
 
-def build_ours(config, stage, device, dtype):
-    """Returns our model with random weights, prepared as in the stages."""
-    model = Llava(CLIPVisionModel(config.vision_config), LlamaForCausalLM(config.text_config),
-                  config.image_token_index).to(device, dtype)
-    model.projector.float().requires_grad_(True)
+def build_models(config, stage, device, dtype):
+    """Returns (our model, transformers' Llava) with the same random weights, prepared as in the stages."""
+    peer = LlavaForConditionalGeneration(config).to(device, dtype).requires_grad_(False)
+    projector = peer.model.multi_modal_projector.float()
+    projector.linear_2 = nn.Identity()  # its projector has two layers, ours has one
+    vision_tower, llm = CLIPVisionModel(config.vision_config), LlamaForCausalLM(config.text_config)
+    for ours, theirs in ((vision_tower, peer.model.vision_tower), (llm.model, peer.model.language_model),
+                         (llm.lm_head, peer.lm_head)):
+        ours.load_state_dict(theirs.state_dict())
+    model = Llava(vision_tower, llm, config.image_token_index).to(device, dtype)
+    model.projector.float()
     if stage == 2:
         model.add_lora(LoraConfig(target_modules=LORA_TARGETS, **LORA))
-    return model.train()
-
-
-def build_peer(config, stage, device, dtype):
-    """Returns transformers' Llava with random weights, with the same components frozen as in ours."""
-    model = LlavaForConditionalGeneration(config).to(device, dtype)
-    projector = model.model.multi_modal_projector.float()
-    projector.linear_2 = nn.Identity()  # its projector has two layers, ours has one
-    model.requires_grad_(False)
-    if stage == 2:  # a pattern, because CLIP also has layers called q_proj
+        # The peer needs a pattern, because CLIP has layers called q_proj, too.
         pattern = rf".*language_model.*\.({'|'.join(LORA_TARGETS)})"
-        model = get_peft_model(model, LoraConfig(target_modules=pattern, **LORA))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.02)  # while B is zero, A gets no gradient to compare
+        peer = get_peft_model(peer, LoraConfig(target_modules=pattern, **LORA))
+    model.projector.requires_grad_(True)
     projector.requires_grad_(True)
-    return model.train()
+    for ours, theirs in zip(trained_parameters(model), trained_parameters(peer), strict=True):
+        if not theirs.any():  # LoRA's B; while B is zero, A gets no gradient to compare
+            nn.init.normal_(theirs, std=0.02)
+        ours.data.copy_(theirs)
+    return model, peer
 
 
-def peer_name(name):
-    """Returns the name that one of our parameters has in the peer."""
-    name = name.replace("llm.base_model.model.", "llm.")  # without peft's wrapper
-    for ours, peer in (("vision_tower.", "model.vision_tower."), ("llm.model.", "model.language_model."),
-                       ("projector.", "model.multi_modal_projector.linear_1."), ("llm.", "")):
-        if name.startswith(ours):
-            return peer + name.removeprefix(ours)
+def trained_parameters(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 class Side:
     """One model with its optimizer. Both sides run the training loop of the two stages."""
 
     def __init__(self, model, device, dtype):
-        self.model, self.device, self.dtype = model, device, dtype
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.model, self.device, self.dtype = model.train(), device, dtype
+        self.trained = trained_parameters(model)
         self.optimizer = torch.optim.AdamW(self.trained, lr=2e-5, weight_decay=0.0, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -153,53 +147,44 @@ class Side:
         return time.perf_counter() - started
 
 
-def check_equal(ours, peer, batch):
-    """Gives both sides the same weights. Ends the process if they then compute different things."""
-    def unwrapped(named):
-        return {name.removeprefix("base_model.model."): tensor for name, tensor in named}  # peft's wrapper
-
-    weights = unwrapped(peer.model.state_dict().items())
-    ours.model.load_state_dict({name: weights[peer_name(name)] for name in ours.model.state_dict()})
-    names, losses, gradients = list(ours.model.trainable_parameters()), [], []
-    for side in (ours, peer):
+def check_equal(sides, batch):
+    """Ends the process if the two sides compute different losses or gradients."""
+    losses, gradients = [], []
+    for side in sides:
         side.model.eval()  # without dropout, because each side would drop different elements
         losses.append(side.loss(batch, n=1))
-        parameters = unwrapped(side.model.named_parameters())
-        trained = [parameters[name if side is ours else peer_name(name)] for name in names]
-        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(losses[-1], trained)]))
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(losses[-1], side.trained)]))
         side.model.train()
     loss_error = (losses[0] / losses[1] - 1).abs().item()
     gradient_error = ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
     print(f"  relative difference of losses {loss_error:.1e}, of gradients {gradient_error:.1e}", flush=True)
-    bound = 1e-4 if ours.dtype == torch.float32 else 2e-2
-    if not (loss_error <= bound and gradient_error <= 10 * bound and len(ours.trained) == len(peer.trained)):
+    bound = 1e-4 if sides[0].dtype == torch.float32 else 2e-2
+    if not (loss_error <= bound and gradient_error <= 10 * bound):
         sys.exit("speed.py: the two sides compute different things, so there is nothing to compare")
 
 
 def compare(stage, config, device, dtype, plan):
-    """Runs the pairs of a stage and returns its rows of the table."""
+    """Runs the pairs of a stage and yields its rows of the table."""
     rng = np.random.default_rng(stage)
-    ours, peer = (Side(build(config, stage, device, dtype), device, dtype) for build in (build_ours, build_peer))
-    check_equal(ours, peer, make_batches([draw_sample(config, stage, rng) for _ in range(2)], 2)[0])
+    ours, peer = (Side(model, device, dtype) for model in build_models(config, stage, device, dtype))
+    check_equal((ours, peer), make_batches([draw_sample(config, stage, rng) for _ in range(2)], 2)[0])
     size, samples_per_step, pairs = plan[stage]
-    speeds = {"peer": [], "ours, same batches": [], "ours, own batching": []}  # tokens per second in each pair
+    speeds = {"peer": [], "same batches": [], "own batching": []}  # tokens per second in each pair
     for pair in range(-1, pairs):  # pair -1 is the warm-up
         samples = [draw_sample(config, stage, rng) for _ in range(samples_per_step if pair >= 0 else 2)]
-        batches = make_batches(samples, size)
-        by_length = make_batches(sorted(samples, key=lambda sample: -len(sample["input_ids"])), size)
-        runs = list(zip(speeds, (peer, ours, ours), (batches, batches, by_length)))[:stage + 1]
-        tokens = sum(len(sample["input_ids"]) for sample in samples)
-        for name, side, step_batches in runs[::-1 if pair % 2 else 1]:
-            speeds[name] += [tokens / side.step(step_batches)][:pair + 1]
+        by_length = sorted(samples, key=lambda sample: -len(sample["input_ids"]))
+        runs = list(zip(speeds, (peer, ours, ours), (samples, samples, by_length)))[:1 + stage]
+        for name, side, ordered in runs[::-1 if pair % 2 else 1]:
+            seconds = side.step(make_batches(ordered, size))
+            speeds[name].append(sum(len(sample["input_ids"]) for sample in samples) / seconds)
         if pair >= 0:
-            print("  tokens/s:", *(f"{name} {speeds[name][-1]:.3g};" for name, *_ in runs), flush=True)
+            print("  tokens/s:", ", ".join(f"{name} {speeds[name][-1]:.3g}" for name, *_ in runs), flush=True)
     mean_length = 1 + config.image_seq_length + LENGTHS[stage][0]
-    peer_speed = np.array(speeds.pop("peer"))
-    for name, speed in list(speeds.items())[:stage]:
-        ratios = speed / peer_speed
-        yield (f"| stage {stage}, {name.removeprefix('ours, ')} | {np.median(ratios):.2f} "
-               f"({ratios.min():.2f}–{ratios.max():.2f}) | {np.median(speed):.3g} / {np.median(peer_speed):.3g} "
-               f"| {np.median(speed) / mean_length:.2g} |")
+    peer_speed, *our_speeds = (np.array(speeds[name][1:]) for name, *_ in runs)
+    for (name, *_), speed in zip(runs[1:], our_speeds):
+        ratios, median = speed / peer_speed, np.median(speed)
+        yield (f"| stage {stage}, {name} | {np.median(ratios):.2f} ({ratios.min():.2f}–{ratios.max():.2f}) | "
+               f"{median:.3g} / {np.median(peer_speed):.3g} | {median / mean_length:.2g} |")
 
 
 def main():
@@ -220,7 +205,8 @@ def main():
     for stage in [args.stage] if args.stage else (1, 2):
         print(f"stage {stage}", flush=True)
         rows += compare(stage, config, device, dtype, plan)
-    print("\n| | ratio (least–most) | tokens/s, ours / the peer | samples/s, ours |\n|--|--|--|--|", *rows, sep="\n")
+    print("\n| | ratio (least–most) | tokens/s, ours / the peer | samples/s, ours |\n|--|--|--|--|")
+    print(*rows, sep="\n")
 
 
 if __name__ == "__main__":
