@@ -13,7 +13,8 @@ In a pair, each side runs once. Every other pair has the reverse order, because 
 The ratio is the median over the pairs (least–most) of the peer's time divided by ours, so above 1 ours is
 faster. With "own batching", our micro-batches are sorted by length, as in the stages. (The stages estimate
 the lengths, so they have slightly more padding.) The last column counts samples of the mean length, see
-LENGTHS. On a CPU, run nothing else meanwhile.
+LENGTHS. On a busy machine, set the environment variable OMP_NUM_THREADS=1, because a thread that waits for
+another one counts as busy.
 """
 
 import argparse
@@ -132,8 +133,10 @@ class Side:
             return self.model(**batch, num_items_in_batch=n, use_cache=False).loss
 
     def step(self, batches):
-        """Takes one optimizer step over a list of micro-batches, and returns its seconds."""
-        started = time.perf_counter()
+        """Takes one optimizer step over a list of micro-batches, and returns its seconds. On a CPU these are
+        seconds of CPU time per thread, because they hardly depend on what else runs."""
+        clock = time.process_time if self.device.type == "cpu" else time.perf_counter
+        started = clock()
         n = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
         for batch in batches:
             self.scaler.scale(self.loss(batch, n)).backward()
@@ -144,7 +147,7 @@ class Side:
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the calls return before the GPU has finished
-        return time.perf_counter() - started
+        return (clock() - started) / (torch.get_num_threads() if self.device.type == "cpu" else 1)
 
 
 def check_equal(sides, batch):
