@@ -16,7 +16,8 @@ are two operations. Per sample, with P positions in CLIP and T in the LLM, K of 
     head              4 · width · vocabulary · K
     CLIP              2 · weights · P + 4 · width · P² · blocks          forward only
 
-T, K and the utilization are assumptions. Loading data, evaluations and checkpoints are not counted.
+T, K and the utilization are assumptions. Loading data, evaluations and checkpoints are not counted. With the
+small models, a GPU waits for Python and for images, so their hours are a lower bound.
 """
 
 import argparse
@@ -61,8 +62,8 @@ def peak_bytes(config, stage, text_tokens, batch, recompute, flash, size):
     d_v, d, mlp, layers = vision.hidden_size, text.hidden_size, text.intermediate_size, text.num_hidden_layers
     heads, kv = text.num_attention_heads, text.num_key_value_heads * text.head_dim
     tokens, linear = 1 + config.image_seq_length + text_tokens, linear_layers(text)
-    llm = layers * sum(i * o for i, o in linear) + text.vocab_size * d  # with the embedding
-    llm += 0 if text.tie_word_embeddings else text.vocab_size * d  # a head of its own
+    tables = 1 if text.tie_word_embeddings else 2  # embedding and head, which are one matrix if they are tied
+    llm = layers * sum(i * o for i, o in linear) + tables * text.vocab_size * d
     clip = (vision.num_hidden_layers - 1) * (4 * d_v**2 + 2 * d_v * vision.intermediate_size)
     trained = d_v * d + (layers * sum(rank * (i + o) for i, o in linear) if stage == 2 else 0)
     weights = size * (llm + clip) + 4 * 4 * trained  # in fp32: weight, gradient, Adam's two moments
