@@ -1,38 +1,50 @@
 """Computes the peak memory of a training step on a GPU, and how long the stages take there.
 
-    python -m bench.memory    tables for CLIP ViT-L/14 and TinyLlama-1.1B in fp16 or bf16
+    python -m bench.memory                            CLIP ViT-L/14 and TinyLlama-1.1B, in fp16 or bf16
+    python -m bench.memory --geometry smollm2-135m    CLIP ViT-B/32 and SmolLM2-135M; also smollm2-360m
 
 The tables are not measured. In the table of memory, all samples of a micro-batch are equally long. On GPUs
 without flash attention, expanded_attention() in support/devices.py needs more memory and says why.
 
-The hours are samples · operations / (peak rate · UTILIZATION). A multiplication and an addition are two
-operations. Per sample, with T positions, K of them labeled:
+The hours are samples · operations / (peak rate · utilization), see CARDS. A multiplication and an addition
+are two operations. Per sample, with P positions in CLIP and T in the LLM, K of them labeled:
 
-    language model    4 · weights · T                  forward, and backward to the activations only, because
-                                                       frozen weights get no gradient
-    attention         6 · width · T² · blocks          causal: half of the T×T scores
-    LoRA (stage 2)    6 · weights of A and B · T       forward, and backward to activations and weights
+    language model    4 · weights · T                         forward, and backward to the activations only,
+                                                              because frozen weights get no gradient
+    attention         6 · width · T² · blocks                 causal: half of the T×T scores
+    LoRA (stage 2)    6 · weights of A and B · T              forward, and backward to activations and weights
     head              4 · width · vocabulary · K
-    CLIP              2 · weights · 257 + 4 · width · 257² · blocks      forward only
+    CLIP              2 · weights · P + 4 · width · P² · blocks          forward only
 
-T, K and the utilization are assumptions. Loading data, evaluations and checkpoints are not counted.
+T, K and the utilization are assumptions. Loading data, evaluations and checkpoints are not counted. With the
+small models, a GPU waits for Python and for images, so their hours are a lower bound.
 """
 
+import argparse
 from itertools import product
 
-from bench.speed import LORA, geometry
+from bench.speed import GEOMETRIES, LENGTHS, LORA, geometry
 
 GIB = 2**30
 # {stage: numbers of text tokens, and the fraction of them that are answers}. Nobody has measured the longest
 # samples of LLaVA's data.
 TEXTS = {1: ((52, 200, 1024), 0.8), 2: ((350, 700, 1024), 2 / 3)}
-CUDA_CONTEXT = 1.0  # GiB for CUDA itself, its libraries, and gaps between tensors
-MEMORIES = {"8 GB": 7.4, "16 GB": 14.6, "24 GB": 22.3}  # GiB that PyTorch finds at least (14.6 on a T4)
+# GiB that PyTorch finds at least, on a T4 for example 14.6.
+MEMORIES = {"8 GB": 7.4, "12 GB": 11.6, "16 GB": 14.6, "24 GB": 22.3}
+# A step needs more than its tensors. CUDA and its libraries take 0.3 to 0.5 GiB, and PyTorch's allocator leaves
+# gaps between tensors. In a replay of all allocations of a stage-2 run with varying lengths, it held 9% more than
+# the tensors. Together that is 1.4 GiB at a peak of 10 GiB.
+CUDA_CONTEXT, GAPS = 0.5, 1.09
 
 SAMPLES = {1: 595_375, 2: 157_712}
-LENGTHS = {1: (36, 24), 2: (250, 165)}  # {stage: mean number of text tokens, of which labeled}
-CARDS = {"T4": 65, "RTX 3090": 71, "L4": 121, "A100": 312, "H100": 989}  # data sheets: dense fp16, TFLOP/s
-UTILIZATION = 0.3  # the fraction of the peak rate that a training reaches
+# {card: (peak rate, utilization)}. The rate is that of dense matrix products of fp16 numbers that are added
+# up in fp32, as PyTorch does by default, in 10¹² operations per second. The numbers are from NVIDIA's data
+# sheets and white papers. That of the RTX 3060 is computed: 112 tensor cores · 128 operations · 1.78 GHz.
+# (GeForce cards are twice as fast if they add up in fp16. Their advertisements often name that number.)
+# The utilization is the fraction of it that a training reaches. It was estimated from the matrix products and
+# from the bytes that all other kernels move, and can be wrong by a factor of two.
+CARDS = {"T4": (65, 0.22), "RTX 3060": (25.5, 0.5), "RTX 3090": (71, 0.5), "L4": (121, 0.2),
+         "RTX 4090": (165, 0.4), "A100": (312, 0.35), "H100": (989, 0.25)}
 
 
 def linear_layers(text):
@@ -50,7 +62,8 @@ def peak_bytes(config, stage, text_tokens, batch, recompute, flash, size):
     d_v, d, mlp, layers = vision.hidden_size, text.hidden_size, text.intermediate_size, text.num_hidden_layers
     heads, kv = text.num_attention_heads, text.num_key_value_heads * text.head_dim
     tokens, linear = 1 + config.image_seq_length + text_tokens, linear_layers(text)
-    llm = layers * sum(i * o for i, o in linear) + 2 * text.vocab_size * d  # with embedding and head
+    tables = 1 if text.tie_word_embeddings else 2  # embedding and head, which are one matrix if they are tied
+    llm = layers * sum(i * o for i, o in linear) + tables * text.vocab_size * d
     clip = (vision.num_hidden_layers - 1) * (4 * d_v**2 + 2 * d_v * vision.intermediate_size)
     trained = d_v * d + (layers * sum(rank * (i + o) for i, o in linear) if stage == 2 else 0)
     weights = size * (llm + clip) + 4 * 4 * trained  # in fp32: weight, gradient, Adam's two moments
@@ -72,23 +85,23 @@ def peak_bytes(config, stage, text_tokens, batch, recompute, flash, size):
     return weights + batch * tokens * kept + max(loss, batch * tokens * backward)
 
 
-def print_memory():
-    print(f"Computed peak in GiB, and the smallest card that has {CUDA_CONTEXT:.0f} GiB more for CUDA\n\n"
+def print_memory(config):
+    print(f"Computed peak in GiB, and the smallest card that has {GAPS - 1:.0%} and {CUDA_CONTEXT} GiB more\n\n"
           "| stage | text tokens | micro-batch | checkpointing | flash attention | without: T4, RTX 20xx, "
           "Windows |\n|--|--|--|--|--|--|")
     for stage in (1, 2):
-        for text_tokens, batch, recompute in product(TEXTS[stage][0], (1, 2, 4, 8, 16), (False, True)):
+        for text_tokens, batch, recompute in product(TEXTS[stage][0], (1, 2, 4, 8, 16, 32), (False, True)):
             print(f"| {stage} | {text_tokens:,} | {batch} | {'yes' if recompute else 'no'} |", end="")
             for flash in (True, False):
-                case = stage, text_tokens, batch, recompute, flash
-                peak = peak_bytes(geometry("full"), *case, size=2) / GIB
-                card = next((name for name, gib in MEMORIES.items() if peak + CUDA_CONTEXT <= gib), "larger")
+                peak = peak_bytes(config, stage, text_tokens, batch, recompute, flash, size=2) / GIB
+                needed = GAPS * peak + CUDA_CONTEXT
+                card = next((name for name, gib in MEMORIES.items() if needed <= gib), "larger")
                 print(f" {peak:.1f} ({card}) |", end="" if flash else "\n")
 
 
-def operations(stage):
+def operations(config, stage):
     """Returns the number of operations of one sample of a stage: forward and backward pass."""
-    config, (text_tokens, labeled) = geometry("full"), LENGTHS[stage]
+    text_tokens, labeled = LENGTHS[stage]
     clip, llm, linear = config.vision_config, config.text_config, linear_layers(config.text_config)
     d, blocks, patches = llm.hidden_size, llm.num_hidden_layers, 1 + config.image_seq_length
     positions = patches + text_tokens
@@ -100,15 +113,19 @@ def operations(stage):
     return total + (clip.num_hidden_layers - 1) * (2 * block * patches + 4 * clip.hidden_size * patches**2)
 
 
-def print_hours():
-    print("\n| computed hours | operations per sample | samples | " + " | ".join(CARDS) + " |\n|" + "--|" * 8)
+def print_hours(config):
+    print(f"\n| computed hours | operations per sample | samples | {' | '.join(CARDS)} |\n"
+          f"|{'--|' * (3 + len(CARDS))}")
     for stage, samples in ((1, SAMPLES[1]), (2, SAMPLES[2]), (1, 20_000), (2, 20_000)):
-        each = operations(stage)
-        hours = (each * samples / (UTILIZATION * tera * 1e12) / 3600 for tera in CARDS.values())
-        print(f"| stage {stage} | {each / 1e12:.2f} · 10¹² | {samples:,} | "
+        each = operations(config, stage)
+        hours = (each * samples / (tera * 1e12 * utilization) / 3600 for tera, utilization in CARDS.values())
+        print(f"| stage {stage} | {each / 1e12:.2g} · 10¹² | {samples:,} | "
               + " | ".join(f"{value:.2g}" for value in hours) + " |")
 
 
 if __name__ == "__main__":
-    print_memory()
-    print_hours()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="full", help="sizes of the models")
+    config = geometry(parser.parse_args().geometry)
+    print_memory(config)
+    print_hours(config)

@@ -5,6 +5,7 @@ import torch
 from conftest import N, batch_of, draw, preprocess
 from peft import LoraConfig
 
+from bench.speed import build_models, geometry
 from data import IGNORE_INDEX
 from model import LORA_TARGETS
 from support.devices import choose_attention
@@ -60,6 +61,12 @@ def test_without_flash_attention_keys_and_values_are_expanded(monkeypatch, capab
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     assert choose_attention(torch.device("cuda"), dtype) == attention
+
+
+def test_the_comparison_of_speed_gives_both_models_the_same_attention():
+    models = build_models(geometry("toy", "expanded"), 1, torch.device("cpu"), torch.float32)
+    ours, peer = models[0].llm, models[1].model.language_model
+    assert ours.config._attn_implementation == peer.config._attn_implementation == "expanded"
 
 
 def test_lora_reads_its_inputs_in_half_precision_under_autocast(tiny, template):
