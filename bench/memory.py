@@ -123,9 +123,13 @@ def print_hours(config):
               + " | ".join(f"{value:.2g}" for value in hours) + " |")
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="full", help="sizes of the models")
     config = geometry(parser.parse_args().geometry)
     print_memory(config)
     print_hours(config)
+
+
+if __name__ == "__main__":
+    main()
