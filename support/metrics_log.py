@@ -130,6 +130,6 @@ def format_image_use(image_use):
     if image_use.get("same_image"):
         text += f"; records without a different image: {image_use['same_image']}"
     if names := image_use.get("not_finite"):
-        text += (f"; the loss of {len(names)} records is not finite, so they are left out: pass "
-                 f"--precision fp32 ({', '.join(names[:5])}{', …' * (len(names) > 5)})")
+        text += (f"; left out, because the loss is not finite: {', '.join(names[:5])}"
+                 f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}; pass --precision fp32")
     return text

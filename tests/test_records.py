@@ -111,5 +111,5 @@ def test_the_check_names_unusable_records_by_their_reason_and_leaves_them_out(da
     assert "  2 unusable: an empty answer\n    record 'two'" in out and "\n    record 'four'" in out
     assert "  1 unusable: too long for --max-length\n    record 'five'" in out
     assert "  1 unusable: image missing\n    record 'six'" in out
-    with pytest.raises(UserError, match=r"4 of 7 records .*--allow-bad 0.5 allows \(is --images wrong"):
+    with pytest.raises(UserError, match=r"4 of 7 records .* cannot be used \(is --images wrong"):
         drop_unusable_records(dataset_of(records), allow_bad=0.5)

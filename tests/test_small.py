@@ -228,11 +228,13 @@ def test_only_a_plain_dinov2_replaces_the_encoder(packages, script, refusal, par
     registers, classifier, plain = tmp_path / "registers", tmp_path / "classifier", tmp_path / "plain"
     Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes)).save_pretrained(registers)
     Dinov2ForImageClassification(Dinov2Config(**sizes)).save_pretrained(classifier)
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(plain)
+    for folder in (registers, classifier, plain):
+        (folder / "preprocessor_config.json").write_text("{}")
     for folder, kind in ((registers, "dinov2_with_registers"), (parts.clip, "clip"), (classifier, "dinov2")):
         assert f"is a {kind}, but --encoder must name a DINOv2 without registers" in refusal(
             "tools.small", "--output", tmp_path / "new", "--encoder", folder)
         assert not list((tmp_path / "new").iterdir())  # nor .encoder.tmp
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(plain)
     small.write_encoder(tmp_path / "new", plain)
     tower = load_vision_tower(tmp_path / "new", torch.float32)
     assert tower.embeddings.position_embeddings.shape == (1, 1 + 36, D_V)
