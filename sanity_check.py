@@ -7,9 +7,9 @@
     python sanity_check.py --show-mask 0         a held-out record with its labeled tokens marked
     python sanity_check.py --nearest-tokens 0    the vocabulary tokens that are nearest to each image patch
 
-The script needs a finished stage. It loads stage 2 of the run if that is finished, else stage 1; with --stage 1,
-it loads stage 1. For the toy, each command takes a few seconds. --probabilities adds the probability of each
-generated token.
+The script needs a finished stage. It loads stage 2 of the run if that is finished, else stage 1; with
+--stage 1, it loads stage 1. For the toy, each command takes a few seconds. --probabilities adds the
+probability of each generated token.
 
 --sample also prints the loss of the reference answers with the correct image, a different image and a blank
 image. If the three are equal for many records, the model ignores the image. --sample uses held-out records,

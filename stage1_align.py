@@ -1,4 +1,4 @@
-"""Stage 1: feature alignment (paper, section 4.2, "Stage 1: Pre-training for Feature Alignment").
+r"""Stage 1: feature alignment (paper, section 4.2, "Stage 1: Pre-training for Feature Alignment").
 
 CLIP and the LLM are frozen. Only the projector between them is trained, on image-caption pairs. It learns to
 turn each of CLIP's features into a vector that the LLM can read like a token's embedding. The paper describes
@@ -13,7 +13,7 @@ could damage it.
 Writes projector.safetensors, run.json, heldout.json and metrics.jsonl to <run>/stage1/. Continue with
 stage2_instruct.py.
 This prints where main() of the two stages differs, without comments:
-    diff <(sed -n '/^def main/,$p' stage1_align.py | grep -v '^ *#') \\
+    diff <(sed -n '/^def main/,$p' stage1_align.py | grep -v '^ *#') \
          <(sed -n '/^def main/,$p' stage2_instruct.py | grep -v '^ *#')
 """
 
@@ -81,7 +81,7 @@ PRESETS = {
         max_length=2048,                      # TinyLlama cannot read more
         workers=2,                            # processes that decode images
         lr=2e-3,                              # this, one epoch and 128 samples per step are the paper's
-        batch_size=4,                         # computed to fit into 14.6 GiB, see docs/memory_and_speed.md
+        batch_size=4,                         # what fits on which GPU: docs/memory_and_speed.md
         grad_accum=32,                        # 4 × 32 = 128 samples per step
         epochs=1),
 }
@@ -111,8 +111,8 @@ def main(argv=None):
     num_image_tokens = count_patches(load_vision_config(args.vision_tower))  # N
     parts = template, image_processor, num_image_tokens, args.max_length
     train_dataset, heldout_dataset = ChatDataset(train_records, *parts), ChatDataset(heldout_records, *parts)
-    # A missing image must not stop the run hours later, so every record is checked now.
-    # lengths[i]: about how many tokens sample i has
+    # A missing image must not stop the run hours later, so every record is checked now. Unusable ones are
+    # removed from the dataset. lengths[i]: about how many tokens sample i has.
     lengths = drop_unusable_records(train_dataset, args.allow_bad)
     drop_unusable_records(heldout_dataset, open_images=True)
     heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
@@ -169,6 +169,7 @@ def main(argv=None):
         log.log_heldout(progress.step, image_use, *example)
         return image_use
 
+    # Only the projector: Llava.train() keeps CLIP and the LLM in eval mode.
     model.train()
     # The longest samples may come late in the run. If they do not fit into the GPU's memory, stop now.
     if device.type == "cuda":

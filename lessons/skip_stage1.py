@@ -4,8 +4,8 @@ from lessons.experiment import measure, train, train_baseline
 
 MINUTES, DIFFICULTY = 10, "easy"
 EXPECTED = """Worse answers, because the adapter has to make sense of vectors that mean nothing to the LLM.
-In the paper, skipping stage 1 costs 5.11 points on ScienceQA. Prismatic VLMs (arXiv:2402.07865) report no
-loss. Both train the whole LLM and no adapter."""
+In the paper, skipping stage 1 costs 5.11 points on ScienceQA. Prismatic VLMs (arXiv:2402.07865) even
+improve without it. Both train the whole LLM and no adapter."""
 MEANING = """Stage 1 matters here: without it, most answers are wrong after the same number of steps in
 stage 2. If the projector has the learning rate of stage 1, clearly more answers are correct with one seed,
 a few more with another, and fewer with the third. We did not measure whether a longer stage 2 makes up for

@@ -18,11 +18,12 @@ the language model cannot learn the new kind of question, "Is there a shape at t
 gains nothing in the toy, because its features already show color, shape and place, and a high learning rate
 can spoil them."""
 MEANING = """The projector alone gains little, because the language model has to learn the new kind of
-question. Two of its four blocks, or all of it, learn more in 50 steps than LoRA does, which starts at
-zero and has less than half as many weights. All of it also forgets a little more of the captions.
-Training half of CLIP gains nothing here. With the adapter's learning rate it changes the features that
-the projector has learned to read, so the captions fall from 0.85 to 0.33. That agrees with Prismatic. The
-toy cannot show the gain that TinyLLaVA found, because its features already tell color, shape and place."""
+question. Two of its four blocks, or all of it, learn more in 50 steps than LoRA does. Why was not
+measured; LoRA starts at zero and has less than half as many weights, and the learning rate is the same.
+All of it also forgets a little more of the captions. Training half of CLIP gains nothing here. With the
+adapter's learning rate it changes the features that the projector has learned to read, so the captions
+fall from 0.85 to 0.33. That agrees with Prismatic. The toy cannot show the gain that TinyLLaVA found,
+because its features already tell color, shape and place."""
 
 add_lora, AdamW = Llava.add_lora, torch.optim.AdamW
 

@@ -64,7 +64,7 @@ FLAGS = {  # name: (type or choices, help)
 SWITCHES = {
     "resume": "continue the unfinished run in the folder from its checkpoint",
     "restart": "discard the run in the folder and train again",
-    "check_data": "check the data and stop; no weights are loaded",
+    "check_data": "check the data and stop; models are fetched but not loaded",
     "activation_checkpointing": "recompute activations in the backward pass: less memory, more time",
 }
 
