@@ -108,7 +108,8 @@ def main(argv=None):
     # Without --heldout-data, the records of some images are taken out of the training data.
     train_records, heldout_records = load_records(args)
     template, image_processor = ChatTemplate(args.llm), load_image_processor(args.vision_tower)
-    num_image_tokens = count_patches(load_vision_config(args.vision_tower))  # N
+    vision_config = load_vision_config(args.vision_tower, args.vision_layer)
+    num_image_tokens = count_patches(vision_config)  # N
     parts = template, image_processor, num_image_tokens, args.max_length
     train_dataset, heldout_dataset = ChatDataset(train_records, *parts), ChatDataset(heldout_records, *parts)
     # A missing image must not stop the run hours later, so every record is checked now. Unusable ones are

@@ -116,7 +116,8 @@ def main(argv=None):
 
     train_records, heldout_records = load_records(args)
     template, image_processor = ChatTemplate(args.llm), load_image_processor(args.vision_tower)
-    num_image_tokens = count_patches(load_vision_config(args.vision_tower))  # N
+    vision_config = load_vision_config(args.vision_tower, args.vision_layer)
+    num_image_tokens = count_patches(vision_config)  # N
     parts = template, image_processor, num_image_tokens, args.max_length
     train_dataset, heldout_dataset = ChatDataset(train_records, *parts), ChatDataset(heldout_records, *parts)
     lengths = drop_unusable_records(train_dataset, args.allow_bad)

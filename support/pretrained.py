@@ -67,8 +67,9 @@ def missing_file(folder):
     return None
 
 
-def load_vision_config(name):
-    """Returns the configuration of a DINOv2, or of the vision half of a CLIP or SigLIP."""
+def load_vision_config(name, vision_layer=-1):
+    """Returns the configuration of a DINOv2, or of the vision half of a CLIP or SigLIP. Raises UserError if it
+    is something else, or if it has no such layer."""
     folder = find_pretrained(name)
     with explain_errors(f"read {folder}/config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -76,6 +77,9 @@ def load_vision_config(name):
     if config.model_type not in VISION_MODELS:
         raise UserError(f"{folder} is a '{config.model_type}'; --vision-tower must name a CLIP, "
                         "SigLIP or DINOv2")
+    if not -1 - config.num_hidden_layers <= vision_layer <= -1:
+        raise UserError(f"--vision-layer {vision_layer} does not exist: {name} has -1 (last block) to "
+                        f"{-1 - config.num_hidden_layers} (embeddings)")
     return config
 
 

@@ -334,6 +334,7 @@ def test_stage_2_refuses_a_projector_made_for_other_models(refusal, script, flag
 
 
 @pytest.mark.parametrize("change, expected", [
+    ({"vision_layer": -9}, "--vision-layer -9 does not exist"),
     ({"data": "nowhere.json"}, "nowhere.json does not exist"),
     ({"data": "data/nowhere.json"}, "download"),  # the script that fetches it
     ({"images": "nowhere"}, "nowhere does not exist"),
