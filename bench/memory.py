@@ -115,7 +115,8 @@ def operations(config, stage):
 
 def print_hours(config):
     print(f"\n| computed hours | operations per sample | samples | {' | '.join(CARDS)} |\n"
-          f"|{'--|' * (3 + len(CARDS))}")
+          f"|{'--|' * (3 + len(CARDS))}\n"
+          f"| utilization | | | {' | '.join(str(utilization) for _, utilization in CARDS.values())} |")
     for stage, samples in ((1, SAMPLES[1]), (2, SAMPLES[2]), (1, 20_000), (2, 20_000)):
         each = operations(config, stage)
         hours = (each * samples / (tera * 1e12 * utilization) / 3600 for tera, utilization in CARDS.values())
