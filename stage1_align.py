@@ -133,6 +133,9 @@ def main(argv=None):
     if args.activation_checkpointing:
         # "Gradient checkpointing" is an older name. PyTorch recommends the variant use_reentrant=False.
         llm.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.compile:  # dynamic, because micro-batches have different lengths
+        for block in llm.get_decoder().layers:
+            block.compile(dynamic=True)
     print(model.parameter_table())
 
     # -- 4. optimizer --------------------------------------------------------------------------------------

@@ -143,6 +143,9 @@ def main(argv=None):
     # peft creates LoRA's A and B. They are trainable, and in fp32 even if W is in half precision.
     model.add_lora(LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
                               target_modules=LORA_TARGETS, task_type="CAUSAL_LM"))
+    if args.compile:
+        for block in llm.get_decoder().layers:
+            block.compile(dynamic=True)
     print(model.parameter_table())
     # So far all processes have drawn the same numbers, so A is equal. From here on, dropout masks differ.
     torch.manual_seed(args.seed + processes.rank)

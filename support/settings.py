@@ -66,6 +66,7 @@ SWITCHES = {
     "restart": "discard the run in the folder and train again",
     "check_data": "check the data and stop; models are fetched but not loaded",
     "activation_checkpointing": "recompute activations in the backward pass: less memory, more time",
+    "compile": "compile the LLM's blocks, which takes minutes at the start; never tried on a GPU",
 }
 
 

@@ -386,3 +386,11 @@ def test_a_sample_out_of_range_and_a_missing_or_damaged_file_are_refused(refusal
     assert "heldout.json" in refusal("sanity_check")
     (run / "stage2" / "run.json").write_text("{")
     assert "run.json" in refusal("sanity_check")
+
+
+def test_compile_reaches_every_block_of_the_llm(script, flags, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **named: seen.append((type(self).__name__, named)))
+    for stage, name in ((1, "stage1_align"), (2, "stage2_instruct")):
+        script(name, *flags(stage, max_steps=0, run=tmp_path / "run"), "--compile")
+    assert seen == [("LlamaDecoderLayer", {"dynamic": True})] * 4
