@@ -168,7 +168,7 @@ def main(argv=None):
 
     # Logs the held-out loss with the correct and with a different image, an answer, and nearest tokens.
     def evaluate():
-        with autocast():
+        with autocast(), torch.compiler.set_stance("force_eager"):
             image_use, *example = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches, device)
         log.log_heldout(progress.step, image_use, *example)
         return image_use

@@ -173,7 +173,7 @@ def main(argv=None):
     log = MetricsLog(folder, args, progress, total_steps)
 
     def evaluate():
-        with autocast():
+        with autocast(), torch.compiler.set_stance("force_eager"):
             image_use, *example = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches, device)
         log.log_heldout(progress.step, image_use, *example)
         return image_use
