@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "runs" / "table"
 STAGES = {1: "stage1_align.py", 2: "stage2_instruct.py"}
 COLUMNS = {"objects F1": "objects_f1", "captions F1": "caption_f1", "answers correct": "qa_exact",
-           "correct image more likely": "correct_more_likely"}  # the keys in eval.json
+           "captions, correct image more likely": "captions_correct_more_likely"}  # the keys in eval.json
 
 
 def run(*arguments):

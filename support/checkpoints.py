@@ -25,7 +25,7 @@ from support.errors import UserError, explain_errors
 from support.files import atomic_write, delete, lock_folder, read_json, write_json
 
 # Settings that a resumed run may change, because the same samples are trained on in the same order.
-# check_same_settings() also demands the same number of samples per step.
+# _check_same_settings() also demands the same number of samples per step.
 MAY_CHANGE = {"preset", "run", "device", "workers", "eval_every", "save_every", "batch_size", "grad_accum",
               "allow_bad", "activation_checkpointing", "resume", "restart", "effective_batch"}
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # of Ctrl-C; of kill and of cluster schedulers

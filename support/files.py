@@ -18,7 +18,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def find_file(name):
     """Returns the path of a file or folder, relative to the current folder or to this repository."""
-    for path in (Path(name), REPOSITORY / name):
+    folder = os.fspath(name).removesuffix(".zip")  # tools.download writes a folder in place of a .zip file
+    for path in (Path(name), REPOSITORY / name, Path(folder), REPOSITORY / folder):
         if os.path.exists(path):  # Path.exists() raises an error if the name is too long
             return path
     makers = {"data/small/": ": python -m tools.small writes it",

@@ -40,7 +40,7 @@ def decode_image(content, name):
 
 
 class ImageStore:
-    """The images in a folder or .zip file: `name in store`, `store.open(record, name)`."""
+    """The images in a folder or .zip file: `store.open(record, name)`."""
 
     def __init__(self, root):
         self.root = Path(root)
@@ -84,15 +84,16 @@ class ImageStore:
         return bool(path.parts) and not ("\0" in name or path.is_absolute() or ".." in path.parts or drive)
 
     def check(self, record, name):
-        """Raises BadRecord if there is no such image."""
-        if self.find(name) is None:
+        """Returns what find() returns. Raises BadRecord if there is no such image."""
+        found = self.find(name)
+        if found is None:
             reason = "image missing" if self.is_inside(name) else "image outside the image folder"
             raise BadRecord(record, reason, f"{name[:200]!r} is not in {self.root}")
+        return found
 
     def open(self, record, name):
         """Returns the image (PIL, RGB, upright). Raises BadRecord if it is missing or cannot be decoded."""
-        self.check(record, name)
-        found = self.find(name)
+        found = self.check(record, name)
         try:
             with explain_errors(f"read {name} in {self.root}"):
                 content = found.read_bytes() if self.root.is_dir() else self.zip_file().read(found)

@@ -82,8 +82,6 @@ def write_model_card(folder, stages, evaluation):
     # The hub links these names to their pages. A local folder has no page there.
     on_hub = [name for name in (last["vision_tower"], last["llm"])
               if not Path(name).is_dir() and not (REPOSITORY / name).is_dir()]
-    if (evaluation or {}).get("checksums") != last.get("checksums"):
-        evaluation = None  # it is older than the training
     header, *rows = make_table(evaluation or {})
     losses = [f"{last['heldout'][name]:.3f}" for name in ("loss", "loss_different")]
     rows = [header, ["--"] * 4, ["loss of the reference answers at the end of training", *losses], *rows]
