@@ -31,9 +31,9 @@ GIB = 2**30
 TEXTS = {1: ((52, 200, 1024), 0.8), 2: ((350, 700, 1024), 2 / 3)}
 # GiB that PyTorch finds at least, on a T4 for example 14.6.
 MEMORIES = {"8 GB": 7.4, "12 GB": 11.6, "16 GB": 14.6, "24 GB": 22.3}
-# A step needs more than its tensors. CUDA and its libraries take 0.3 to 0.5 GiB, and PyTorch's allocator leaves
-# gaps between tensors. In a replay of all allocations of a stage-2 run with varying lengths, it held 9% more than
-# the tensors. Together that is 1.4 GiB at a peak of 10 GiB.
+# A step needs more than its tensors. CUDA and its libraries take 0.3 to 0.5 GiB, and PyTorch's allocator
+# leaves gaps between tensors. In a replay of all allocations of a stage-2 run with varying lengths, it held
+# 9% more than the tensors. Together that is 1.4 GiB at a peak of 10 GiB.
 CUDA_CONTEXT, GAPS = 0.5, 1.09
 
 SAMPLES = {1: 595_375, 2: 157_712}
@@ -86,9 +86,9 @@ def peak_bytes(config, stage, text_tokens, batch, recompute, flash, size):
 
 
 def print_memory(config):
-    print(f"Computed peak in GiB, and the smallest card that has {GAPS - 1:.0%} and {CUDA_CONTEXT} GiB more\n\n"
-          "| stage | text tokens | micro-batch | checkpointing | flash attention | without: T4, RTX 20xx, "
-          "Windows |\n|--|--|--|--|--|--|")
+    print(f"Computed peak in GiB, and the smallest card that has {GAPS - 1:.0%} and {CUDA_CONTEXT} GiB more"
+          "\n\n| stage | text tokens | micro-batch | checkpointing | flash attention "
+          "| without: T4, RTX 20xx, Windows |\n|--|--|--|--|--|--|")
     for stage in (1, 2):
         for text_tokens, batch, recompute in product(TEXTS[stage][0], (1, 2, 4, 8, 16, 32), (False, True)):
             print(f"| {stage} | {text_tokens:,} | {batch} | {'yes' if recompute else 'no'} |", end="")

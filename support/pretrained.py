@@ -68,8 +68,8 @@ def missing_file(folder):
 
 
 def load_vision_config(name, vision_layer=-1):
-    """Returns the configuration of a DINOv2, or of the vision half of a CLIP or SigLIP. Raises UserError if it
-    is something else, or if it has no such layer."""
+    """Returns the configuration of a DINOv2, or of the vision half of a CLIP or SigLIP. Raises UserError if
+    it is something else, or if it has no such layer."""
     folder = find_pretrained(name)
     with explain_errors(f"read {folder}/config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""What the README and the documents claim: commands exist and take their flags, and figures are those of files."""
+"""The commands of the README and the documents exist and take their flags, and figures are those of files."""
 
 import contextlib
 import importlib
@@ -12,7 +12,8 @@ from conftest import REPOSITORY
 
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")),
              REPOSITORY / "lessons" / "README.md", REPOSITORY / "lessons" / "exercises.md"]
-COMMAND = re.compile(r"python (?:-m )?((?:tools|lessons|bench)\.[\w.]+|\w+\.py)((?:[^`\n&;|]|\\\n)*)")
+COMMAND = re.compile(r"(?:python (?:-m )?|torchrun .*-- (?:\\\n *)?)"
+                     r"((?:tools|lessons|bench)\.[\w.]+|\w+\.py)((?:[^`\n&;|]|\\\n)*)")
 
 
 @cache
@@ -27,7 +28,9 @@ def help_of(name):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_command_of_a_document_takes_its_flags(document):
-    for name, words in COMMAND.findall(document.read_text(encoding="utf-8")):
+    commands = COMMAND.findall(document.read_text(encoding="utf-8"))
+    assert commands
+    for name, words in commands:
         module = REPOSITORY / (name if name.endswith(".py") else name.replace(".", "/") + ".py")
         if name == "pope.py":  # the reader saves this script
             continue

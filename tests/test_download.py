@@ -29,7 +29,7 @@ def names_in(folder):
 
 def test_it_fetches_the_images_that_both_stages_read_and_nothing_twice(hub, script, tmp_path, parts, capsys):
     script("tools.download", *PART)
-    commands = [line for line in capsys.readouterr().out.splitlines() if "--images" in line]
+    commands = [line for line in capsys.readouterr().out.splitlines() if "--preset tinyllama" in line]
     images = {path.name: path.read_bytes() for path in (tmp_path / CC3M).iterdir()}
     with zipfile.ZipFile(io.BytesIO(hub.repositories[CHAT]["images.zip"])) as archive:
         assert images == {name: archive.read(name) for name in images}
@@ -45,7 +45,8 @@ def test_it_fetches_the_images_that_both_stages_read_and_nothing_twice(hub, scri
     for command, stage in zip(commands, (stage1_align, stage2_instruct), strict=True):
         _, name, *flags = shlex.split(command)
         assert name == f"{stage.__name__}.py"
-        script("stage1_align", *flags, "--data", stage.PRESETS["tinyllama"]["data"], "--check-data",
+        data, images = stage.PRESETS["tinyllama"]["data"], stage.PRESETS["tinyllama"]["images"]
+        script("stage1_align", *flags, "--data", data, "--images", images, "--check-data",
                "--vision-tower", parts.clip, "--llm", parts.llm, "--max-length", 500)
         printed = capsys.readouterr().out
         assert "checked 10 records" in printed and ": 10 usable" in printed and ": 2 usable" in printed

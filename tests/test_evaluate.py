@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import N
 
+from bench import toy_table
 from data import ChatDataset
 from support import evaluation
 from support.errors import UserError
@@ -54,6 +55,7 @@ def test_the_toy_gets_exactly_these_keys(script, tmp_path, capsys, stage):
     assert result.keys() == {"stage", "counts"} | CAPTIONS | F1 | (
         ANSWERS | EXACT | YES_NO if stage == 2 else set())
     assert result["stage"] == stage and result["counts"]["captions"] == 6
+    assert {"objects_f1", "captions_correct_more_likely"} <= result.keys() & set(toy_table.COLUMNS.values())
     if stage == 2:
         by_kind = result["counts"]["answers_by_kind"]
         assert sum(by_kind.values()) == result["counts"]["answers"] > 6

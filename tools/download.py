@@ -8,8 +8,10 @@
     stage 2   llava_instruct_150k.json has 229 MB. COCO's images are fetched one by one, 160 kB each, which is
               at most 3.2 GB for 20,000 records, because some records share an image.
 
-Everything goes to data/. If a download breaks off, run the same command again, because complete files are not
-fetched again. At the end it prints the commands of the stages, which fetch the models themselves.
+Everything goes to data/. Where the preset names a .zip file of images, the images go to a folder of the same
+name without .zip, and the stages find it there. If a download breaks off, run the same command again, because
+complete files are not fetched again. At the end it prints the commands of the stages, which fetch the models
+themselves.
 """
 
 import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
@@ -136,7 +138,7 @@ def fetch_stage(stage, args):
     elif names:
         fetch_images(names, fetch_from_coco, folder)
     flags = [f"--{name} {value}" for name, value in vars(args).items() if value != preset.get(name, value)]
-    return " ".join([f"python {STAGES[stage].__name__}.py --preset tinyllama", *flags, f"--images {folder}"])
+    return " ".join([f"python {STAGES[stage].__name__}.py --preset tinyllama", *flags])
 
 
 def main():

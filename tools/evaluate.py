@@ -36,7 +36,8 @@ evaluated on both, if the run has both. Stage 2 may have forgotten how to write 
     captions_exact, …     the same for the captions, if their records name kinds
     yes_no, yes_no_different
                           accuracy, precision, recall, F1 and the fraction of answers with "yes", for
-                          questions whose reference answer is yes or no, as POPE (arXiv:2305.10355) counts them
+                          questions whose reference answer is yes or no, counted as POPE does
+                          (arXiv:2305.10355)
     captions_groups, answers_groups
                           {group: losses and fraction as above}, if the kinds name groups: "photo, color" and
                           "photo, count" belong to the group "photo"

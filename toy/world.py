@@ -261,8 +261,8 @@ def draw_if_missing():
                 print("drawing the toy world", flush=True)
                 draw(DATA)
     except OSError as error:
-        sys.exit(f"cannot draw the toy's pictures into {DATA}: {error.strerror}; copy this repository to a folder "
-                 "that you can write to")
+        sys.exit(f"cannot draw the toy's pictures into {DATA}: {error.strerror}; copy this repository to a "
+                 "folder that you can write to")
 
 
 if __name__ == "__main__":
