@@ -1,7 +1,8 @@
 """No tensor is left on the CPU when the scripts run on a GPU.
 
-The GPU is simulated, so that the tests need none. A GpuTensor says that it is on cuda:0 and keeps its numbers
-in a XX
+The GPU is simulated, so that the tests need none. A GpuTensor says that it is on cuda:0, and its numbers are in
+a tensor on the CPU. As with CUDA, an operation on a GpuTensor and a tensor on the CPU raises an error. The
+kernels, the memory and the speed of a GPU are not simulated.
 """
 
 import pytest
