@@ -1,14 +1,12 @@
 """Tiny models with random weights, in folders laid out as on the hub, and data of small drawn pictures.
 
-Everything is made here from fixed seeds, in seconds. Nothing is downloaded. The folder shared/ (the real
-tokenizer, the real preprocessor, real photos) lies outside the repository. Tests that use it are skipped if
-it is missing.
+Everything is made here from fixed seeds, in seconds, and nothing is downloaded. Tests that use the folder
+shared/, which lies outside the repository, are skipped if it is missing.
 """
 
 import importlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +30,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from data import ChatDataset, ChatTemplate, collate
 from model import Llava
-from support import metrics_log, step_batches
+from support import metrics_log
 from support.checkpoints import STOP_SIGNALS
 from support.errors import run_script
 from support.images import ImageStore
@@ -47,8 +45,6 @@ for number in STOP_SIGNALS:
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-# Conversations that each property test of the labels tries. After a change of the labels, set it to 2000.
-EXAMPLES = int(os.environ.get("EXAMPLES", 500))
 N = 4  # image positions of the tiny CLIP: (28 / 14)²
 
 # TinyLlama's template, character by character.
@@ -120,8 +116,7 @@ def make_llm(folder, **config):
 
 
 def make_clip(folder):
-    """Saves a random CLIPModel, vision and text, with the extra buffers of old files on the hub. Returns the
-    folder."""
+    """Saves a random CLIPModel, vision and text, with the extra buffers of old files on the hub."""
     torch.manual_seed(2)
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
     text = dict(sizes, vocab_size=50, max_position_embeddings=8, bos_token_id=48, eos_token_id=49)
@@ -156,19 +151,6 @@ def template(parts):
 @pytest.fixture(scope="session")
 def image_processor(parts):
     return load_image_processor(parts.clip)
-
-
-@pytest.fixture(scope="session")
-def real(tmp_path_factory):
-    """Folders with the real files of CLIP and TinyLlama from shared/hub, and empty files as their weights,
-    because a folder without weights is refused."""
-    found = Parts(SHARED / "hub" / "clip-vit-large-patch14", SHARED / "hub" / "TinyLlama-1.1B-Chat-v1.0")
-    if not all(folder.exists() for folder in found):
-        pytest.skip("needs shared/hub")
-    copies = Parts(*(shutil.copytree(folder, tmp_path_factory.mktemp("real") / "copy") for folder in found))
-    for folder in copies:
-        (folder / "model.safetensors").touch()
-    return copies
 
 
 def preprocess(image_processor, image):
@@ -215,28 +197,6 @@ def draw(color, size=(40, 30)):
     return image
 
 
-def write_data(folder, turns=1):
-    """Writes images/ and images.zip of eight pictures. Returns their records, with answers of unequal
-    lengths."""
-    (folder / "images").mkdir(parents=True)
-    records = []
-    for i, color in enumerate(COLORS):
-        draw(color, size=(30 + 3 * i, 40 - 2 * i)).save(folder / "images" / f"{color}.png")
-        conversations = []
-        for turn in range(turns):
-            question = ["Provide a brief description of the given image.", "What object is shown?"][turn]
-            if turn == 0:
-                question = f"<image>\n{question}" if i % 2 else f"{question}\n<image>"
-            answer = " , ".join([f"a {color} picture"] * (1 + (i + turn) % 3)) + " ."
-            conversations += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        records.append({"id": f"drawn_{i}", "image": f"{color}.png", "conversations": conversations,
-                        "kinds": ["description", "object"][:turns]})
-    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
-        for path in sorted((folder / "images").iterdir()):
-            archive.write(path, path.name)
-    return records
-
-
 def record_of(*texts, **more):
     """Returns a record whose turns, human first, have these values."""
     turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
@@ -259,13 +219,23 @@ def dataset_of(tmp_path, template, image_processor):
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory):
-    """A folder with chat.json for stage 1, instruct.json for stage 2, and images/ and images.zip for both."""
-    folder = tmp_path_factory.mktemp("data") / "drawn"
-    records = write_data(folder, turns=2)
-    (folder / "instruct.json").write_text(json.dumps(records))
-    for record in records:
-        del record["conversations"][2:], record["kinds"]
-    (folder / "chat.json").write_text(json.dumps(records))
+    """A folder with chat.json for stage 1, instruct.json for stage 2, and images/ and images.zip for both:
+    eight pictures, and answers of unequal lengths."""
+    folder, chat, instruct = tmp_path_factory.mktemp("data"), [], []
+    (folder / "images").mkdir()
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        for i, color in enumerate(COLORS):
+            draw(color, size=(30 + 3 * i, 40 - 2 * i)).save(folder / "images" / f"{color}.png")
+            archive.write(folder / "images" / f"{color}.png", f"{color}.png")
+            question = "Provide a brief description of the given image."
+            question = f"<image>\n{question}" if i % 2 else f"{question}\n<image>"
+            first, second = (" , ".join([f"a {color} picture"] * (1 + k % 3)) + " ." for k in (i, i + 1))
+            more = {"image": f"{color}.png", "id": f"drawn_{i}"}
+            chat.append(record_of(question, first, **more))
+            instruct.append(record_of(question, first, "What object is shown?", second, **more,
+                                      kinds=["description", "object"]))
+    (folder / "chat.json").write_text(json.dumps(chat))
+    (folder / "instruct.json").write_text(json.dumps(instruct))
     return folder
 
 
@@ -321,37 +291,6 @@ def command(name, *words, cwd, **environment):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100", **environment}
     return subprocess.run([sys.executable, *start, *map(str, words)], cwd=cwd, timeout=300, env=environment,
                           capture_output=True, text=True)
-
-
-@pytest.fixture
-def watched(monkeypatch):
-    """watched(stage) returns a dict that the script fills: "model", its parameters "before" the first step,
-    and the "gradients" of every step, as they are before clipping."""
-    def watch(stage):
-        module = importlib.import_module({1: "stage1_align", 2: "stage2_instruct"}[stage])
-        seen = {"gradients": []}
-        make_model, plan_steps, clip = module.Llava, step_batches.plan_steps, torch.nn.utils.clip_grad_norm_
-
-        def watching_model(*args):
-            seen["model"] = make_model(*args)
-            return seen["model"]
-
-        def watching_plan(*args, **named):  # after weights are restored and before the first evaluation
-            if "model" in seen:  # else the other stage calls it
-                seen["before"] = {name: p.detach().clone() for name, p in seen["model"].named_parameters()}
-            return plan_steps(*args, **named)
-
-        def watching_clip(parameters, *args):
-            parameters = list(parameters)
-            seen["gradients"].append([parameter.grad.clone() for parameter in parameters])
-            return clip(parameters, *args)
-
-        monkeypatch.setattr(module, "Llava", watching_model)
-        monkeypatch.setattr(step_batches, "plan_steps", watching_plan)
-        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watching_clip)
-        return seen
-
-    return watch
 
 
 @pytest.fixture(autouse=True)

@@ -1,24 +1,22 @@
 """Other language models, chat templates and vision towers: the same scripts and the same guarantees."""
 
 import json
-import shutil
+import os
 from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (CHAT_TEMPLATE, CORPUS, EXAMPLES, SMALL, batch_of, build, draw, make_tokenizer, metrics,
+from conftest import (CHAT_TEMPLATE, CORPUS, SMALL, batch_of, build, draw, make_tokenizer, metrics,
                       preprocess, record_of)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (AutoModelForCausalLM, AutoTokenizer, CLIPConfig, CLIPProcessor, Dinov2Config,
-                          Dinov2Model, Gemma2Config, Gemma3Config, Gemma3ForConditionalGeneration,
-                          Gemma3TextConfig, GemmaConfig, GraniteConfig, LlamaConfig, MistralConfig,
-                          Phi3Config, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config, SiglipConfig,
-                          SiglipModel, SiglipVisionModel)
+                          Dinov2Model, Gemma2Config, Gemma3TextConfig, GemmaConfig, LlamaConfig,
+                          MistralConfig, Phi3Config, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config,
+                          SiglipConfig, SiglipModel, SiglipVisionModel)
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -26,6 +24,9 @@ from data import IGNORE_INDEX, IMAGE_TOKEN, ChatTemplate, collate
 from support.errors import UserError
 from support.evaluation import generate_answers
 from support.pretrained import load_image_processor
+
+# Conversations that the property test of the labels tries. After a change of the labels, set it to 2000.
+EXAMPLES = int(os.environ.get("EXAMPLES", 500))
 
 CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '
 ' + message['content'] + '<|im_end|>
@@ -87,7 +88,7 @@ def byte_level_tokenizer(folder, chat_template):
     return tokenizer
 
 
-def make_family(folder, config_class, chat_template, byte_level, **config):
+def make_family(folder, config_class, chat_template, byte_level):
     """Saves a tiny random model of a family and a tokenizer of its kind. Returns the folder."""
     if byte_level:
         tokenizer = byte_level_tokenizer(folder, chat_template)
@@ -97,7 +98,7 @@ def make_family(folder, config_class, chat_template, byte_level, **config):
         tokenizer.save_pretrained(folder)
     torch.manual_seed(4)
     config = config_class(**SIZES, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=2,
-                          pad_token_id=None, **config)
+                          pad_token_id=None)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
@@ -136,7 +137,7 @@ TURNS = st.lists(st.tuples(TEXTS.filter(lambda text: IMAGE_TOKEN not in text),
                  min_size=1, max_size=3)
 
 
-template_of = cache(ChatTemplate)  # the next test asks for it many times
+template_of = cache(ChatTemplate)  # for each of the examples
 
 
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
@@ -182,13 +183,12 @@ def test_labels_are_exactly_the_answers_and_their_end_tokens(llm, turns, image_i
     ("no end token", CHATML.replace("<|im_end|>", " ")),
     ("changes a text", CHATML.replace("message['content']", "message['content'] | upper")),
     ("renders a prompt differently",
-     CHATML.replace("message['role'] + '", "(message['role'] if loop.last else 'past') + '")),
-    ("fails: only one turn", "{{ raise_exception('only one turn') }}")])
-def test_a_template_that_ends_no_answer_or_changes_texts_is_refused(tmp_path, message, chat_template):
+     CHATML.replace("message['role'] + '", "(message['role'] if loop.last else 'past') + '"))])
+def test_a_template_that_ends_no_answer_or_changes_texts_or_prompts_is_refused(
+        tmp_path, message, chat_template):
     byte_level_tokenizer(tmp_path, chat_template)
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match=message):
         ChatTemplate(looks_complete(tmp_path))
-    assert "\n" not in str(error.value)
 
 
 def looks_complete(folder, config=LlamaConfig()):
@@ -202,28 +202,18 @@ def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("loss", [
-    normalizers.Lowercase(), normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
-    normalizers.Replace("  ", " "), "no tokenizer.json"], ids=["capitals", "accents", "spaces", "all"])
+@pytest.mark.parametrize("loss", [normalizers.Lowercase(), normalizers.Replace("  ", " "), None],
+                         ids=["capitals", "spaces", "no tokenizer.json"])
 def test_a_tokenizer_that_loses_text_is_refused(tmp_path, loss):
     tokenizer = make_tokenizer(tmp_path)
-    if loss == "no tokenizer.json":  # transformers builds a tokenizer with four tokens then
-        (tmp_path / "tokenizer.json").unlink()
-        edit_json(tmp_path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
-    else:
+    if loss:
         tokenizer.backend_tokenizer.normalizer = loss
         tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="its tokenizer turns .* into .*tokenizer.json") as error:
+    else:  # transformers builds a tokenizer with four tokens then
+        (tmp_path / "tokenizer.json").unlink()
+        edit_json(tmp_path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    with pytest.raises(UserError, match="its tokenizer turns .* into"):
         ChatTemplate(looks_complete(tmp_path))
-    assert "\n" not in str(error.value)
-
-
-def test_the_prompt_is_the_same_on_every_day(tmp_path):
-    """Llama 3.2's template writes today's date into the system message."""
-    byte_level_tokenizer(tmp_path, "{{ 'Today: ' + strftime_now('%d %b %Y') }}" + CHATML)
-    template = ChatTemplate(looks_complete(tmp_path))
-    assert template.render(QUESTION).startswith("Today: 26 Jul 2024<")
-    assert "strftime_now(" not in template.tokenizer.chat_template  # nor in an export
 
 
 def test_the_answer_prefix_of_a_template_is_trained_but_not_part_of_an_answer(tmp_path):
@@ -251,7 +241,7 @@ def test_generation_stops_at_every_end_token_of_the_models_own_files(parts, tmp_
     assert answer == template.decode(free[:free.index(free[4]) + 1])
 
 
-def test_the_loss_is_the_familys_own(llm, parts):
+def test_losses_and_greedy_answers_are_the_familys_own(llm, parts):
     """The losses of a padded batch are those of the family's own forward() on each row alone."""
     model, template = build(parts.clip, llm)
     rows = [template.encode(template.to_messages(record_of(question, answer)), 0) for question, answer in
@@ -267,9 +257,6 @@ def test_the_loss_is_the_familys_own(llm, parts):
             theirs.append(losses[torch.tensor(labels[1:]) != IGNORE_INDEX])
     torch.testing.assert_close(ours, torch.cat(theirs), rtol=1e-5, atol=1e-5)
 
-
-def test_greedy_answers_are_the_familys_own(llm, parts):
-    model, template = build(parts.clip, llm)
     prompts = [{"input_ids": template.encode_prompt([{"role": "user", "content": text}], 0),
                 "pixel_values": None} for text in ("Sure?", "What is it?")]
     batch = collate(prompts, 0, padding_side="left")
@@ -279,55 +266,27 @@ def test_greedy_answers_are_the_familys_own(llm, parts):
     assert torch.equal(ours, theirs[:, batch["input_ids"].shape[1]:])
 
 
-def test_both_stages_the_sanity_check_and_the_export_run_on_every_family(
-        llm, parts, flags, script, tmp_path, capsys):
+def run_everything(script, flags, steps, **changes):
+    """Runs both stages, the sanity check, and the export, which fails if the exported model answers
+    differently from the run. All of them use --run run in the current folder."""
     for stage, name in ((1, "stage1_align"), (2, "stage2_instruct")):
-        script(name, *flags(stage, llm=llm, run=tmp_path / "run"), "--max-steps", 3)
+        script(name, *flags(stage, run="run", max_steps=steps, **changes))
+    script("sanity_check", "--run", "run", "--sample", 0, "--max-new-tokens", 4, *SMALL[2:4])
+    script("tools.export_hf", "--run", "run", "--out", "exported", *SMALL[2:4])
+
+
+def test_both_stages_the_sanity_check_and_the_export_run_on_every_family(llm, flags, script, tmp_path):
+    run_everything(script, flags, steps=3, llm=llm)
+    for stage in (1, 2):
         losses = [line["loss"] for line in metrics(tmp_path / "run" / f"stage{stage}")[0]]
         assert len(losses) == 3 and losses[-1] < losses[0]
-    script("sanity_check", "--run", tmp_path / "run", "--sample", 0, "--max-new-tokens", 4, *SMALL[2:4])
-    assert "GENERATED" in capsys.readouterr().out
-    # The export fails if the exported model answers differently from the run.
-    script("tools.export_hf", "--run", tmp_path / "run", "--out", tmp_path / "exported", *SMALL[2:4])
 
 
-@pytest.mark.parametrize("config, change, message", [
-    (Phi3Config, {}, "consist of the layers down_proj, gate_up_proj, o_proj, qkv_proj"),
-    # Llava.forward() would compute other losses than these two LLMs.
-    (Gemma2Config, {"final_logit_softcapping": 30.0}, "changes its logits after the head"),
-    (GraniteConfig, {"logits_scaling": 2.0}, "changes its logits after the head")])
-def test_an_llm_with_other_layers_or_logits_is_refused(flags, refusal, tmp_path, config, change, message):
-    llm = make_family(tmp_path, config, GEMMA, False, **change)
-    assert message in refusal("stage1_align", *flags(1, llm=llm))
-
-
-def test_a_multimodal_llm_is_refused(flags, refusal, tmp_path):
-    """Its own vision tower would get adapters."""
-    text = dict(SIZES, vocab_size=len(make_tokenizer(tmp_path)))
-    config = Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4, image_token_index=5)
-    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
-    assert f"{tmp_path} is a multimodal model" in refusal("stage1_align", *flags(1, llm=tmp_path))
-
-
-@pytest.mark.parametrize("kind, name", [("vision_tower", "vision_model.embeddings.register_tokens"),
-                                        ("llm", "model.layers.0.self_attn.q_proj.bias")])
-def test_weights_without_a_place_are_refused(parts, flags, refusal, tmp_path, kind, name):
-    """transformers would only list them, and the features would be wrong."""
-    shutil.copytree(parts.clip if kind == "vision_tower" else parts.llm, tmp_path / "other")
-    weights = load_file(tmp_path / "other" / "model.safetensors")
-    save_file(weights | {name: torch.ones(48)}, tmp_path / "other" / "model.safetensors", {"format": "pt"})
-    sentence = refusal("stage1_align", *flags(1, **{kind: tmp_path / "other"}))
-    assert "1 are missing, of another shape or have no place, for example" in sentence
-    assert name.split(".")[-2] in sentence
-
-
-def test_an_llm_that_overflows_in_fp16_is_named_as_such(flags, refusal, tmp_path):
-    llm = make_family(tmp_path / "llm", *FAMILIES["llama"])
-    model = AutoModelForCausalLM.from_pretrained(llm)
-    model.lm_head.weight.data *= 3e5 / model.lm_head.weight.abs().max()
-    model.save_pretrained(llm)
-    arguments = [word if word != "fp32" else "fp16" for word in flags(1, llm=llm)]
-    assert "overflows in fp16: pass --precision bf16 or fp32" in refusal("stage1_align", *arguments)
+@pytest.mark.parametrize("config_class", [Phi3Config, Gemma2Config])
+def test_another_type_of_language_model_is_refused(flags, refusal, tmp_path, config_class):
+    """The layers of Phi 3 have other names than LoRA's targets, and Gemma 2 changes its logits once more."""
+    llm = make_family(tmp_path / config_class.model_type, config_class, GEMMA, False)
+    assert config_class.model_type in refusal("stage1_align", *flags(1, llm=llm))
 
 
 # -- vision towers -----------------------------------------------------------------------------------------
@@ -373,11 +332,8 @@ def test_all_patches_of_a_tower_are_kept_and_come_from_the_chosen_layer(tower, p
         torch.testing.assert_close(model.encode_images(pixel_values), model.projector(expected[:, -4:]))
 
 
-def test_both_stages_the_sanity_check_and_the_export_run_on_a_tower(tower, flags, script, tmp_path):
-    for stage, name in ((1, "stage1_align"), (2, "stage2_instruct")):
-        script(name, *flags(stage, vision_tower=tower[1], run=tmp_path / "run"), "--max-steps", 2)
-    script("sanity_check", "--run", tmp_path / "run", "--sample", 0, "--max-new-tokens", 4, *SMALL[2:4])
-    script("tools.export_hf", "--run", tmp_path / "run", "--out", tmp_path / "exported", *SMALL[2:4])
+def test_both_stages_the_sanity_check_and_the_export_run_on_a_tower(tower, flags, script):
+    run_everything(script, flags, steps=2, vision_tower=tower[1])
 
 
 @pytest.mark.parametrize("size", [(40, 30), (28, 28), (200, 37)])
@@ -389,10 +345,9 @@ def test_a_towers_pixels_are_those_of_its_own_processor(tower, size):
 
 
 @pytest.mark.parametrize("change", [{"crop_size": {"height": 32, "width": 32}}, {"do_center_crop": False}])
-@pytest.mark.parametrize("config", [CLIPConfig(vision_config=VISION), Dinov2Config(**VISION)], ids=type)
-def test_a_preprocessor_that_does_not_make_every_image_the_towers_size_is_refused(tmp_path, config, change):
+def test_a_preprocessor_that_does_not_make_every_image_the_towers_size_is_refused(tmp_path, change):
     """DINOv2 would take other sizes, and only the last N of its patches would be used."""
-    path = looks_complete(tmp_path, config) / "preprocessor_config.json"
+    path = looks_complete(tmp_path, Dinov2Config(**VISION)) / "preprocessor_config.json"
     path.write_text(json.dumps(PREPROCESSORS["dinov2"]))
     load_image_processor(tmp_path)
     edit_json(path, **change)
@@ -416,16 +371,11 @@ def test_a_padding_token_beyond_the_embedding_table_is_not_used(flags, script, t
     """People add [PAD] to a tokenizer and do not resize the model."""
     llm = make_family(tmp_path / "llm", *FAMILIES["llama"])
     tokenizer = AutoTokenizer.from_pretrained(llm)
-    rows = len(tokenizer)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(llm)
-    assert ChatTemplate(llm).tokenizer.pad_token_id == rows > ChatTemplate(llm).pad_token_id
+    template = ChatTemplate(llm)
+    assert template.tokenizer.pad_token_id == template.num_embeddings > template.pad_token_id
     script("stage1_align", *flags(1, llm=llm, max_steps=1))
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(llm)
-    with pytest.raises(UserError, match=f"id {rows + 2}, but the LLM has embeddings for {rows} tokens only"):
-        ChatTemplate(llm)
 
 
 @pytest.mark.parametrize("value", [False, True, None])

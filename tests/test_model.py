@@ -161,29 +161,21 @@ def test_a_batch_of_only_text_gives_the_projector_a_gradient_of_zero_and_not_non
 # -- generation --------------------------------------------------------------------------------------------
 
 
-def generated_by_the_llm(model, prompts, end_token_ids, max_new_tokens):
-    """Returns the greedy ids of transformers' own generate() on the same embeddings."""
-    inputs_embeds = model.embed(prompts["input_ids"], prompts["pixel_values"])
-    return model.llm.generate(inputs_embeds=inputs_embeds, attention_mask=prompts["attention_mask"].long(),
-                              eos_token_id=end_token_ids, pad_token_id=end_token_ids[0], do_sample=False,
-                              max_new_tokens=max_new_tokens)
-
-
-@pytest.mark.parametrize("adapter", [False, True], ids=["without adapter", "with adapter"])
-def test_greedy_answers_are_those_of_the_llms_own_generate(tiny, prompts, adapter):
+def test_greedy_answers_with_an_adapter_are_those_of_the_llms_own_generate(tiny, prompts):
     model, _, _ = tiny()
     without = model.generate(**prompts, end_token_ids=[2], max_new_tokens=12)
-    if adapter:
-        model.add_lora(LoraConfig(**LORA))
-        randomize_adapter(model)
-        model.eval()
+    model.add_lora(LoraConfig(**LORA))
+    randomize_adapter(model)
+    model.eval()
     free = model.generate(**prompts, end_token_ids=[2], max_new_tokens=12)
-    assert torch.equal(free, without) != adapter
-    assert torch.equal(free, generated_by_the_llm(model, prompts, [2], 12))
+    assert not torch.equal(free, without)
     # Tokens that were just seen serve as end tokens, so the rows end at different times.
-    for ends in ([free[0, 3].item(), free[1, 5].item()], [free[2, 0].item()], free[:, 2].tolist()):
+    for ends in ([2], [free[0, 3].item(), free[1, 5].item()], [free[2, 0].item()], free[:, 2].tolist()):
         ours = model.generate(**prompts, end_token_ids=ends, max_new_tokens=12)
-        assert torch.equal(ours, generated_by_the_llm(model, prompts, ends, 12))
+        theirs = model.llm.generate(inputs_embeds=model.embed(prompts["input_ids"], prompts["pixel_values"]),
+                                    attention_mask=prompts["attention_mask"].long(), eos_token_id=ends,
+                                    pad_token_id=ends[0], do_sample=False, max_new_tokens=12)
+        assert torch.equal(ours, theirs)
 
 
 def test_sampled_tokens_follow_the_softmax_of_the_logits_over_the_temperature(tiny, prompts):
@@ -217,22 +209,17 @@ def test_a_streamer_receives_the_returned_ids_one_by_one(tiny, prompts):
 # -- what is trained ---------------------------------------------------------------------------------------
 
 
-def test_lora_is_added_to_the_llm_alone(tiny):
+def test_lora_is_added_to_the_llm_alone_and_changes_nothing_before_it_is_trained(tiny, batch):
     model, _, _ = tiny()
     frozen = dict(model.named_parameters())
-    model.add_lora(LoraConfig(**LORA))
-    trained = model.trainable_parameters()
-    assert all(name.startswith("llm.") and ".lora_" in name for name in trained)
-    assert len(trained) == 2 * len(LORA_TARGETS) * model.llm.config.num_hidden_layers  # A and B of each
-    assert not any(p.requires_grad for p in frozen.values())
-
-
-def test_lora_changes_nothing_before_it_is_trained(tiny, batch):
-    model, _, _ = tiny()
     with torch.no_grad():
         before = logits_of(model, batch)
         model.add_lora(LoraConfig(**LORA))
         torch.testing.assert_close(logits_of(model.eval(), batch), before, atol=0, rtol=0)
+    trained = model.trainable_parameters()
+    assert all(name.startswith("llm.") and ".lora_" in name for name in trained)
+    assert len(trained) == 2 * len(LORA_TARGETS) * model.llm.config.num_hidden_layers  # A and B of each
+    assert not any(p.requires_grad for p in frozen.values())
 
 
 def test_frozen_components_stay_in_eval_mode_while_lora_is_trained(tiny):
@@ -280,8 +267,8 @@ def saved(tiny, parts, tmp_path):
     return make
 
 
-def load(folder):
-    return load_trained(folder, torch.device("cpu"), torch.float32)
+def load(folder, dtype=torch.float32):
+    return load_trained(folder, torch.device("cpu"), dtype)
 
 
 @pytest.mark.parametrize("projector, stage", [("linear", 1), ("mlp", 2)])
@@ -296,9 +283,9 @@ def test_a_loaded_model_is_the_saved_one(saved, batch, projector, stage):
     assert result["stage"] == stage and not any(module.training for module in loaded.modules())
 
 
-def test_the_adapter_loads_with_plain_peft(saved, parts, template):
+def test_the_adapter_loads_with_plain_peft(saved, parts):
     model, folder = saved()
-    ids = torch.tensor([template.encode_prompt([{"role": "user", "content": "What is it?"}], N)])
+    ids = torch.tensor([[1, 5, 300, 7, 310]])
     base = AutoModelForCausalLM.from_pretrained(parts.llm, dtype=torch.float32)
     with torch.no_grad():
         before = base(ids).logits
@@ -307,52 +294,52 @@ def test_the_adapter_loads_with_plain_peft(saved, parts, template):
     assert (plain - before).abs().max() > 0.1
 
 
-def without_one(tensors):
-    del tensors[sorted(tensors)[-1]]
-
-
-def with_another_shape(tensors):
-    name = sorted(tensors)[-1]
-    tensors[name] = tensors[name][:-1].clone()
-
-
-def spoil(path, change):
+def spoil(path, change, name):
+    """Deletes, shortens or adds a tensor in a file."""
     tensors = load_file(path)
-    change(tensors)
+    tensor = tensors.pop(name)
+    if change == "another shape":
+        tensors[name] = tensor[:-1].clone()
+    elif change == "one more":
+        tensors |= {name: tensor, name + "_added": torch.ones(48)}
     save_file(tensors, path, {"format": "pt"})
 
 
-@pytest.mark.parametrize("file, change", [("projector.safetensors", with_another_shape),
-                                          ("adapter/adapter_model.safetensors", without_one),
-                                          ("adapter/adapter_model.safetensors", with_another_shape)])
-def test_a_projector_or_adapter_that_does_not_fit_is_refused(saved, file, change):
+LORA_B = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+
+
+@pytest.mark.parametrize("file, name", [("projector.safetensors", "weight"),
+                                        ("adapter/adapter_model.safetensors", LORA_B)])
+@pytest.mark.parametrize("change", ["missing", "another shape", "one more"])
+def test_a_projector_or_adapter_that_does_not_fit_is_refused(saved, file, name, change):
     _, folder = saved()
-    spoil(folder / file, change)
+    spoil(folder / file, change, name)
     with pytest.raises(UserError, match="fit"):
         load(folder)
+
+
+@pytest.mark.parametrize("which, name", [("llm", "model.layers.1.mlp.up_proj.weight"),
+                                         ("clip", "vision_model.encoder.layers.1.mlp.fc1.weight")])
+@pytest.mark.parametrize("change", ["missing", "another shape", "one more"])
+def test_pretrained_weights_that_do_not_fit_are_refused_and_not_filled_at_random(
+        parts, tmp_path, which, name, change):
+    folder = shutil.copytree(getattr(parts, which), tmp_path / which)
+    spoil(folder / "model.safetensors", change, name)
+    broken = parts._replace(**{which: folder})
+    with pytest.raises(UserError, match=f"fit its config.json: 1 .*{name[-15:]}"):
+        build(broken.clip, broken.llm)
 
 
 def test_half_precision_merges_the_adapter_in_fp32_and_leaves_the_positions_in_fp32(saved, parts):
     _, folder = saved()
     whole = load(folder)[0].llm
-    half = load_trained(folder, torch.device("cpu"), torch.bfloat16)[0].llm
+    half = load(folder, torch.bfloat16)[0].llm
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     assert half.model.rotary_emb.inv_freq.dtype == torch.float32
     base = AutoModelForCausalLM.from_pretrained(parts.llm, dtype=torch.float32)
     weight, merged, frozen = (llm.model.layers[0].mlp.up_proj.weight for llm in (half, whole, base))
     expected = (frozen.bfloat16().float() + (merged - frozen)).bfloat16()  # only the last step rounds
     assert (weight == expected).float().mean() > 0.999 and not torch.equal(expected, frozen.bfloat16())
-
-
-@pytest.mark.parametrize("which, name", [("llm", "model.layers.1.mlp.up_proj.weight"),
-                                         ("clip", "vision_model.encoder.layers.1.mlp.fc1.weight")])
-def test_pretrained_weights_with_a_missing_tensor_are_refused_and_not_filled_at_random(
-        parts, tmp_path, which, name):
-    folder = shutil.copytree(getattr(parts, which), tmp_path / which)
-    spoil(folder / "model.safetensors", lambda tensors: tensors.pop(name))
-    broken = parts._replace(**{which: folder})
-    with pytest.raises(UserError, match=f"fit its config.json: 1 are missing, .*{name[-20:]}"):
-        build(broken.clip, broken.llm)
 
 
 DAMAGES = {  # name: (which folder, which file, its new content or None, what the sentence names)
@@ -375,4 +362,4 @@ def test_a_damaged_pretrained_folder_is_one_sentence(parts, tmp_path, which, fil
     with pytest.raises(UserError, match=named) as error:
         load_image_processor(broken.clip)
         build(broken.clip, broken.llm)
-    assert str(folder) in str(error.value) and len(str(error.value)) < 500
+    assert str(folder) in str(error.value)
