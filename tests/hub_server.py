@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
-from conftest import SHARED, draw, make_clip, make_llm
+from conftest import COLORS, SHARED, draw, make_clip, make_llm, record_of
 from huggingface_hub import constants
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
@@ -33,29 +33,28 @@ UNUSED = {CLIP: [".gitattributes", "README.md", "flax_model.msgpack", "pytorch_m
 
 def make_models(folder):
     """Makes both models in `folder`, with few parameters. Returns {name: {file: its content}}."""
-    clip_folder, llm_folder = folder / "clip", folder / "llm"
-    if (SHARED / "hub").exists():
-        clip = CLIPConfig.from_pretrained(SHARED / "hub" / CLIP.split("/")[1])
-        llm = LlamaConfig.from_pretrained(SHARED / "hub" / LLM.split("/")[1])
+    folders, real = {CLIP: folder / "clip", LLM: folder / "llm"}, SHARED / "hub"
+    if real.exists():
+        clip = CLIPConfig.from_pretrained(real / CLIP.split("/")[1])
+        llm = LlamaConfig.from_pretrained(real / LLM.split("/")[1])
         sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
         clip.vision_config.update({**sizes, "image_size": 28})
         clip.text_config.update(sizes)
         llm.update(dict(sizes, num_hidden_layers=2, num_key_value_heads=1, initializer_range=0.3))
         # On the hub, CLIP's weights are in fp32 and TinyLlama's in bf16.
-        for model, name, target in ((CLIPModel(clip), CLIP, clip_folder),
-                                    (LlamaForCausalLM(llm).bfloat16(), LLM, llm_folder)):
-            model.save_pretrained(target)
-            for path in (SHARED / "hub" / name.split("/")[1]).iterdir():
+        for name, model in ((CLIP, CLIPModel(clip)), (LLM, LlamaForCausalLM(llm).bfloat16())):
+            model.save_pretrained(folders[name])
+            for path in (real / name.split("/")[1]).iterdir():
                 if path.name != "config.json":
-                    (target / path.name).write_bytes(path.read_bytes())
-        preprocessor = clip_folder / "preprocessor_config.json"
+                    (folders[name] / path.name).write_bytes(path.read_bytes())
+        preprocessor = folders[CLIP] / "preprocessor_config.json"
         settings = json.loads(preprocessor.read_text())
         preprocessor.write_text(json.dumps({**settings, "size": 28, "crop_size": 28}))
     else:
-        make_clip(clip_folder)
-        make_llm(llm_folder, max_position_embeddings=2048)
+        make_clip(folders[CLIP])
+        make_llm(folders[LLM], max_position_embeddings=2048)
     return {name: {path.name: path.read_bytes() for path in source.iterdir()}
-            for name, source in ((CLIP, clip_folder), (LLM, llm_folder))}
+            for name, source in folders.items()}
 
 
 def make_data(records):
@@ -63,19 +62,16 @@ def make_data(records):
 
     The names, the questions and the places of the images are those of the real data.
     """
-    colors = ["red", "green", "blue", "yellow", "black", "white", "orange", "purple"]
+    colors = list(COLORS)
     chat, instruct, cc3m, coco = [], [], io.BytesIO(), io.BytesIO()
     with zipfile.ZipFile(cc3m, "w") as images, zipfile.ZipFile(coco, "w") as train2017:
         for i in range(records):
             color, name = colors[i % len(colors)], f"GCC_train_{i:09d}"
             question = ["Provide a brief description of the given image.\n<image>",
                         "<image>\nSummarize the visual content of the image."][i % 2]
-            chat.append({"id": name, "image": f"{name}.jpg", "conversations": [
-                {"from": "human", "value": question}, {"from": "gpt", "value": f"a {color} picture ."}]})
-            instruct.append({"id": f"{i:012d}", "image": f"{i:012d}.jpg", "conversations": [
-                {"from": "human", "value": "What object is shown?\n<image>"},
-                {"from": "gpt", "value": f"It is a {color} picture."},
-                {"from": "human", "value": "Is it a photo?"}, {"from": "gpt", "value": "No."}]})
+            chat.append(record_of(question, f"a {color} picture .", id=name, image=f"{name}.jpg"))
+            instruct.append(record_of("What object is shown?\n<image>", f"It is a {color} picture.",
+                                      "Is it a photo?", "No.", id=f"{i:012d}", image=f"{i:012d}.jpg"))
             content = io.BytesIO()
             draw(color, size=(40 + i % 9, 30)).save(content, "JPEG")
             compression = zipfile.ZIP_DEFLATED if i % 2 else zipfile.ZIP_STORED
@@ -97,14 +93,15 @@ class Hub(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def answer(self, body, status=200, **headers):
+    def answer(self, body, status=200, sent=None, **headers):
+        """Sends the first `sent` bytes of the body, or all of them."""
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[:sent])
 
     def send_file(self, name, body, **headers):
         """Sends a file, or the part of it that a Range header asks for. break_off = {name: how many more of
@@ -116,23 +113,17 @@ class Hub(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.requested.append((name, start))
         rest = body[start:end]
-        self.send_response(206 if asked else 200)
-        self.send_header("Content-Length", str(len(rest)))
-        self.send_header("Accept-Ranges", "bytes" if self.ranges else "none")
         if asked:
-            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(body)}")
-        for header, value in headers.items():
-            self.send_header(header.replace("_", "-"), value)
-        self.end_headers()
-        if self.command == "GET":
-            if self.break_off.get(name, 0) > 0:
-                self.break_off[name] -= 1
-                self.wfile.write(rest[:len(rest) // 2])
-                self.close_connection = True
-                self.connection.close()
-            else:
-                self.wfile.write(rest)
-                self.sent[name] += len(rest)
+            headers["Content_Range"] = f"bytes {start}-{end - 1}/{len(body)}"
+        breaks_off = self.command == "GET" and self.break_off.get(name, 0) > 0
+        self.answer(rest, 206 if asked else 200, sent=len(rest) // 2 if breaks_off else len(rest),
+                    Accept_Ranges="bytes" if self.ranges else "none", **headers)
+        if breaks_off:
+            self.break_off[name] -= 1
+            self.close_connection = True
+            self.connection.close()
+        elif self.command == "GET":
+            self.sent[name] += len(rest)
 
     def do_HEAD(self):
         self.do_GET()

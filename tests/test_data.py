@@ -1,12 +1,12 @@
 """From a record to ids, labels and pixels: exactly what should be trained is trained."""
 
+import shutil
 from itertools import groupby
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from conftest import N, preprocess, record_of
+from conftest import N, SHARED, preprocess, record_of
 from PIL import Image
 from transformers import AutoTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -30,10 +30,21 @@ def runs_of(labels):
     return [list(group) for labeled, group in groups if labeled]
 
 
-@pytest.fixture(scope="session", params=["tiny", "TinyLlama's"])
-def any_template(request, parts):
+@pytest.fixture(scope="session")
+def tinyllama(tmp_path_factory):
+    """The template in shared/hub. Its folder gets an empty file as weights, because it is refused without."""
+    folder = SHARED / "hub" / "TinyLlama-1.1B-Chat-v1.0"
+    if not folder.exists():
+        pytest.skip("needs shared/hub")
+    folder = shutil.copytree(folder, tmp_path_factory.mktemp("real") / "copy")
+    (folder / "model.safetensors").touch()
+    return ChatTemplate(folder)
+
+
+@pytest.fixture(params=["template", "tinyllama"])
+def any_template(request):
     """The template of the tiny tokenizer, and the real one if shared/ exists."""
-    return ChatTemplate(parts.llm if request.param == "tiny" else request.getfixturevalue("real").llm)
+    return request.getfixturevalue(request.param)
 
 
 CONVERSATION = [user("<image>\nWhat object is shown?"), assistant("olive oil ."), user("Is it red?"),
@@ -51,7 +62,6 @@ def test_labels_are_each_answer_and_its_end_token_in_every_turn_and_nothing_else
     texts = [any_template.tokenizer.decode(run[:-1]) for run in answers]
     assert texts == ["olive oil .", "No, it is\n\nsolid cold.", "Yes"]
     untrained = [token for token, label in zip(ids, labels) if label == IGNORE_INDEX]
-    assert untrained.count(any_template.image_token_id) == N
     assert any_template.tokenizer.decode(untrained) == (
         "<s> <|user|>\n" + IMAGE_TOKEN * N + "\nWhat object is shown?</s>\n<|assistant|>\n"
         "\n<|user|>\nIs it red?</s>\n<|assistant|>\n\n<|user|>\nSure?</s>\n<|assistant|>\n\n")
@@ -74,15 +84,12 @@ def test_ids_are_those_of_the_tokenizers_own_template_after_the_first_token(any_
     assert template.encode(CONVERSATION, N)[0] == theirs[:at] + [theirs[at]] * N + theirs[at + 1:]
 
 
-def test_tinyllama_reads_olive_oil_as_it_does_after_a_newline(real):
-    template = ChatTemplate(real.llm)
-    words = template.tokenizer.convert_ids_to_tokens
-    alone = template.tokenizer("olive oil", add_special_tokens=False)["input_ids"]
-    assert words(alone) == ["▁o", "live", "▁oil"]
-    ids, labels = template.encode([user("<image>\nDescribe it."), assistant("olive oil is healthy .")], 256)
+def test_tinyllama_reads_olive_oil_as_it_does_after_a_newline(tinyllama):
+    words = tinyllama.tokenizer.convert_ids_to_tokens
+    assert tinyllama.tokenizer.tokenize("olive oil") == ["▁o", "live", "▁oil"]
+    ids, labels = tinyllama.encode([user("<image>\nDescribe it."), assistant("olive oil is healthy .")], 256)
     assert words(runs_of(labels)[0]) == ["ol", "ive", "▁oil", "▁is", "▁health", "y", "▁.", "</s>"]
-    assert (ids[0], ids.count(1), ids.count(template.image_token_id)) == (1, 1, 256)
-    assert template.image_token_id == 32_000  # outside the LLM's vocabulary
+    assert (ids[0], ids.count(1), ids.count(32_000)) == (1, 1, 256)  # 32,000 is outside the vocabulary
 
 
 def test_a_long_conversation_is_rendered_once(template, monkeypatch):
@@ -136,12 +143,10 @@ def test_a_conversation_that_is_too_long_loses_whole_last_turns(dataset_of, temp
 
 def test_a_record_whose_image_would_be_cut_away_is_refused(dataset_of):
     """Otherwise its pixel values would have no positions, and training would end there."""
-    record = record_of("Hello?", "Hi .", "What is this?\n<image>", "A red circle on a table .",
-                       image="red.png")
-    dataset = dataset_of([record], max_length=40)
-    assert len(dataset_of([record]).encode_record(record)[0]) > 40
+    record = record_of("Hello?", "Hi .", "What is this?\n<image>", "A red circle .", image="red.png")
+    length = len(dataset_of([record]).encode_record(record)[0])
     with pytest.raises(UserError, match="--max-length"):
-        dataset.encode_record(record)
+        dataset_of([record], length - 2).encode_record(record)
 
 
 def test_a_question_of_a_later_turn_is_asked_with_the_image_in_front(dataset_of, template):
@@ -170,18 +175,14 @@ def test_padding_is_masked_by_its_position_so_end_tokens_stay_although_they_are_
 # -- pixels ------------------------------------------------------------------------------------------------
 
 
-def noise(size):
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
 @pytest.mark.parametrize("size", [(28, 28), (28, 29), (37, 91), (5, 3), (640, 427), (427, 640)])
 def test_pixels_of_a_sample_are_those_of_transformers_clip_processor(parts, dataset_of, tmp_path, size):
     theirs = CLIPImageProcessorPil.from_pretrained(parts.clip)
-    noise(size).save(tmp_path / "images" / "noise.png")
+    noise = Image.merge("RGB", [Image.effect_noise(size, 80) for _ in range(3)])
+    noise.save(tmp_path / "images" / "noise.png")
     sample = dataset_of([record_of("What?", "noise", image="noise.png")])[0]
-    assert sample["pixel_values"].shape == (3, 28, 28) and sample["pixel_values"].dtype == torch.float32
-    torch.testing.assert_close(sample["pixel_values"], preprocess(theirs, noise(size)), atol=0, rtol=0)
+    assert sample["pixel_values"].shape == (3, 28, 28)
+    torch.testing.assert_close(sample["pixel_values"], preprocess(theirs, noise), atol=0, rtol=0)
 
 
 # -- records that cannot be trained on ---------------------------------------------------------------------

@@ -31,31 +31,16 @@ def test_processes_and_micro_batches_give_the_gradient_of_the_large_batch(tmp_pa
     for name, expected in weights[0].items():
         largest = expected.abs().max().item()
         torch.testing.assert_close(weights[1][name], expected, rtol=0, atol=1e-6 * largest)
-    for one, two in zip(*lines, strict=True):
-        for key in ("step", "samples", "labeled_tokens"):
-            assert one.get(key) == two.get(key)
-        for key in {"loss", "grad_norm"} & set(one):
-            assert two[key] == pytest.approx(one[key], rel=1e-5)
-    assert [line["samples"] for line in lines[0] if "samples" in line] == [8, 16, 17]
-
-
-def test_processes_that_choose_different_precisions_agree_on_fp16(tmp_path):
-    """A T4 chooses fp16 and a newer GPU bf16. Only the gradients of fp16 are scaled, so their sum would be
-    wrong. Of the second step, the second process gets no sample."""
-    lines = []
-    for i, precisions in enumerate([("fp16", "fp16"), ("fp32", "fp16"), ("fp16", "bf16")]):
-        arguments = ["--run", str(tmp_path / str(i)), *SMALL, "--limit", "17", "--epochs", "1"]
-        finish("stage1_align", arguments, tmp_path / "log", world_size=2,
-               own_arguments=[("--precision", precision) for precision in precisions])
-        lines.append(metrics(tmp_path / str(i) / "stage1"))
-    assert lines[0] == lines[1] == lines[2]
-    assert [line["samples"] for line in lines[0] if "samples" in line] == [16, 17]
+    one, two = ([line for line in part if "loss" in line] for part in lines)
+    assert [line["samples"] for line in one] == [line["samples"] for line in two] == [8, 16, 17]
+    for key in ("labeled_tokens", "loss", "grad_norm"):
+        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-5)
 
 
 def test_ranks_that_another_launcher_than_torchrun_has_set_are_ignored(monkeypatch):
     """Schedulers and notebooks set them, and waiting for other processes would never end."""
-    for name, value in dict(RANK=1, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=29777).items():
-        monkeypatch.setenv(name, str(value))
+    for name, value in dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29777").items():
+        monkeypatch.setenv(name, value)
     processes = Processes("cpu", "auto")
     assert (processes.rank, processes.world_size, processes.dtype) == (0, 1, torch.float32)
 

@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-import sys
 import zipfile
+from itertools import count
 
 import pytest
 import torch
@@ -20,43 +20,42 @@ from support.files import atomic_write
 
 
 @pytest.fixture
-def poisoned(monkeypatch):
-    """poisoned(condition, factor) multiplies the losses of a forward pass in train mode by `factor` if
+def poison(monkeypatch):
+    """poison(condition, factor) multiplies the losses of a forward pass in train mode by `factor` if
     condition(number of such passes) is true."""
-    forward, calls = model.Llava.forward, []
+    forward = model.Llava.forward
 
-    def poison(condition, factor):
-        calls.clear()
+    def replace(condition, factor):
+        calls = count(1)
 
         def poisoned_forward(self, **batch):
-            calls.extend([batch] * self.training)
             losses = forward(self, **batch)
-            return losses * factor if self.training and condition(len(calls)) else losses
+            return losses * factor if self.training and condition(next(calls)) else losses
 
         monkeypatch.setattr(model.Llava, "forward", poisoned_forward)
 
-    return poison
+    return replace
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_step_and_names_the_records(
-        refusal, flags, tmp_path, poisoned):
-    poisoned(lambda number: number == 3, float("nan"))  # the first micro-batch of the second step
+        refusal, flags, tmp_path, poison):
+    poison(lambda number: number == 3, float("nan"))  # the first micro-batch of the second step
     sentence = refusal("stage1_align", *flags(1, batch_size=4, grad_accum=2, save_every=1, max_steps=3))
-    assert "step 2: loss nan" in sentence and "--lr" in sentence and sentence.count("drawn_") == 8
+    assert "step 2: loss nan" in sentence and sentence.count("drawn_") == 8
     checkpoint = torch.load(tmp_path / "runs" / "toy" / "stage1" / "checkpoint.pt", weights_only=True)
     assert checkpoint["progress"]["step"] == 1
     assert all(weight.isfinite().all() for weight in checkpoint["weights"].values())
 
 
-def test_ten_overflows_in_a_row_stop_an_fp16_run_and_nine_do_not(script, refusal, flags, tmp_path, poisoned):
+def test_ten_overflows_in_a_row_stop_an_fp16_run_and_nine_do_not(script, refusal, flags, tmp_path, poison):
     arguments = flags(1, max_steps=20, precision="fp16")
-    poisoned(lambda number: number not in (10, 20), float("inf"))  # nine, then one good step, then nine
+    poison(lambda number: number not in (10, 20), float("inf"))  # nine, then one good step, then nine
     script("stage1_align", *arguments)
     lines = (tmp_path / "runs" / "toy" / "stage1" / "metrics.jsonl").read_text()
     assert "Infinity" not in lines and "NaN" not in lines and '"loss": null' in lines
-    poisoned(lambda number: number != 5, float("inf"))
+    poison(lambda number: number != 5, float("inf"))
     sentence = refusal("stage1_align", *arguments, "--restart")
-    assert "step 15: loss inf" in sentence and "--precision fp32" in sentence and "drawn_0" in sentence
+    assert "step 15: loss inf" in sentence and "--precision fp32" in sentence
 
 
 def test_a_held_out_record_that_overflows_is_left_out_counted_and_named_and_the_result_is_saved(
@@ -89,25 +88,24 @@ def test_trained_weights_that_are_not_finite_are_not_saved(refusal, flags, tmp_p
 # -- resources and files -----------------------------------------------------------------------------------
 
 
-def throw(error):
-    raise error
-
-
 @pytest.mark.parametrize("error", [
     MemoryError(), torch.OutOfMemoryError("CUDA out of memory. 2 GiB.\nmore"),
     RuntimeError("CUDA error: out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
-def test_a_lack_of_memory_says_which_flags_to_change(monkeypatch, error):
-    monkeypatch.setattr(sys, "argv", ["stage1_align.py"])
-    with pytest.raises(SystemExit) as stop:
-        run_script(lambda: throw(error))
-    assert "\n" not in stop.value.code and stop.value.code.startswith("stage1_align.py: out of memory (")
-    assert all(words in stop.value.code for words in ("--batch-size", "--grad-accum", "memory_and_speed.md"))
+def test_a_lack_of_memory_says_which_flags_to_change(error):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit, match=r"out of memory \(.*--batch-size.*--grad-accum"):
+        run_script(main)
 
 
 def test_another_error_of_cuda_shows_its_traceback():
+    def main():
+        raise torch.AcceleratorError("CUDA error: an illegal memory access")
+
     with pytest.raises(torch.AcceleratorError, match="illegal"):
-        run_script(lambda: throw(torch.AcceleratorError("CUDA error: an illegal memory access")))
+        run_script(main)
 
 
 def test_an_error_in_a_worker_ends_the_command(flags, tmp_path, drawn):
@@ -123,8 +121,7 @@ def test_more_tokens_than_the_llm_can_read_are_refused(script, refusal, flags, t
     assert "--max-length" in refusal("stage1_align", *flags(1, max_length=100_000))
     script("stage1_align", *flags(1, max_steps=0))
     draw("red").save(tmp_path / "a.png")
-    sentence = refusal("sanity_check", "--image", "a.png", "--question", "word " * 5000)
-    assert "ask a shorter question" in sentence
+    assert "shorter question" in refusal("sanity_check", "--image", "a.png", "--question", "word " * 5000)
 
 
 def test_a_file_never_replaces_a_folder_a_device_or_a_pipe_and_a_link_stays(tmp_path):
@@ -178,12 +175,10 @@ def test_held_out_records_that_cannot_be_used_are_left_out_counted_and_named(
     arguments = flags(1, max_steps=1, heldout=6, heldout_data="heldout.json", heldout_images="held out")
     script("stage1_align", *arguments)
     out = capsys.readouterr().out
-    assert "6 records" in out and "4 usable" in out
-    assert "1 unusable: image cannot be decoded" in out and "'drawn_0'" in out and "red.png" in out
-    assert "1 unusable: no human turn with a gpt turn after it" in out and "'drawn_1'" in out
+    assert "4 usable" in out and "1 unusable: image cannot be decoded" in out and "'drawn_0'" in out
+    assert "1 unusable: no human turn" in out and "'drawn_1'" in out
     assert "reference: a blue picture" in out  # record 2 is the first that is left
     script("sanity_check", "--sample", 3, "--max-new-tokens", 2)
     assert "held-out record 3 of 4: id drawn_5," in capsys.readouterr().out
     (tmp_path / "heldout.json").write_text(json.dumps(records[:3]))
-    sentence = refusal("stage1_align", *arguments, "--restart")
-    assert "fewer than two different images" in sentence and "heldout.json" in sentence
+    assert "fewer than two different images" in refusal("stage1_align", *arguments, "--restart")

@@ -70,7 +70,7 @@ def test_a_lesson_that_is_run_alone_trains_its_baseline_before_it_replaces_anyth
         assert everything_that_lessons_replace() == before
         return train(*args, **settings)
 
-    importlib.import_module(f"lessons.{name}")  # the lesson's own train() is not replaced below
+    run.load_lesson(name)  # the lesson's own train() is not replaced below
     experiment.train_baseline.cache_clear()  # as if no other lesson had run before
     before, train = everything_that_lessons_replace(), experiment.train
     monkeypatch.setattr(experiment, "train", train_unchanged)  # which train_baseline() calls
@@ -135,7 +135,6 @@ def test_a_bug_is_one_line_and_its_symptom_shows(small, monkeypatch, capsys, tmp
     experiment.train_baseline(2, 0)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "toy").symlink_to(experiment.RUNS / "baseline-seed0")
-    (tmp_path / "toy").symlink_to(REPOSITORY / "toy")
     monkeypatch.chdir(tmp_path)
     function, right, wrong, *_ = find_the_bug.BUGS[number - 1]
     source, _ = find_the_bug.broken_copy(function, right, wrong)
@@ -168,8 +167,6 @@ def test_the_contrastive_loss_is_the_mean_over_both_directions():
     p, q = s.exp() / s.exp().sum(1, keepdim=True), s.exp() / s.exp().sum(0, keepdim=True)
     expected = sum(-(p[i, i].log() + q[i, i].log()) / 2 for i in range(5)) / 5
     torch.testing.assert_close(contrastive_loss(s), expected)
-    matched = contrastive_loss(20 * torch.eye(5))
-    assert matched < 1e-6 < contrastive_loss(20 * torch.eye(5).roll(1, dims=0))
 
 
 def test_the_probes_read_the_patch_that_shows_the_object_and_score_unseen_ones():
@@ -192,7 +189,7 @@ def test_the_probes_read_the_patch_that_shows_the_object_and_score_unseen_ones()
 def test_every_lesson_is_in_the_list_and_says_what_it_expects_and_what_came_out():
     others = {"run", "experiment", "toy_parts", "walk", "find_the_bug"}
     files = {path.stem for path in (REPOSITORY / "lessons").glob("*.py")} - others
-    assert files == set(run.NAMES) and len(run.NAMES) == len(files)
+    assert sorted(files) == sorted(run.NAMES)
     for name in run.NAMES:
         lesson = run.load_lesson(name)
         assert lesson.__doc__ and lesson.EXPECTED and lesson.MEANING, name
@@ -218,15 +215,14 @@ def test_the_walk_shows_three_models_whose_terms_add_up_and_the_gradient_of_stag
         script("lessons.walk", "--record", 1)
         printed = capsys.readouterr().out
         assert len(re.findall(r"^(?:support/records|data|model|stage1_align)\.py, .*", printed, re.M)) == 10
-        assert "-0.000" not in printed
         rows = re.findall(r"^ +\d+  '.*'((?: +[\d.]+){%d})$" % (2 * models), printed, re.M)
         losses = re.findall(r"loss = ([\d.]+) / (\d+) = ([\d.]+)", printed)
         assert len(losses) == models
-        for i, (total, count, mean) in enumerate(losses):
+        for i, numbers in enumerate(losses):
+            total, count, mean = map(float, numbers)
+            assert len(rows) == count and mean == pytest.approx(total / count, abs=1e-3)
             terms = [float(row.split()[2 * i]) for row in rows]
-            assert len(terms) == int(count)
-            assert sum(terms) == pytest.approx(float(total), abs=1e-3 * len(terms))
-            assert float(mean) == pytest.approx(float(total) / int(count), abs=1e-3)
+            assert sum(terms) == pytest.approx(total, abs=1e-3 * count)
         three, ignored, two = re.findall(r"labels \[.*\] +([\d.]+)", printed)
         assert three != ignored == two
         [at_patches] = re.findall(r"input of block 1 .* (\S+)$", printed, re.M)

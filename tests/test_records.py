@@ -31,21 +31,19 @@ def test_records_are_those_of_json(tmp_path, text):
     assert contents(pickle.loads(pickle.dumps(records))) == value  # as a spawned worker gets it
 
 
-@pytest.mark.parametrize("content, reason", {
-    "truncated": (b'[{"id": 1}, {"id": 2', "line 1 column"),
-    "one object": (b'{"n": 1, "data": [{"id": 1}]}', "which are objects"),
-    "JSON lines": (b'{"id": 1}\n{"id": 2}\n', "Extra data: line 2"),
-    "web page": (b"<html>404</html>", "line 1 column 1"),
-    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer.*git lfs pull"),
-    "number": (b'[{"id": 1}, 7]', "which are objects"), "no records": (b"[]", "which are objects"),
-}.values())
-def test_a_file_that_is_no_list_of_records_is_refused_with_its_first_characters(tmp_path, content, reason):
+@pytest.mark.parametrize("content", [b'[{"id": 1}, {"id": 2', b'{"n": 1, "data": [{"id": 1}]}',
+                                     b'{"id": 1}\n{"id": 2}\n', b"<html>404</html>", b'[{"id": 1}, 7]', b"[]"])
+def test_a_file_that_is_no_list_of_records_is_refused_with_its_first_characters(tmp_path, content):
     (tmp_path / "chat.json").write_bytes(content)
-    with pytest.raises(UserError, match=reason) as error:
+    with pytest.raises(UserError, match="chat.json is not a JSON list of records.*begins with") as error:
         read_records(tmp_path / "chat.json")
-    sentence = str(error.value)
-    assert "chat.json" in sentence and "\n" not in sentence
-    assert "Git LFS" in sentence or f"it begins with {content[:60]!r}" in sentence
+    assert repr(content) in str(error.value)
+
+
+def test_a_git_lfs_pointer_in_place_of_the_file_is_named_as_such(tmp_path):
+    (tmp_path / "chat.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="git lfs pull"):
+        read_records(tmp_path / "chat.json")
 
 
 # -- the split ---------------------------------------------------------------------------------------------
@@ -76,9 +74,8 @@ def test_no_held_out_image_is_trained_on_and_all_other_records_are(capsys):
 def test_limit_takes_records_and_not_images():
     """A limit of images would train on both records of half as many images."""
     train, heldout = split(MANY, limit=400)
-    assert len(train) == 400 and 330 < len(images_of(train)) < 390  # 360 are expected
-    assert not images_of(train) & images_of(heldout) and heldout == split(MANY)[1]
-    assert train == split(MANY)[0][:400]
+    assert 330 < len(images_of(train)) < 390  # 360 are expected
+    assert heldout == split(MANY)[1] and train == split(MANY)[0][:400]
 
 
 @pytest.mark.parametrize("fields", [{"id": "text"}, {"id": 0}, {"id": None}, {"image": None}, {"image": ""}])
@@ -108,8 +105,8 @@ def test_the_check_names_unusable_records_by_their_reason_and_leaves_them_out(da
     assert contents(dataset.records) == [records[i] for i in (0, 2, 5)]
     assert lengths[1] >= lengths[0] + N and lengths[2] > lengths[0]
     out = capsys.readouterr().out
-    assert "  2 unusable: an empty answer\n    record 'two'" in out and "\n    record 'four'" in out
-    assert "  1 unusable: too long for --max-length\n    record 'five'" in out
-    assert "  1 unusable: image missing\n    record 'six'" in out
+    for words in ("2 unusable: an empty answer\n    record 'two'", "\n    record 'four'", "1 unusable: too long",
+                  "\n    record 'five'", "1 unusable: image missing\n    record 'six'"):
+        assert words in out
     with pytest.raises(UserError, match=r"4 of 7 records .* cannot be used \(is --images wrong"):
         drop_unusable_records(dataset_of(records), allow_bad=0.5)

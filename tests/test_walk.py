@@ -49,9 +49,8 @@ def cache(hub, tmp_path, monkeypatch):
     """An empty cache of the hub's client, for this process."""
     use(hub.url, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-    hub.requested.clear()
-    hub.gated.clear()
-    hub.break_off.clear()
+    for changed in (hub.requested, hub.gated, hub.break_off):
+        changed.clear()
     return tmp_path / "home" / "hub"
 
 
@@ -63,7 +62,7 @@ def on(hub, tmp_path, cache):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     environment = {**os.environ, "HF_HOME": str(cache.parent), "HF_ENDPOINT": hub.url,
                    "HF_HUB_OFFLINE": "0", "COCO_ZIP": f"{hub.url}/coco/train2017.zip",
-                   "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100",
+                   "PYTHONPATH": str(REPOSITORY),
                    "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
 
     def run(*words, text="", **changes):
