@@ -36,9 +36,9 @@ def make_models(folder, name):
 
 def run(folder, script, *words):
     """Runs a script as a process of its own. Returns a line with its time and its peak memory."""
-    print(f"\n$ python {script} {' '.join(map(str, words))}", flush=True)
+    print(f"\n$ python {script} {' '.join(words)}", flush=True)
     started = time.time()
-    process = subprocess.Popen([sys.executable, str(REPOSITORY / script), *map(str, words)], cwd=folder)
+    process = subprocess.Popen([sys.executable, str(REPOSITORY / script), *words], cwd=folder)
     _, status, usage = os.wait4(process.pid, 0)  # of this child; RUSAGE_CHILDREN is the maximum of all
     if status:
         sys.exit(f"{script} failed")
@@ -55,15 +55,14 @@ def main():
         folder = Path(folder)
         make_models(folder, args.geometry)
         draw(folder / "data", chat=8, instruct=8, heldout=1)
-        flags = ["--preset", "tinyllama", "--precision", args.precision, "--vision-tower", "clip",
-                 "--llm", "llm", "--batch-size", 2, "--grad-accum", 1, "--heldout", 2, "--max-length", 400,
-                 "--max-steps", 1, "--workers", 0]
+        precision = ["--precision", args.precision]
+        flags = [*("--preset tinyllama --vision-tower clip --llm llm --batch-size 2 --grad-accum 1 "
+                   "--heldout 2 --max-length 400 --max-steps 1 --workers 0").split(), *precision]
+        stages = {"stage1_align.py": "--data data/chat.json --images data/images.zip",
+                  "stage2_instruct.py": "--data data/instruct.json --images data/images"}
         lines = [
-            run(folder, "stage1_align.py", *flags, "--data", "data/chat.json", "--images", "data/images.zip"),
-            run(folder, "stage2_instruct.py", *flags, "--data", "data/instruct.json", "--images",
-                "data/images"),
-            run(folder, "sanity_check.py", "--run", "runs/tinyllama", "--precision", args.precision,
-                "--max-new-tokens", 8)]
+            *(run(folder, script, *flags, *data.split()) for script, data in stages.items()),
+            run(folder, "sanity_check.py", "--run", "runs/tinyllama", "--max-new-tokens", "8", *precision)]
     print("\n" + "\n".join(lines))
 
 

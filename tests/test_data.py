@@ -92,15 +92,6 @@ def test_tinyllama_reads_olive_oil_as_it_does_after_a_newline(tinyllama):
     assert (ids[0], ids.count(1), ids.count(32_000)) == (1, 1, 256)  # 32,000 is outside the vocabulary
 
 
-def test_a_long_conversation_is_rendered_once(template, monkeypatch):
-    """Else encode() would take time with the square of the number of turns."""
-    calls, render = [], template.tokenizer.apply_chat_template
-    monkeypatch.setattr(template.tokenizer, "apply_chat_template",
-                        lambda *args, **options: calls.append(args) or render(*args, **options))
-    labels = template.encode([user("Sure?"), assistant("Yes")] * 1000, N)[1]
-    assert len(runs_of(labels)) == 1000 and len(calls) == 1
-
-
 # -- records to messages -----------------------------------------------------------------------------------
 
 
@@ -115,8 +106,9 @@ def test_the_image_is_before_the_question_wherever_it_was_in_training_and_in_a_p
     assert prompts[1]["input_ids"] == template.encode_prompt([user("What is it?")], N)
 
 
-def test_a_leading_answer_is_skipped_and_a_trailing_question_dropped(template):
-    record = record_of("Who?", "A cat.", "Where?")
+def test_a_leading_answer_a_trailing_question_other_keys_and_empty_ones_are_left_out(template):
+    record = record_of("Who?", "A cat.", "Where?", model="gpt-4", system="", video=None, images=[])
+    record["conversations"][0]["weight"] = 0
     record["conversations"].insert(0, {"from": "gpt", "value": "an answer to nothing"})
     assert template.to_messages(record) == [user("Who?"), assistant("A cat.")]
 
@@ -211,9 +203,3 @@ OPENAI = [{"role": "user", "content": "What?"}, {"role": "assistant", "content":
 def test_records_that_cannot_be_trained_on_say_why(template, turns, more, reason):
     with pytest.raises(BadRecord, match=f"'a': .*{reason}"):
         template.to_messages({"id": "a", "conversations": turns, **more})
-
-
-def test_other_keys_are_ignored_and_so_are_empty_ones(template):
-    record = {"conversations": [HUMAN | {"weight": 0}, GPT], "model": "gpt-4", "image_size": [640, 480],
-              "system": "", "video": None, "images": []}
-    assert template.to_messages(record) == [user("What?"), assistant("That.")]

@@ -1,7 +1,6 @@
 """Other language models, chat templates and vision towers: the same scripts and the same guarantees."""
 
 import json
-import os
 from functools import cache
 
 import pytest
@@ -13,20 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (AutoModelForCausalLM, AutoTokenizer, CLIPConfig, CLIPProcessor, Dinov2Config,
-                          Dinov2Model, Gemma2Config, Gemma3TextConfig, GemmaConfig, LlamaConfig,
+from transformers import (AutoModelForCausalLM, AutoTokenizer, CLIPConfig, CLIPProcessor, CLIPVisionModel,
+                          Dinov2Config, Dinov2Model, Gemma2Config, Gemma3TextConfig, GemmaConfig, LlamaConfig,
                           MistralConfig, Phi3Config, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config,
                           SiglipConfig, SiglipModel, SiglipVisionModel)
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from data import IGNORE_INDEX, IMAGE_TOKEN, ChatTemplate, collate
 from support.errors import UserError
 from support.evaluation import generate_answers
 from support.pretrained import load_image_processor
-
-# Conversations that the property test of the labels tries. After a change of the labels, set it to 2000.
-EXAMPLES = int(os.environ.get("EXAMPLES", 500))
 
 CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '
 ' + message['content'] + '<|im_end|>
@@ -140,7 +137,7 @@ TURNS = st.lists(st.tuples(TEXTS.filter(lambda text: IMAGE_TOKEN not in text),
 template_of = cache(ChatTemplate)  # for each of the examples
 
 
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+@settings(max_examples=500, deadline=None, derandomize=True)  # 2000 after a change of the labels
 @given(turns=TURNS, image_in=st.sampled_from(["nowhere", "front", "back", "second turn"]))
 def test_labels_are_exactly_the_answers_and_their_end_tokens(llm, turns, image_in):
     template = template_of(llm)
@@ -299,12 +296,15 @@ PREPROCESSORS = {  # {tower: the file preprocessor_config.json}
     "dinov2": NORMALIZE | {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 28},
                            "do_center_crop": True, "crop_size": {"height": 28, "width": 28},
                            "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}}
-OWN = {"siglip": (SiglipVisionModel, SiglipImageProcessorPil), "dinov2": (Dinov2Model, BitImageProcessorPil)}
+OWN = {"clip": (CLIPVisionModel, CLIPImageProcessorPil), "dinov2": (Dinov2Model, BitImageProcessorPil),
+       "siglip": (SiglipVisionModel, SiglipImageProcessorPil)}
 
 
-@pytest.fixture(scope="module", params=["siglip", "dinov2"])
-def tower(request, tmp_path_factory):
-    """(kind, folder) of a tiny random SiglipModel, vision and text, and of a tiny Dinov2Model."""
+@pytest.fixture(scope="module", params=OWN)
+def tower(request, tmp_path_factory, parts):
+    """(kind, folder) of a tiny random CLIPModel and SiglipModel, vision and text, and of a Dinov2Model."""
+    if request.param == "clip":
+        return "clip", parts.clip
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(5)
     if request.param == "siglip":
@@ -328,8 +328,9 @@ def test_all_patches_of_a_tower_are_kept_and_come_from_the_chosen_layer(tower, p
     whole = OWN[kind][0].from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         expected = whole(pixel_values, output_hidden_states=True).hidden_states[vision_layer]
-        assert expected.shape == (2, 5 if kind == "dinov2" else 4, 32)  # DINOv2 has a class token
+        assert expected.shape == (2, 4 if kind == "siglip" else 5, 32)  # SigLIP has no class token
         torch.testing.assert_close(model.encode_images(pixel_values), model.projector(expected[:, -4:]))
+    assert len(model.vision_tower.encoder.layers) == 4 + vision_layer  # the blocks after it are deleted
 
 
 def test_both_stages_the_sanity_check_and_the_export_run_on_a_tower(tower, flags, script):

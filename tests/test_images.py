@@ -27,9 +27,6 @@ def saved(image, kind, **options):
     return buffer.getvalue()
 
 
-# -- formats -----------------------------------------------------------------------------------------------
-
-
 def exif_rotated():
     image = Image.new("RGB", (4, 2), "white")
     image.paste(RED, (0, 0, 2, 2))  # the left half is red, as stored
@@ -60,9 +57,6 @@ def test_unusual_images_give_the_pixels_that_a_viewer_shows(content, size, top_l
     image = decode_image(content, "unusual")
     assert image.mode == "RGB" and image.size == size
     assert all(abs(a - b) <= 4 for a, b in zip(image.getpixel((0, 0)), top_left))
-
-
-# -- folders and .zip files --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("top, method", [("", zipfile.ZIP_STORED), ("train2017/", zipfile.ZIP_DEFLATED)])
@@ -99,8 +93,6 @@ def test_loader_workers_share_a_zip_without_disturbing_each_other(drawn, templat
         assert sample["input_ids"] == own["input_ids"] and not sample["skipped"]
     assert os.lseek(file, 0, os.SEEK_CUR) == 7  # no worker has moved the position of this process's file
 
-
-# -- what cannot be used -----------------------------------------------------------------------------------
 
 NOISE = Image.effect_noise((99, 99), 90)
 DECODE, MISSING, OUTSIDE = "image cannot be decoded", "image missing", "image outside the image folder"

@@ -30,9 +30,6 @@ def tagged(*tags):
     return [cell for cell in CODE if set(tags) & set(cell["metadata"]["tags"])]
 
 
-# -- running it --------------------------------------------------------------------------------------------
-
-
 # Replaces sh() by one that runs the scripts inside the kernel. As processes of their own, each would need
 # about 5 seconds to import transformers.
 RUN_IN_KERNEL = """
@@ -176,9 +173,6 @@ def test_the_cells_of_the_real_models_run_after_cloning(tmp_path, monkeypatch):
     assert "runs/limit-8/stage1 holds a finished run, so there is nothing to resume" in printed
     assert re.search(r"<image>×\d+\nIs it a drawing, or what's this\?", printed)
     assert shown == {"real-look": "page", "photo": "picture"}
-
-
-# -- without running it ------------------------------------------------------------------------------------
 
 
 def test_it_is_stored_without_outputs_and_every_cell_has_its_own_id():

@@ -159,9 +159,6 @@ def test_a_finished_run_is_not_overwritten_without_restart(script, refusal, flag
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
 
 
-# -- stopping ----------------------------------------------------------------------------------------------
-
-
 def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_continue(tmp_path):
     """A cluster's scheduler sends the signal to the workers too."""
     arguments = ["--run", str(tmp_path), *SMALL, "--save-every", "9999", "--workers", "1"]
@@ -213,9 +210,6 @@ def test_a_second_process_in_the_same_folder_is_refused(refusal, tmp_path):
     assert first.is_alive()
     first.kill()
     first.join()
-
-
-# -- resuming, or not --------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -69,18 +69,19 @@ def test_every_stage_answers_the_same_question(script, flags, tmp_path, capsys, 
     script("stage2_instruct", *flags(2, max_steps=2, lr=0.1))
     draw("red").save("mine.png")
     capsys.readouterr()
-    flags = ["--image", "mine.png", "--question", "What?", "--max-new-tokens", 5]
-    script("sanity_check", *flags, "--every-stage")
+
+    def printed(*words):
+        script("sanity_check", *words, "--max-new-tokens", 5)
+        return capsys.readouterr().out
+
+    question = ["--image", "mine.png", "--question", "What?"]
     titles = ["WITHOUT AN IMAGE", "UNTRAINED PROJECTOR", "AFTER STAGE 1", "AFTER STAGE 2"]
-    out = capsys.readouterr().out
+    out = printed(*question, "--every-stage")
     answers = [re.search(f"{title}\n(.*)\n", out)[1] for title in titles]
     assert "QUESTION\nWhat?" in out and len(set(answers)) > 2
-    script("sanity_check", *flags, "--probabilities")
-    out = capsys.readouterr().out
+    out = printed(*question, "--probabilities")
     assert answers[3] in out and len(re.findall(r"^\S.* \d\.\d{3} +\S.* \(\d\.\d{3}\)$", out, re.M)) > 1
-    script("sanity_check", "--every-stage", "--sample", 1, "--max-new-tokens", 3)
-    out = capsys.readouterr().out
-    assert "QUESTION\nProvide a brief description of the given image.\n\nWITHOUT AN IMAGE\n" in out
+    assert "QUESTION\nProvide a brief description" in printed("--every-stage", "--sample", 1)
     assert "without --every-stage" in refusal("sanity_check", "--every-stage", "--probabilities")
     # The Python code of the README gives the same answer as the command.
     code = re.search("```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)[1]

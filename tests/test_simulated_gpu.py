@@ -1,7 +1,7 @@
 """No tensor is left on the CPU when the scripts run on a GPU.
 
-The GPU is simulated, so that the tests need none. A GpuTensor says that it is on cuda:0, and its numbers are in
-a tensor on the CPU. As with CUDA, an operation on a GpuTensor and a tensor on the CPU raises an error. The
+The GPU is simulated, so that the tests need none. A GpuTensor says that it is on cuda:0, and its numbers are
+in a tensor on the CPU. As with CUDA, an operation on a GpuTensor and a tensor on the CPU raises an error. The
 kernels, the memory and the speed of a GPU are not simulated.
 """
 
@@ -97,7 +97,7 @@ def gpu(monkeypatch):
     torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
 
 
-def test_the_simulation_finds_a_tensor_that_was_left_on_the_cpu(gpu, tiny, template):
+def test_the_simulation_finds_a_tensor_that_was_left_on_the_cpu(gpu):
     layer = torch.nn.Linear(3, 3).to(gpu)
     assert layer(torch.ones(2, 3, device=gpu) * torch.tensor(2.0)).device == gpu  # a scalar may be on the CPU
     with pytest.raises(RuntimeError, match="on the CPU"):

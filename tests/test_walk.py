@@ -14,7 +14,7 @@ import sys
 import pytest
 from conftest import REPOSITORY, draw
 from hub_server import CHAT, CLIP, LLM, serve, use
-from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub import constants, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from support.errors import UserError
@@ -157,23 +157,19 @@ def test_download_sh_fetches_the_models_beforehand(on, hub, cache):
     assert all(find(name, HF_HUB_OFFLINE=True).startswith(str(cache)) for name in (CLIP, LLM))
 
 
-@pytest.mark.parametrize("how", ["snapshot_download", "from_pretrained", "an older client"])
+@pytest.mark.parametrize("how", ["snapshot_download", "from_pretrained"])
 def test_a_model_that_others_have_put_into_the_cache_is_found(cache, hub, how):
-    if how == "from_pretrained":
+    if how == "snapshot_download":
+        snapshot_download(LLM)
+    else:
         for model_class in (AutoTokenizer, AutoModelForCausalLM):
             model_class.from_pretrained(LLM, cache_dir=cache)
-    else:
-        snapshot_download(LLM)
-    if how == "an older client":  # before version 1.23, the client stored no list of files
-        shutil.rmtree(cache / f"models--{LLM.replace('/', '--')}" / "trees")
     hub.requested.clear()
     assert find(LLM).startswith(str(cache)) and hub.requested == []
 
 
 INCOMPLETE = {  # what: (a call that leaves an incomplete model in the cache, its name, what is missing)
     "a part": (lambda: snapshot_download(CLIP, allow_patterns="*config.json"), CLIP, "model.safetensors"),
-    "another revision": (lambda: hf_hub_download(CLIP, "config.json", revision="0123"), CLIP,
-                         "Cannot find an appropriate cached snapshot"),
     "a download that broke off": (lambda: find(CLIP), CLIP, "model.safetensors"),
     "no tokenizer": (lambda: AutoModelForCausalLM.from_pretrained(LLM, cache_dir=constants.HF_HUB_CACHE), LLM,
                      "tokenizer_config.json"),
