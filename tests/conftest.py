@@ -48,34 +48,14 @@ for number in STOP_SIGNALS:
 N = 4  # image positions of the tiny CLIP: (28 / 14)²
 
 # TinyLlama's template, character by character.
-CHAT_TEMPLATE = """{% for message in messages %}
-{% if message['role'] == 'user' %}
-{{ '<|user|>
-' + message['content'] + eos_token }}
-{% elif message['role'] == 'system' %}
-{{ '<|system|>
-' + message['content'] + eos_token }}
-{% elif message['role'] == 'assistant' %}
-{{ '<|assistant|>
-'  + message['content'] + eos_token }}
-{% endif %}
-{% if loop.last and add_generation_prompt %}
-{{ '<|assistant|>' }}
-{% endif %}
-{% endfor %}"""
+CHAT_TEMPLATE = (REPOSITORY / "toy" / "llama-chat" / "chat_template.jinja").read_text()
 
 # The tiny tokenizer learns its merges from this text. It is enough for "olive" to begin with another token
 # after a space.
-CORPUS = [
-    "olive oil is a healthy ingredient used liberally .",
-    "the olives and the oil are on a table .",
-    "Provide a brief description of the given image.",
-    "What object is shown?",
-    "Yes, it is a red circle.",
-    "a live concert of the live band",
-    "follow the old solid cold road",
-    "a photo of a cat in the middle of the picture , a blue square and a green triangle .",
-] * 4
+CORPUS = ["olive oil is a healthy ingredient used liberally .", "the olives and the oil are on a table .",
+          "Provide a brief description of the given image.", "What object is shown?",
+          "Yes, it is a red circle.", "a live concert of the live band", "follow the old solid cold road",
+          "a photo of a cat in the middle of the picture , a blue square and a green triangle ."] * 4
 
 
 def make_tokenizer(folder, chat_template=CHAT_TEMPLATE):

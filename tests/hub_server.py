@@ -138,16 +138,13 @@ class Hub(BaseHTTPRequestHandler):
                 if name not in images.namelist():
                     return self.answer(b"", 404)
                 return self.send_file(path, images.read(name))
-        if path.startswith("storage/"):
-            _, owner, name, file = path.split("/")
-            return self.send_file(file, self.repositories[f"{owner}/{name}"][file])
-        kind, _, rest = path.partition("/") if path.startswith("datasets/") else ("", "", path)
-        if path.startswith("api/"):
-            kind, _, rest = path.removeprefix("api/").partition("/")
         for name, files in self.repositories.items():
-            if not (rest + "/").startswith(name + "/"):
+            before, found, what = f"{path}/".partition(f"{name}/")
+            commit, what = hashlib.sha1(name.encode()).hexdigest(), what.strip("/")
+            if not found:
                 continue
-            commit, what = hashlib.sha1(name.encode()).hexdigest(), rest.removeprefix(name).strip("/")
+            if before == "storage/":
+                return self.send_file(what, files[what])
             if name in self.gated:
                 return self.answer(b"{}", 403, X_Error_Code="GatedRepo", X_Error_Message="Access to model "
                                    f"{name} is restricted and you are not in the authorized list.")

@@ -153,19 +153,17 @@ def test_an_image_that_cannot_be_decoded_is_replaced_named_and_counted_once(
 
 def test_held_out_records_that_cannot_be_used_are_left_out_counted_and_named(
         script, refusal, flags, drawn, tmp_path, capsys):
-    """The image of the first is a web page, and the second is no conversation."""
-    records = json.loads((drawn / "instruct.json").read_text())[:6]
+    """The image of the first is a web page."""
+    records = json.loads((drawn / "instruct.json").read_text())[:4]
     shutil.copytree(drawn / "images", tmp_path / "held out")
     (tmp_path / "held out" / records[0]["image"]).write_text("<html>404</html>")
-    records[1]["conversations"] = []
     (tmp_path / "heldout.json").write_text(json.dumps(records))
-    arguments = flags(1, max_steps=1, heldout=6, heldout_data="heldout.json", heldout_images="held out")
+    arguments = flags(1, max_steps=1, heldout_data="heldout.json", heldout_images="held out")
     script("stage1_align", *arguments)
     out = capsys.readouterr().out
-    assert "4 usable" in out and "1 unusable: image cannot be decoded" in out and "'drawn_0'" in out
-    assert "1 unusable: no human turn" in out and "'drawn_1'" in out
-    assert "reference: a blue picture" in out  # record 2 is the first that is left
-    script("sanity_check", "--sample", 3, "--max-new-tokens", 2)
-    assert "held-out record 3 of 4: id drawn_5," in capsys.readouterr().out
-    (tmp_path / "heldout.json").write_text(json.dumps(records[:3]))
+    assert "3 usable" in out and "1 unusable: image cannot be decoded" in out and "'drawn_0'" in out
+    assert "reference: a green picture" in out  # of record 1, the first that is left
+    script("sanity_check", "--sample", 2, "--max-new-tokens", 2)
+    assert "held-out record 2 of 3: id drawn_3," in capsys.readouterr().out
+    (tmp_path / "heldout.json").write_text(json.dumps(records[:2]))
     assert "fewer than two different images" in refusal("stage1_align", *arguments, "--restart")

@@ -44,8 +44,8 @@ def small(tmp_path_factory):
 
 
 def everything_that_lessons_replace():
-    parts = (Llava, ChatDataset, ChatTemplate, LlamaModel, stage2_instruct, torch.optim)
-    return [dict(vars(part)) for part in (*parts, *experiment.STAGES.values())]
+    return [dict(vars(part)) for part in (Llava, ChatDataset, ChatTemplate, LlamaModel, stage2_instruct,
+                                          torch.optim, *experiment.STAGES.values())]
 
 
 @pytest.mark.parametrize("name", run.NAMES)

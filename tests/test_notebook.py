@@ -97,14 +97,9 @@ def with_cell_after(cells, cell_id, text):
 
 
 def copy_repository(folder):
-    """Copies the files of this clone that the notebook may use, without runs and toy weights."""
-    for pattern in ("*.py", "*.txt", ".gitignore", "support/*.py", "tools/*", "toy/*.py", "lessons/*"):
-        for path in REPOSITORY.glob(pattern):
-            if path.is_file():
-                copy = folder / path.relative_to(REPOSITORY)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, copy)
-    return folder
+    """Copies this clone, without its data and runs."""
+    return shutil.copytree(REPOSITORY, folder, ignore=shutil.ignore_patterns(
+        ".*", "data", "docs", "runs", "tests", "__pycache__"))
 
 
 @pytest.fixture(autouse=True)
@@ -119,8 +114,7 @@ def no_proxy(monkeypatch):
 def test_without_a_gpu_all_cells_run_in_a_clone_and_those_of_the_real_models_do_nothing(tmp_path):
     toy.world.draw_if_missing()
     clone = copy_repository(tmp_path / "clone")
-    for name in ("data", "clip-vit", "llama-chat"):
-        (clone / "toy" / name).symlink_to(REPOSITORY / "toy" / name)
+    (clone / "toy" / "data").symlink_to(REPOSITORY / "toy" / "data")
     lessons = {path: path.read_bytes() for path in (clone / "lessons").iterdir() if path.is_file()}
     start = clone / "docs" / "notebooks"  # the setup cells find the clone above it
     start.mkdir(parents=True)

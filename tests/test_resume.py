@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -133,12 +134,9 @@ def test_a_run_killed_at_any_operation_on_a_file_is_never_taken_for_another(scri
 
 
 def test_stage_2_is_not_resumed_on_another_stage_1(script, refusal, flags, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
     script("stage1_align", *flags(1, max_steps=0))
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr("support.results.save_result", interrupt)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("support.results.save_result", Mock(side_effect=Killed))
         script("stage2_instruct", *flags(2, max_steps=1))
     script("stage1_align", *flags(1, max_steps=0, seed=1), "--restart")
     sentence = refusal("stage2_instruct", *flags(2, max_steps=1), "--resume")
@@ -214,20 +212,17 @@ def test_a_second_process_in_the_same_folder_is_refused(refusal, tmp_path):
 
 @pytest.fixture
 def interrupted(script, flags, drawn, tmp_path, monkeypatch):
-    """A run of stage 1 that was interrupted after its second step. Returns its flags and its checkpoint."""
+    """A run of stage 1 that ended before its third step was saved. Returns its flags and its checkpoint."""
+    def checkpoint_is_due(self, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return True
+
     shutil.copy(drawn / "chat.json", tmp_path / "chat.json")
-    arguments = flags(1, data=tmp_path / "chat.json", max_steps=4, save_every=1, batch_size=4, grad_accum=1)
-    log_step = metrics_log.MetricsLog.log_step
-
-    def interrupting(self, progress, *others, **values):
-        log_step(self, progress, *others, **values)
-        if progress.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patches, pytest.raises(SystemExit) as stop:
-        patches.setattr(metrics_log.MetricsLog, "log_step", interrupting)
+    arguments = flags(1, data=tmp_path / "chat.json", max_steps=4, batch_size=4, grad_accum=1)
+    with monkeypatch.context() as patches, pytest.raises(SystemExit):
+        patches.setattr(metrics_log.MetricsLog, "checkpoint_is_due", checkpoint_is_due)
         script("stage1_align", *arguments)
-    assert stop.value.code == 128 + signal.SIGTERM
     return arguments, tmp_path / "runs" / "toy" / "stage1" / "checkpoint.pt"
 
 
