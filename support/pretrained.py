@@ -60,7 +60,7 @@ def find_pretrained(name):
 def missing_file(folder):
     """Returns what a folder of a pretrained model lacks, or None."""
     if not any(folder.glob("model*.safetensors")):
-        return "weights in the format safetensors; docs/real_data.md says how to convert others"
+        return "weights in the format safetensors; docs/reference.md says how to convert others"
     if not any(folder.glob("*processor_config.json")) and not (folder / "tokenizer_config.json").exists():
         return "preprocessor_config.json or tokenizer_config.json"
     return None
