@@ -74,7 +74,8 @@ class ChatTemplate:
     Training and inference call the same functions, so their prompts are equal.
     """
 
-    def __init__(self, llm):
+    def __init__(self, llm, num_image_tokens):
+        self.num_image_tokens = num_image_tokens  # N, the number of positions of an image
         (self.tokenizer, self.start_token_id, end_token_ids, self.context_length,
          self.num_embeddings) = load_tokenizer(llm)
         # The tokenizer gets one more token. The LLM's embedding table stays as it is, because Llava.embed()
@@ -107,7 +108,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:  # a template can refuse a conversation
             raise UserError(f"the chat template in {self.tokenizer.name_or_path} fails: {error}") from error
 
-    def tokenize(self, text, num_image_tokens):
+    def tokenize(self, text):
         """Returns (ids, offsets); offsets[t] is the range of characters that token t stands for.
 
         The whole text is tokenized at once. A common mistake is to tokenize question and answer separately
@@ -122,11 +123,11 @@ class ChatTemplate:
             ids, offsets = [start] + ids, [(0, 0)] + offsets
         if self.image_token_id in ids:  # one <image> becomes N positions, one per image feature
             at = ids.index(self.image_token_id)
-            ids[at:at + 1] = ids[at:at + 1] * num_image_tokens
-            offsets[at:at + 1] = offsets[at:at + 1] * num_image_tokens
+            ids[at:at + 1] = ids[at:at + 1] * self.num_image_tokens
+            offsets[at:at + 1] = offsets[at:at + 1] * self.num_image_tokens
         return ids, offsets
 
-    def encode(self, messages, num_image_tokens):
+    def encode(self, messages):
         """Returns (ids, labels) of a whole conversation, two lists of the same length. labels[t] == ids[t] on
         every answer and on the end token after it; IGNORE_INDEX elsewhere.
 
@@ -141,7 +142,7 @@ class ChatTemplate:
         count its tokens, and masks the whole sample if the sum is wrong. Character offsets avoid that.
         """
         text = self.render(messages)
-        ids, offsets = self.tokenize(text, num_image_tokens)
+        ids, offsets = self.tokenize(text)
         labels = [IGNORE_INDEX] * len(ids)
         end = last_token = 0
         for question, answer in zip(messages[::2], messages[1::2]):
@@ -159,10 +160,10 @@ class ChatTemplate:
             labels[first_token:last_token + 1] = ids[first_token:last_token + 1]
         return ids, labels
 
-    def encode_prompt(self, messages, num_image_tokens):
+    def encode_prompt(self, messages):
         """Returns the ids of a conversation that ends with a question. encode() of the same conversation with
         an answer begins with them."""
-        return self.tokenize(self.render(messages, is_prompt=True), num_image_tokens)[0]
+        return self.tokenize(self.render(messages, is_prompt=True))[0]
 
     def to_messages(self, record):
         """Returns the record's turns as [{"role", "content"}], with the image at the front of its question.
@@ -206,12 +207,12 @@ class ChatTemplate:
 
 class ChatDataset(Dataset):
     """Training samples. Sample i is {"input_ids", "labels", "pixel_values", "skipped"}. `records` are
-    Records, `image_processor` is the preprocessing of the vision tower, and `num_image_tokens` is N.
+    Records, `template` is a ChatTemplate, and `image_processor` is the preprocessing of the vision tower.
     `max_length` is the longest sample in tokens, image positions included."""
 
-    def __init__(self, records, template, image_processor, num_image_tokens, max_length):
+    def __init__(self, records, template, image_processor, max_length):
         self.records, self.template, self.image_processor = records, template, image_processor
-        self.num_image_tokens, self.max_length = num_image_tokens, max_length
+        self.max_length = max_length
 
     def __len__(self):
         return len(self.records)
@@ -235,7 +236,7 @@ class ChatDataset(Dataset):
         original code cuts at max_length, inside of an answer.) Raises BadRecord if no answer fits."""
         messages = self.template.to_messages(record)
         try:
-            ids, labels = self.template.encode(messages, self.num_image_tokens)
+            ids, labels = self.template.encode(messages)
         except UserError as error:
             raise BadRecord(record, str(error)) from error
         if len(ids) > self.max_length:
@@ -265,7 +266,7 @@ class ChatDataset(Dataset):
         question, answer = (message["content"] for message in messages[2 * turn:2 * turn + 2])
         if pixel_values is not None and not question.startswith(IMAGE_TOKEN):
             question = f"{IMAGE_TOKEN}\n{question}"
-        ids = self.template.encode_prompt([{"role": "user", "content": question}], self.num_image_tokens)
+        ids = self.template.encode_prompt([{"role": "user", "content": question}])
         return {"input_ids": ids, "pixel_values": pixel_values}, answer
 
 

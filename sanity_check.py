@@ -29,12 +29,13 @@ from torch import nn
 
 from data import IMAGE_TOKEN, collate, count_labeled
 from support.errors import UserError, printable, run_script
-from support.evaluation import (AnswerPrinter, load_heldout_dataset, nearest_tokens, print_answer,
-                                print_sample, record_losses, records_with_other_images, shorten_image,
-                                token_probabilities)
+from support.answers import AnswerPrinter, print_answer, token_probabilities
+from support.evaluation import (nearest_tokens, print_sample, record_losses, records_with_other_images,
+                                shorten_image)
 from support.pretrained import load_image
 from support.records import image_name
-from support.results import add_run_flags, load_run, read_result
+from support.results import read_result
+from support.trained import add_run_flags, load_heldout_dataset, load_run
 from support.settings import INT_FROM_0, INT_FROM_1, FLOAT_FROM_0
 
 MAX_PATCHES = 24  # printed by --nearest-tokens
@@ -65,14 +66,14 @@ def print_every_stage(args):
         if args.image is not None:
             question, pixel_values = args.question, load_image(args.image, image_processor)  # (3, S, S)
         else:
-            dataset = load_heldout_dataset(stage2, template, image_processor, model.num_image_tokens)
+            dataset = load_heldout_dataset(stage2, template, image_processor)
             record = record_of(dataset, args.sample)
             question = template.to_messages(record)[0]["content"].removeprefix(IMAGE_TOKEN).strip()
             pixel_values = dataset.load_pixel_values(record)
 
         def show(title, pixel_values):
             print(f"\n{title}")
-            prompt = make_image_prompt(model, template, question, pixel_values)
+            prompt = make_image_prompt(template, question, pixel_values)
             print_answer(model, template, prompt, AnswerPrinter(template), args.max_new_tokens,
                          args.temperature)
 
@@ -85,11 +86,10 @@ def print_every_stage(args):
         del model  # so that two large models need not fit into the memory
 
 
-def make_image_prompt(model, template, question, pixel_values):
+def make_image_prompt(template, question, pixel_values):
     """Returns the prompt that asks about an image, (3, S, S), or without one if pixel_values is None."""
     message = template.make_question(question.replace(IMAGE_TOKEN, ""), pixel_values is not None)
-    return {"input_ids": template.encode_prompt([message], model.num_image_tokens),
-            "pixel_values": pixel_values}
+    return {"input_ids": template.encode_prompt([message]), "pixel_values": pixel_values}
 
 
 def record_of(dataset, i):
@@ -187,12 +187,11 @@ def main():
     model, template, image_processor, saved = load_run(args)
     if args.image is not None:
         pixel_values = load_image(args.image, image_processor)  # (3, S, S)
-        prompt = make_image_prompt(model, template, args.question, pixel_values)
+        prompt = make_image_prompt(template, args.question, pixel_values)
         print_generation(model, template, prompt, args)
         return
 
-    heldout_dataset = load_heldout_dataset(args.run / f"stage{saved['stage']}", template, image_processor,
-                                           model.num_image_tokens)
+    heldout_dataset = load_heldout_dataset(args.run / f"stage{saved['stage']}", template, image_processor)
     i = next(n for n in (args.show_mask, args.nearest_tokens, args.sample) if n is not None)
     record = record_of(heldout_dataset, i)
     if args.show_mask is not None:

@@ -107,11 +107,13 @@ def main(argv=None):
 
     # Without --heldout-data, the records of some images are taken out of the training data.
     train_records, heldout_records = load_records(args)
-    template, image_processor = ChatTemplate(args.llm), load_image_processor(args.vision_tower)
+    # The tokenizer and chat template of the LLM, which write N positions for every image.
     vision_config = load_vision_config(args.vision_tower, args.vision_layer)
-    num_image_tokens = count_patches(vision_config)  # N
-    parts = template, image_processor, num_image_tokens, args.max_length
-    train_dataset, heldout_dataset = ChatDataset(train_records, *parts), ChatDataset(heldout_records, *parts)
+    template = ChatTemplate(args.llm, num_image_tokens=count_patches(vision_config))
+    # Resizes, crops and normalizes images as the vision tower expects them.
+    image_processor = load_image_processor(args.vision_tower)
+    train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
+    heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
     # A missing image must not stop the run hours later, so every record is checked now. Unusable ones are
     # removed from the dataset. lengths[i]: about how many tokens sample i has.
     lengths = drop_unusable_records(train_dataset, args.allow_bad)
@@ -133,9 +135,8 @@ def main(argv=None):
     if args.activation_checkpointing:
         # "Gradient checkpointing" is an older name. PyTorch recommends the variant use_reentrant=False.
         llm.gradient_checkpointing_enable({"use_reentrant": False})
-    if args.compile:  # dynamic, because micro-batches have different lengths
-        for block in llm.get_decoder().layers:
-            block.compile(dynamic=True)
+    # Only the projector: Llava.train() keeps CLIP and the LLM in eval mode.
+    model.train()
     print(model.parameter_table())
 
     # -- 4. optimizer --------------------------------------------------------------------------------------
@@ -152,9 +153,9 @@ def main(argv=None):
     # Autocast runs matrix products in half precision, and operations such as the loss in fp32.
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
-    # -- 5. the loop ---------------------------------------------------------------------------------------
+    # -- 5. batches, and the step at which the run begins or continues -------------------------------------
 
-    # Begins at step 0, or restores weights, optimizer and random numbers from the checkpoint.
+    # Restores weights, optimizer and random numbers from the checkpoint, if there is one.
     progress = folder.begin(model, optimizer, scaler, train_dataset.records, heldout_dataset.records)
     # steps[k] lists the micro-batches of one optimizer step of this process. Each micro-batch lists the
     # indices of its samples. samples_per_step[k] is the number of samples of that step in all processes.
@@ -166,18 +167,19 @@ def main(argv=None):
                         pin_memory=device.type == "cuda", **step_batches.loader_options(steps, args.workers))
     log = MetricsLog(folder, args, progress, total_steps)
 
+    # The longest samples may come late in the run. If they do not fit into the GPU's memory, stop now.
+    if device.type == "cuda":
+        step_batches.try_longest_batch(model, train_dataset, lengths, device, autocast, args)
+
     # Logs the held-out loss with the correct and with a different image, an answer, and nearest tokens.
     def evaluate():
-        with autocast(), torch.compiler.set_stance("force_eager"):
+        with autocast():
             image_use, *example = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches, device)
         log.log_heldout(progress.step, image_use, *example)
         return image_use
 
-    # Only the projector: Llava.train() keeps CLIP and the LLM in eval mode.
-    model.train()
-    # The longest samples may come late in the run. If they do not fit into the GPU's memory, stop now.
-    if device.type == "cuda":
-        step_batches.try_longest_batch(model, train_dataset, lengths, device, autocast, args)
+    # -- 6. the loop ---------------------------------------------------------------------------------------
+
     warmup_steps = max(1, round(args.warmup * total_steps))
     with checkpoints.StopSignal() as stop_signal:
         if progress.step == 0:
@@ -242,7 +244,7 @@ def main(argv=None):
             if stop:
                 log.exit_on_signal(stop, progress.step)
 
-    # -- 6. save -------------------------------------------------------------------------------------------
+    # -- 7. save -------------------------------------------------------------------------------------------
 
     image_use = evaluate()
     log.close()

@@ -115,11 +115,11 @@ def main(argv=None):
     # -- 2. data -------------------------------------------------------------------------------------------
 
     train_records, heldout_records = load_records(args)
-    template, image_processor = ChatTemplate(args.llm), load_image_processor(args.vision_tower)
     vision_config = load_vision_config(args.vision_tower, args.vision_layer)
-    num_image_tokens = count_patches(vision_config)  # N
-    parts = template, image_processor, num_image_tokens, args.max_length
-    train_dataset, heldout_dataset = ChatDataset(train_records, *parts), ChatDataset(heldout_records, *parts)
+    template = ChatTemplate(args.llm, num_image_tokens=count_patches(vision_config))
+    image_processor = load_image_processor(args.vision_tower)
+    train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
+    heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
     lengths = drop_unusable_records(train_dataset, args.allow_bad)
     drop_unusable_records(heldout_dataset, open_images=True)
     heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
@@ -143,9 +143,7 @@ def main(argv=None):
     # peft creates LoRA's A and B. They are trainable, and in fp32 even if W is in half precision.
     model.add_lora(LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
                               target_modules=LORA_TARGETS, task_type="CAUSAL_LM"))
-    if args.compile:
-        for block in llm.get_decoder().layers:
-            block.compile(dynamic=True)
+    model.train()
     print(model.parameter_table())
     # So far all processes have drawn the same numbers, so A is equal. From here on, dropout masks differ.
     torch.manual_seed(args.seed + processes.rank)
@@ -161,9 +159,8 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
-    # -- 5. the loop ---------------------------------------------------------------------------------------
+    # -- 5. batches, and the step at which the run begins or continues -------------------------------------
 
-    # New: nothing. This is the loop of stage 1, line by line.
     progress = folder.begin(model, optimizer, scaler, train_dataset.records, heldout_dataset.records)
     steps, samples_per_step = step_batches.plan_steps(lengths, args, processes, progress)
     total_steps = progress.step + len(steps)
@@ -172,15 +169,18 @@ def main(argv=None):
                         pin_memory=device.type == "cuda", **step_batches.loader_options(steps, args.workers))
     log = MetricsLog(folder, args, progress, total_steps)
 
+    if device.type == "cuda":
+        step_batches.try_longest_batch(model, train_dataset, lengths, device, autocast, args)
+
     def evaluate():
-        with autocast(), torch.compiler.set_stance("force_eager"):
+        with autocast():
             image_use, *example = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches, device)
         log.log_heldout(progress.step, image_use, *example)
         return image_use
 
-    model.train()
-    if device.type == "cuda":
-        step_batches.try_longest_batch(model, train_dataset, lengths, device, autocast, args)
+    # -- 6. the loop ---------------------------------------------------------------------------------------
+
+    # New: nothing. This is the loop of stage 1, line by line.
     warmup_steps = max(1, round(args.warmup * total_steps))
     with checkpoints.StopSignal() as stop_signal:
         if progress.step == 0:
@@ -231,7 +231,7 @@ def main(argv=None):
             if stop:
                 log.exit_on_signal(stop, progress.step)
 
-    # -- 6. save -------------------------------------------------------------------------------------------
+    # -- 7. save -------------------------------------------------------------------------------------------
 
     image_use = evaluate()
     log.close()

@@ -15,9 +15,10 @@ import stage1_align
 import stage2_instruct
 from data import ChatDataset, ChatTemplate
 from model import Llava
-from support.evaluation import load_heldout_dataset, make_heldout_batches, measure_image_use
+from support.evaluation import make_heldout_batches, measure_image_use
 from support.pretrained import load_image_processor
 from support.results import read_result
+from support.trained import load_heldout_dataset
 from tools.evaluate import answer_questions, list_questions, score_answers, score_captions
 from tools.page import read_metrics
 
@@ -64,10 +65,9 @@ def train(stage, seed, name, after=None, **settings):
     with open(folder / f"stage{stage}.txt", "w", encoding="utf-8") as file, redirect_stdout(file):
         model = STAGES[stage].main([*flags, "--restart"])
     run = read_result(folder / f"stage{stage}")
-    template = ChatTemplate(run["llm"])
+    template = ChatTemplate(run["llm"], model.num_image_tokens)
     image_processor = load_image_processor(run["vision_tower"])
-    dataset = load_heldout_dataset(folder / f"stage{stage}", template, image_processor,
-                                   model.num_image_tokens)
+    dataset = load_heldout_dataset(folder / f"stage{stage}", template, image_processor)
     return Trained(stage, model.eval(), template, dataset, folder)
 
 

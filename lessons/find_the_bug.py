@@ -19,15 +19,16 @@ from lessons.experiment import replaced
 from lessons.walk import forget_projector
 from model import IGNORE_INDEX, Llava
 from support.errors import run_script
-from support.evaluation import generate_answers, load_heldout_dataset
-from support.results import load_projector, load_trained
+from support.evaluation import generate_answers
+from support.results import load_projector
+from support.trained import load_heldout_dataset, load_trained
 
 
 def load(n):
     """Returns (model, template, dataset with 16 held-out records) of the toy's finished stage n."""
     folder = f"runs/toy/stage{n}"
     model, template, processor, _ = load_trained(folder, torch.device("cpu"), torch.float32)
-    return model, template, load_heldout_dataset(folder, template, processor, model.num_image_tokens, 16)
+    return model, template, load_heldout_dataset(folder, template, processor, 16)
 
 
 def batch_of(dataset, indices, make_batch=collate):

@@ -11,8 +11,8 @@ to check if a model that trained well answers badly: print the prompt, and compa
 (`--show-mask`)."""
 
 
-def encode_vicuna_prompt(self, messages, num_image_tokens):
-    return self.tokenize(f"USER: {messages[0]['content']} ASSISTANT:", num_image_tokens)[0]
+def encode_vicuna_prompt(self, messages):
+    return self.tokenize(f"USER: {messages[0]['content']} ASSISTANT:")[0]
 
 
 def run(seed):

@@ -17,7 +17,7 @@ impossible. So look at the token ids of a sample, and not only at its text."""
 def encode_in_pieces(self, record):
     template, messages, ids, labels = self.template, self.template.to_messages(record), [], []
     for question, reply in zip(messages[::2], messages[1::2]):
-        prompt = template.encode_prompt([question], self.num_image_tokens)
+        prompt = template.encode_prompt([question])
         prompt = prompt[1:] if ids else prompt  # <s> only at the start
         pieces = template.tokenizer(reply["content"], add_special_tokens=False)["input_ids"]
         pieces.append(template.end_token_id)

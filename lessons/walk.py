@@ -24,8 +24,7 @@ from data import collate
 from model import IGNORE_INDEX
 from support.devices import choose_device
 from support.errors import UserError, printable, run_script
-from support.evaluation import load_heldout_dataset
-from support.results import load_trained
+from support.trained import load_heldout_dataset, load_trained
 from support.settings import INT_FROM_0
 
 NO_LABEL = """The sign - stands for the label {ignored}. Image positions are never labeled, because their
@@ -108,8 +107,7 @@ def main():
     args = parser.parse_args()
     device = choose_device(args.device)
     model, template, image_processor, saved = load_trained(args.run / "stage1", device, torch.float32)
-    dataset = load_heldout_dataset(args.run / f"stage{args.stage}", template, image_processor,
-                                   model.num_image_tokens)
+    dataset = load_heldout_dataset(args.run / f"stage{args.stage}", template, image_processor)
     if args.record >= len(dataset):
         raise UserError(f"there is no held-out record {args.record}: they are numbered 0 to "
                         f"{len(dataset) - 1}")

@@ -30,14 +30,14 @@ def drop_unusable_records(dataset, allow_bad=1.0, open_images=False, quiet=False
                 (records.images.open if open_images else records.images.check)(record, name)
             num_bytes = sum(len(message["content"].encode()) + overhead for message in messages)
             # A token is at least one byte long. So a text with fewer bytes than this always fits.
-            if num_bytes > dataset.max_length - dataset.num_image_tokens:
+            if num_bytes > dataset.max_length - template.num_image_tokens:
                 dataset.encode_record(record)
         except BadRecord as error:
             failures.setdefault(error.reason, []).append(str(error))
             continue
         usable.append(i)
         # English text has about four bytes per token.
-        lengths.append((name is not None) * dataset.num_image_tokens + num_bytes // 4)
+        lengths.append((name is not None) * template.num_image_tokens + num_bytes // 4)
     if failures or not quiet:
         print(f"checked {len(records):,} records of {records.path}: {len(usable):,} usable")
     for reason, sentences in failures.items():

@@ -24,10 +24,10 @@ from support.devices import DTYPES
 from support.errors import UserError, explain_errors
 from support.files import atomic_write, delete, lock_folder, read_json, write_json
 
-# Settings that a resumed run may change, because the same samples are trained on in the same order.
-# _check_same_settings() also demands the same number of samples per step.
+# Settings that a resumed run may change, because the same samples are trained on in the same order. (With
+# another batch_size or grad_accum, samples_per_step must still be the same.)
 MAY_CHANGE = {"preset", "run", "device", "workers", "eval_every", "save_every", "batch_size", "grad_accum",
-              "allow_bad", "activation_checkpointing", "resume", "restart", "effective_batch"}
+              "allow_bad", "activation_checkpointing", "resume", "restart"}
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # of Ctrl-C; of kill and of cluster schedulers
 
 
@@ -54,12 +54,10 @@ class StageFolder:
         continue in this folder. With --check-data, it touches nothing."""
         self.path, self.processes, self.checkpoint = Path(args.run) / f"stage{stage}", processes, None
         precision = next(name for name, dtype in DTYPES.items() if dtype == processes.dtype)
-        self.settings = {**vars(args), "precision": precision, **more_settings, "effective_batch":
+        self.settings = {**vars(args), "precision": precision, **more_settings, "samples_per_step":
                          args.batch_size * args.grad_accum * processes.world_size}
         if args.check_data:
             return
-        if self.path.parent.name in ("stage1", "stage2"):
-            raise UserError(f"pass --run {shlex.quote(str(self.path.parents[1]))}, the folder of the run")
         if processes.rank == 0:
             lock_folder(self.path)
         path, finished = self.path / "checkpoint.pt", read_json(self.path / "run.json")
@@ -87,18 +85,10 @@ class StageFolder:
 
     def _check_same_settings(self, before):
         """Raises UserError if --resume comes with other settings than `before`, those of the earlier run."""
-        if before.get("stage1_hash") != self.settings.get("stage1_hash"):  # stage 2 has this setting
-            raise UserError(f"--resume: stage 1 has been trained again since the run in {self.path} began; "
-                            "start stage 2 again with --restart")
         for name, value in self.settings.items():
             if name not in MAY_CHANGE and before.get(name) != value:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"--resume: the run in {self.path} has {flag} {before.get(name)}, not {value}"
-                                "; use the same flags, or start another run with --run")
-        if self.settings["effective_batch"] != before["effective_batch"]:
-            raise UserError(f"--resume: the run in {self.path} has {before['effective_batch']} samples per "
-                            f"step, not {self.settings['effective_batch']}; change --batch-size and "
-                            "--grad-accum together")
+                raise UserError(f"--resume: the run in {self.path} has {name} {before.get(name)}, not "
+                                f"{value}; use the same flags and files, or start again with --restart")
 
     def begin(self, model, optimizer, scaler, train_records, heldout_records):
         """Begins the run at step 0, or where its checkpoint was saved: restores weights, optimizer, scaler

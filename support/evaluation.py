@@ -6,39 +6,16 @@ Both stages call evaluate_heldout(). The tools call the functions that it uses o
 
 from collections import Counter
 from itertools import groupby, islice
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import TextStreamer
 
-from data import IMAGE_TOKEN, ChatDataset, collate, count_labeled
+from data import IMAGE_TOKEN, collate, count_labeled
 from model import IGNORE_INDEX
-from support.check_records import drop_unusable_records
 from support.errors import UserError, printable
-from support.files import find_file
-from support.images import ImageStore
-from support.records import image_name, read_records
-from support.results import read_result
-
-
-def load_heldout_dataset(folder, template, image_processor, num_image_tokens, count=None):
-    """Returns the ChatDataset of the records that a finished stage has held out, or of the first `count`.
-    Records that have become unusable are left out and printed."""
-    settings = read_result(folder)["settings"]
-    images = settings["heldout_images"] or settings["images"]
-    try:
-        store = ImageStore(find_file(images))
-    except UserError as error:
-        raise UserError(f"{error}; {folder}/run.json names it as the place of the held-out images, relative "
-                        "to the folder where the stage was started") from error
-    records = read_records(Path(folder) / "heldout.json", store)
-    records = records.subset(slice(count))
-    dataset = ChatDataset(records, template, image_processor, num_image_tokens, settings["max_length"])
-    drop_unusable_records(dataset, open_images=True, quiet=True)
-    return dataset
+from support.records import image_name
 
 
 def make_heldout_batches(dataset, batch_size):
@@ -156,32 +133,6 @@ def generate_answers(model, template, prompts, device, max_new_tokens=128):
     return [template.decode(row) for row in ids]
 
 
-class AnswerPrinter(TextStreamer):
-    """Prints the text of an answer word by word while Llava.generate() passes on its ids, and keeps them."""
-
-    def __init__(self, template):
-        super().__init__(template.tokenizer, skip_special_tokens=True)
-        self.ids = []
-
-    def put(self, value):
-        self.ids += value.tolist()
-        super().put(value)
-
-    def on_finalized_text(self, text, stream_end=False):
-        print(printable(text, keep="\n"), end="\n" if stream_end else "", flush=True)
-
-
-def print_answer(model, template, prompt, printer, max_new_tokens, temperature):
-    """Lets an AnswerPrinter print the answer to one prompt. Raises UserError if the prompt is too long."""
-    length, context = len(prompt["input_ids"]), template.context_length
-    if length >= context:
-        raise UserError(f"the prompt has {length} tokens, but the LLM can read only {context} tokens, answer "
-                        "included: ask a shorter question")
-    model.generate(**prompt_batch(template, [prompt], model.llm.device), end_token_ids=template.end_token_ids,
-                   max_new_tokens=min(max_new_tokens, context - length), temperature=temperature,
-                   streamer=printer)
-
-
 @torch.no_grad()
 def nearest_tokens(model, template, pixel_values, count=3):
     """Returns the vocabulary tokens nearest to each projected patch: N lists of `count` pairs (text, cosine).
@@ -209,29 +160,6 @@ def token_text(template, i):
     text = template.tokenizer.decode([i]).strip()
     readable = text and "\ufffd" not in text  # a token can be a space, or a part of a character
     return printable(text if readable else str(template.tokenizer.convert_ids_to_tokens(i)))
-
-
-@torch.no_grad()
-def token_probabilities(model, template, prompt, answer_ids):
-    """Returns how sure the model is of each token of an answer, as a list of tuples: the token's text, its
-    probability, and text and probability of the most likely other token.
-
-    One pass over prompt and answer computes them all, because in a causal model the output at position t - 1,
-    which predicts token t, does not depend on what follows.
-    """
-    batch = prompt_batch(template, [prompt], model.llm.device)
-    answer = torch.tensor([answer_ids], device=model.llm.device)  # (1, A)
-    input_ids = torch.cat([batch["input_ids"], answer], dim=1)  # (1, T + A)
-    embeds = model.embed(input_ids, batch["pixel_values"])  # (1, T + A, D)
-    hidden = model.llm.get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state
-    logits = model.llm.get_output_embeddings()(hidden[0, -answer.shape[1] - 1:-1])  # (A, D) -> (A, V)
-    probabilities = logits.float().softmax(dim=-1)
-    rows = []
-    for i, row in zip(answer_ids, probabilities):  # row: (V,)
-        p = row[i].item()
-        row[i] = -1  # so that max() finds another token
-        rows.append((token_text(template, i), p, token_text(template, int(row.argmax())), row.max().item()))
-    return rows
 
 
 def print_sample(dataset, i=0, color=False):

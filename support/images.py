@@ -3,20 +3,15 @@
 import io
 import os
 import re
-import warnings
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from support.errors import BadRecord, UserError, explain_errors
 
 # Formats that Pillow decodes by itself. (EPS, for example, would start Ghostscript.)
 PILLOW_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO"]
-# Pillow refuses images with more than twice as many pixels, and would warn above this number, but some phones
-# take photos of 200 megapixels. It also refuses a .png file with more than 1 MB of metadata.
-Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = 110_000_000, 2**26
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def decode_image(content, name):

@@ -28,25 +28,20 @@ class MetricsLog:
         # disable=None: no bar where stderr is not a terminal, because it would fill a log file.
         self.bar = tqdm(total=total_steps, initial=progress.step, unit="step", dynamic_ncols=True,
                         disable=True if self.processes.rank > 0 else None)
-        # By default, there are up to 19 evaluations between the first and the last step, and a checkpoint
-        # after as many steps, but at most 100.
-        automatic = max(1, ceil(total_steps / 20))
-        self.eval_every, self.is_automatic = args.eval_every or automatic, not args.eval_every
-        self.save_every, self.total_steps = args.save_every or min(100, automatic), total_steps
-        self.steps_counted, self.evaluation_seconds, self.last_generated = 0, 0.0, None
-        self.started = self.evaluated = self.step_ended = time.time()
-        self.line_printed = 0.0
+        self.total_steps = total_steps
+        self.eval_every = args.eval_every or max(1, ceil(total_steps / 10))
+        self.save_every = args.save_every or max(1, min(100, ceil(total_steps / 20)))
+        self.last_generated, self.line_printed = None, 0.0
+        self.started, self.first_step = time.time(), progress.step
         self._start_interval()
 
     def _start_interval(self):
         self.interval_start, self.interval_waiting, self.interval_tokens = time.time(), 0.0, 0
 
     def evaluation_is_due(self, step):
-        """Returns True if the held-out records should be evaluated after this step. Without --eval-every,
-        evaluations take at most a tenth of the time. All processes get the same answer."""
-        may = not self.is_automatic or time.time() - self.evaluated >= 10 * self.evaluation_seconds
-        is_due = step % self.eval_every == 0 and step < self.total_steps  # the last one follows the loop
-        return is_due and self.processes.max(int(may)) > 0
+        """Returns True if the held-out records should be evaluated after this step. The last evaluation
+        follows the loop."""
+        return step % self.eval_every == 0 and step < self.total_steps
 
     def checkpoint_is_due(self, step):
         return step % self.save_every == 0 or step == self.total_steps
@@ -58,8 +53,6 @@ class MetricsLog:
         step, now = progress.step, time.time()
         self.interval_tokens += sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
         self.interval_waiting += waiting
-        self.steps_counted += 1
-        self.step_ended = now
         self.bar.update()
         if step % LOG_EVERY and step != self.total_steps:
             return
@@ -69,7 +62,7 @@ class MetricsLog:
             **dict(zip(("lr", "projector_lr"), rates)), "samples": progress.samples,
             "tokens_per_s": self.processes.sum(self.interval_tokens) / seconds,
             "waiting": self.interval_waiting / seconds,
-            "seconds_left": (now - self.started) / self.steps_counted * (self.total_steps - step)}
+            "seconds_left": (now - self.started) / (step - self.first_step) * (self.total_steps - step)}
         state = (f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:,.0f} tokens/s, waiting for data "
                  f"{metrics['waiting']:.0%}")
         if self.processes.device.type == "cuda":
@@ -94,10 +87,8 @@ class MetricsLog:
         self.last_generated = generated
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
-        self.evaluated = time.time()
-        self.evaluation_seconds = self.evaluated - self.step_ended  # an evaluation follows a step
-        if not self.steps_counted:
-            self.started = self.evaluated
+        if step == 0:
+            self.started = time.time()
         self._start_interval()
 
     def _write(self, step, **values):

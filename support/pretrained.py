@@ -6,13 +6,10 @@ because a model with random weights in one place still answers fluently.
 """
 
 import os
-import re
 import warnings
 from contextlib import suppress
-from datetime import date
 from pathlib import Path
 
-import torch
 import transformers
 from huggingface_hub import snapshot_download
 from PIL import Image
@@ -20,7 +17,6 @@ from torch import nn
 from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer,
                           CLIPVisionModel, Dinov2Model, SiglipVisionModel)
 
-from model import LORA_TARGETS
 from support.devices import choose_attention
 from support.errors import UserError, explain_errors
 from support.files import REPOSITORY, read_json
@@ -33,6 +29,9 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
 warnings.filterwarnings("ignore", "`past_key_values` is deprecated.*Use `cache`", FutureWarning)
 
+# Each entry is the "model_type" in config.json. Other language models may have layers that LoRA would leave
+# out, or may change their logits after the head (Gemma 2 does), so that Llava.forward() would be wrong.
+LANGUAGE_MODELS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text"]
 VISION_MODELS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel,
                  "dinov2": Dinov2Model}
 # What this project reads of a model. Many repositories hold the same weights in several other formats.
@@ -61,22 +60,27 @@ def find_pretrained(name):
 def missing_file(folder):
     """Returns what a folder of a pretrained model lacks, or None."""
     if not any(folder.glob("model*.safetensors")):
-        return "weights in the format safetensors; docs/real_data.md says how to convert others"
+        return "weights in the format safetensors; docs/reference.md says how to convert others"
     if not any(folder.glob("*processor_config.json")) and not (folder / "tokenizer_config.json").exists():
         return "preprocessor_config.json or tokenizer_config.json"
     return None
 
 
+def load_config(name):
+    """Returns the configuration of a pretrained model."""
+    folder = find_pretrained(name)
+    with explain_errors(f"read {folder}/config.json"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
 def load_vision_config(name, vision_layer=-1):
     """Returns the configuration of a DINOv2, or of the vision half of a CLIP or SigLIP. Raises UserError if
     it is something else, or if it has no such layer."""
-    folder = find_pretrained(name)
-    with explain_errors(f"read {folder}/config.json"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = load_config(name)
     config = getattr(config, "vision_config", config)
     if config.model_type not in VISION_MODELS:
-        raise UserError(f"{folder} is a '{config.model_type}'; --vision-tower must name a CLIP, "
-                        "SigLIP or DINOv2")
+        raise UserError(f"{name} is a '{config.model_type}'; --vision-tower must name a CLIP, SigLIP or "
+                        "DINOv2")
     if not -1 - config.num_hidden_layers <= vision_layer <= -1:
         raise UserError(f"--vision-layer {vision_layer} does not exist: {name} has -1 (last block) to "
                         f"{-1 - config.num_hidden_layers} (embeddings)")
@@ -130,54 +134,30 @@ def load_vision_tower(name, dtype):
 def load_language_model(name, dtype, device):
     """Returns a decoder-only language model with its pretrained weights, still on the CPU. `device`, where it
     will compute, decides the attention kernel."""
-    attention = choose_attention(device, dtype)
-    llm = _load_strictly(AutoModelForCausalLM, name, dtype, attn_implementation=attention)
+    llm = _load_strictly(AutoModelForCausalLM, name, dtype,
+                         attn_implementation=choose_attention(device, dtype))
     # peft writes this name into adapter/. Else it would be the folder of the LLM on this machine.
     llm.name_or_path = llm.config.name_or_path = str(name)
     if device.type == "cpu" and llm.num_parameters() > 5e8:
         print(f"WARNING: on a CPU, {name} is many times slower than on a GPU. If this machine has one, "
               "install a PyTorch that supports it.")
-    if llm.config is not llm.config.get_text_config():
-        raise UserError(f"{name} is a multimodal model: --llm must name a language model alone")
-    # LoRA would leave out the layers that have other names. (A weight matrix has two dimensions.)
-    blocks = max((module for module in llm.modules() if isinstance(module, nn.ModuleList)), key=len)
-    layers = {key.removesuffix(".weight").split(".")[-1]
-              for key, parameter in blocks.named_parameters() if parameter.ndim > 1}
-    if layers != set(LORA_TARGETS):
-        raise UserError(f"the blocks of {name} consist of the layers {', '.join(sorted(layers))}, but LoRA "
-                        f"needs {', '.join(LORA_TARGETS)}: name another --llm, such as a Llama or a Qwen")
-    # Llava.forward() applies the head to the decoder's output. Some models (Gemma 2, Cohere, Granite) then
-    # change the logits once more. Refuse them, because their loss would be wrong.
-    ids = torch.arange(3)[None]  # (1, 3)
-    with torch.no_grad():
-        logits = llm.get_output_embeddings()(llm.get_decoder()(ids, use_cache=False).last_hidden_state)
-        expected = llm(ids, use_cache=False).logits
-    if not expected.isfinite().all():
-        raise UserError(f"{name} overflows in fp16: pass --precision bf16 or fp32"
-                        if dtype == torch.float16 else
-                        f"{name} computes logits that are not finite: fetch its weights again")
-    if not torch.allclose(logits, expected, rtol=1e-4, atol=1e-4):
-        raise UserError(f"{name} changes its logits after the head, which this project does not support")
     return llm
 
 
 def load_tokenizer(name):
     """Returns (tokenizer, id of the start token or None, ids of all end tokens, number of tokens that the
     model can read, prompt and answer together, number of rows of its embedding table)."""
-    folder = find_pretrained(name)
+    folder, config = find_pretrained(name), load_config(name)
+    if config.model_type not in LANGUAGE_MODELS:
+        raise UserError(f"{name} is a '{config.model_type}'; --llm must name a model of the type "
+                        f"{', '.join(LANGUAGE_MODELS)}")
     with explain_errors(f"load the tokenizer in {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        text = tokenizer.get_chat_template() if tokenizer.chat_template else None
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    if not text:
+    if not tokenizer.chat_template:
         raise UserError(f"the tokenizer in {folder} has no chat template: --llm must name a chat model")
     if not tokenizer.is_fast:
         raise UserError(f"{folder} has a slow tokenizer ({type(tokenizer).__name__}), which does not say "
                         "where its tokens are in a text: name another --llm, with a fast tokenizer")
-    # Some chat templates write today's date. They get a fixed one, or each day would have its own prompts.
-    fixed = date(2024, 7, 26)  # Llama 3's own default
-    tokenizer.chat_template = re.sub(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""",
-                                     lambda call: repr(fixed.strftime(call[2])), text)
     files = [read_json(f"{folder}/{file}") or {} for file in
              ("tokenizer_config.json", "generation_config.json", "config.json")]
     # Only an explicit false counts, because TinyLlama was tuned with <s> and its files do not mention it.

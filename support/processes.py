@@ -21,12 +21,7 @@ class Processes:
                 int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         self.device = choose_device(device_name, local_rank)
         if self.world_size > 1:
-            # If torchrun restarts the processes, its store still holds the addresses of those before, so
-            # every attempt uses a key prefix of its own.
-            store, _, _ = next(dist.rendezvous("env://"))
-            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store,
-                                    rank=self.rank, world_size=self.world_size)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         if self.rank > 0:  # only rank 0 prints; errors go to stderr and are shown for all
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
         self.dtype = choose_dtype(precision, self.device)

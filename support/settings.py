@@ -57,16 +57,15 @@ FLAGS = {  # name: (type or choices, help)
     "device": (str, "auto, cpu, cuda, cuda:1, mps, …"),
     "seed": (INT_FROM_0, "seed of all random numbers"),
     "eval_every": (INT_FROM_1, "optimizer steps between two evaluations on the held-out records; if not "
-                   "set: up to 19 between the first and the last step, in at most a tenth of the time"),
-    "save_every": (INT_FROM_1, "optimizer steps between two checkpoints; if not set: 100, or fewer in a "
-                   "short run"),
+                   "set: a tenth of all steps"),
+    "save_every": (INT_FROM_1, "optimizer steps between two checkpoints; if not set: 100, but at most a "
+                   "twentieth of all steps"),
 }
 SWITCHES = {
     "resume": "continue the unfinished run in the folder from its checkpoint",
     "restart": "discard the run in the folder and train again",
     "check_data": "check the data and stop; models are fetched but not loaded",
     "activation_checkpointing": "recompute activations in the backward pass: less memory, more time",
-    "compile": "compile the LLM's blocks, which takes minutes at the start; never tried on a GPU",
 }
 
 

@@ -23,20 +23,20 @@ def check_chat_template(template):
         raise UserError(f"the chat template in {template.tokenizer.name_or_path} cannot be used: {reason}")
 
     rendered = template.render(PROBE)
-    ids, _ = template.tokenize(rendered, num_image_tokens=0)
+    ids, _ = template.tokenize(rendered)
     if max(ids) >= template.num_embeddings:
         refuse(f"it writes a token with the id {max(ids)}, but the LLM has embeddings for "
                f"{template.num_embeddings} tokens only")
     prefixes = set()
     for i in (1, 3, 5):  # the prompts of the three answers
         prompt = template.render(PROBE[:i], is_prompt=True)
-        prompt_ids = template.encode_prompt(PROBE[:i], num_image_tokens=0)
+        prompt_ids = template.encode_prompt(PROBE[:i])
         if not rendered.startswith(prompt) or ids[:len(prompt_ids)] != prompt_ids:
             refuse("it renders a prompt differently once its answer is added, so the model would be trained "
                    "on prompts that it never gets")
         prefixes.add(rendered[len(prompt):rendered.find(PROBE[i]["content"], len(prompt))])
 
-    _, labels = template.encode(PROBE, num_image_tokens=0)
+    _, labels = template.encode(PROBE)
     answer = labels[len(prompt_ids):]  # of the last prompt; the labels behind the end token are ignored
     end = next((t for t, i in enumerate(answer) if i in template.special_ids), None)
     if end is None or labels.count(answer[end]) != 3:

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from data import collate
 from support.devices import DTYPES
-from support.results import load_trained, read_result
+from support.results import read_result
+from support.trained import load_trained
 from tools import export_hf
 from tools.model_card import write_model_card
 

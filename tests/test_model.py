@@ -19,7 +19,8 @@ from support.checkpoints import Progress
 from support.errors import UserError
 from support.pretrained import load_image_processor
 from support.processes import Processes
-from support.results import load_trained, save_result
+from support.results import save_result
+from support.trained import load_trained
 
 LORA = dict(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
 

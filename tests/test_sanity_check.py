@@ -6,7 +6,8 @@ import torch
 from conftest import N, REPOSITORY, draw, metrics, preprocess
 
 from sanity_check import make_image_prompt, print_nearest_tokens
-from support.evaluation import nearest_tokens, prompt_batch, token_probabilities
+from support.answers import token_probabilities
+from support.evaluation import nearest_tokens, prompt_batch
 
 
 def test_a_patch_that_equals_an_embedding_is_named_after_its_token(tiny, monkeypatch):

@@ -23,9 +23,9 @@ from contextlib import suppress
 
 from data import IMAGE_TOKEN
 from support.errors import UserError, printable, run_script
-from support.evaluation import AnswerPrinter, print_answer
+from support.answers import AnswerPrinter, print_answer
 from support.pretrained import load_image
-from support.results import add_run_flags, load_run
+from support.trained import add_run_flags, load_run
 from support.settings import INT_FROM_1, FLOAT_FROM_0
 
 COMMANDS = "/image FILE shows another image, /quit or Ctrl-D ends the conversation, Ctrl-C stops an answer."

@@ -34,10 +34,11 @@ from transformers import (AutoModelForImageTextToText, AutoProcessor, Generation
 from data import IMAGE_TOKEN
 from support.devices import DTYPES
 from support.errors import UserError, run_script
-from support.evaluation import load_heldout_dataset, prompt_batch
+from support.evaluation import prompt_batch
 from support.files import atomic_write, delete, read_json
 from support.pretrained import find_pretrained
-from support.results import add_run_flags, load_run, read_result
+from support.results import read_result
+from support.trained import add_run_flags, load_heldout_dataset, load_run
 from support.settings import INT_FROM_1
 from tools.model_card import write_model_card
 

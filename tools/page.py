@@ -32,11 +32,12 @@ from PIL import Image
 from data import IMAGE_TOKEN
 from model import IGNORE_INDEX
 from support.errors import UserError, run_script
-from support.evaluation import (generate_answers, load_heldout_dataset, prompt_batch,
-                                records_with_other_images, token_probabilities)
+from support.answers import token_probabilities
+from support.evaluation import generate_answers, prompt_batch, records_with_other_images
 from support.files import atomic_write
 from support.records import image_name
-from support.results import add_run_flags, load_run, read_result
+from support.results import read_result
+from support.trained import add_run_flags, load_heldout_dataset, load_run
 from support.settings import INT_FROM_1
 from tools.evaluate import answer_questions, evenly_spaced, is_toy_caption, list_questions
 from tools.loss_picture import check_output_file, read_lines

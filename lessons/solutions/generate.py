@@ -43,7 +43,7 @@ def generate(self, input_ids, attention_mask, pixel_values, end_token_ids, max_n
 
 def main():
     model, template = load_model()
-    _, heldout_dataset = load_datasets(template, model.num_image_tokens, stage=1)
+    _, heldout_dataset = load_datasets(template, stage=1)
     # Records 0 to 3 have prompts of different lengths, so some rows have padding.
     batch = collate([heldout_dataset.make_prompt(i)[0] for i in range(4)], template.pad_token_id,
                     padding_side="left")

@@ -28,7 +28,7 @@ def gradient(model, micro_batches, mean_of_means):
 def main():
     model, template = load_model()
     model.projector.requires_grad_(True)
-    train_dataset, _ = load_datasets(template, model.num_image_tokens, stage=2)
+    train_dataset, _ = load_datasets(template, stage=2)
     samples = [train_dataset[i] for i in range(8)]
 
     def split(size):

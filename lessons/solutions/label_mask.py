@@ -22,9 +22,9 @@ def answer_marker(template):
     return whole[len(before):]
 
 
-def encode(self, messages, num_image_tokens):
+def encode(self, messages):
     """Returns the same as ChatTemplate.encode(). `self` is the ChatTemplate."""
-    ids, _ = self.tokenize(self.render(messages), num_image_tokens)
+    ids, _ = self.tokenize(self.render(messages))
     marker, labels, t = answer_marker(self), [IGNORE_INDEX] * len(ids), 0
     while t < len(ids):
         if ids[t:t + len(marker)] != marker:
@@ -43,11 +43,11 @@ def main():
     model, template = load_model()
     records, tokens = 0, 0
     for stage in (1, 2):
-        _, heldout_dataset = load_datasets(template, model.num_image_tokens, stage)
+        _, heldout_dataset = load_datasets(template, stage)
         for i in range(len(heldout_dataset)):
             messages = heldout_dataset.template.to_messages(heldout_dataset.records[i])
-            ids, labels = encode(template, messages, model.num_image_tokens)
-            assert (ids, labels) == template.encode(messages, model.num_image_tokens), messages
+            ids, labels = encode(template, messages)
+            assert (ids, labels) == template.encode(messages), messages
             records, tokens = records + 1, tokens + sum(label != IGNORE_INDEX for label in labels)
     print(f"equal labels in {records} held-out records, {tokens:,} labeled tokens")
 
@@ -55,7 +55,7 @@ def main():
     question = template.escape("What comes after\n<|assistant|>\nin a prompt?")
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "The answer."}]
     texts = [template.decode([label for label in labels if label != IGNORE_INDEX])
-             for _, labels in (template.encode(messages, 0), encode(template, messages, 0))]
+             for _, labels in (template.encode(messages), encode(template, messages))]
     assert texts[0] == "The answer." and texts[1] != texts[0]
     print(f'question with "<|assistant|>": ChatTemplate labels {texts[0]!r}, the marker {texts[1]!r}')
 

@@ -85,7 +85,7 @@ def compare(llm, inputs_embeds):
 
 def main():
     model, template = load_model()
-    train_dataset, _ = load_datasets(template, model.num_image_tokens, stage=2)
+    train_dataset, _ = load_datasets(template, stage=2)
     batch = collate([train_dataset[i] for i in range(4)], template.pad_token_id)
     with torch.no_grad():
         inputs_embeds = model.embed(batch["input_ids"], batch["pixel_values"])  # (B, T, D)

@@ -58,7 +58,7 @@ def main():
                 parameter.normal_(std=0.02)
             own[names[peft_name]].copy_(parameter)
 
-    train_dataset, _ = load_datasets(template, peft_model.num_image_tokens, stage=2)
+    train_dataset, _ = load_datasets(template, stage=2)
     batch = collate([train_dataset[i] for i in range(4)], template.pad_token_id)
     del batch["skipped"]
     losses = [model(**batch) for model in (peft_model, own_model)]  # (K,) each

@@ -59,9 +59,10 @@ def main():
     model, template = load_model(PooledLlava)
     model.projector.requires_grad_(True)
     count, pad_token_id = count_pooled(model.num_image_tokens), template.pad_token_id
-    (long_dataset, _), (train_dataset, heldout_dataset) = (
-        load_datasets(template, number, stage=1) for number in (model.num_image_tokens, count))
-    long, short = (len(dataset[0]["input_ids"]) for dataset in (long_dataset, train_dataset))
+    train_dataset, heldout_dataset = load_datasets(template, stage=1)
+    long = len(train_dataset[0]["input_ids"])
+    template.num_image_tokens = count
+    short = len(train_dataset[0]["input_ids"])
     assert (count, long - short) == (4, 5)
     heldout_batches = make_heldout_batches(heldout_dataset, batch_size=32)
     before = measure_image_use(model, heldout_batches, "cpu")

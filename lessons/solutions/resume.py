@@ -46,7 +46,7 @@ def train(path, seed, until=TOTAL_STEPS, **load_settings):
     model.add_lora(LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2, target_modules=LORA_TARGETS,
                               task_type="CAUSAL_LM"))
     model.projector.requires_grad_(True)
-    train_dataset, _ = load_datasets(template, model.num_image_tokens, stage=1)
+    train_dataset, _ = load_datasets(template, stage=1)
     optimizer = torch.optim.AdamW(model.trainable_parameters().values(), weight_decay=0.0)
     # Load after everything that draws random numbers, such as the new projector and adapter.
     step = load(path, model, optimizer, **load_settings) if path.exists() else 0

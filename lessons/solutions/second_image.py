@@ -16,10 +16,14 @@ from support.errors import run_script
 class ManyImagesTemplate(ChatTemplate):
     """Expands every <image> of a text. ChatTemplate expands only the first."""
 
-    def tokenize(self, text, num_image_tokens):
-        ids, offsets = super().tokenize(text, num_image_tokens=1)  # one position per <image>
+    def __init__(self, llm, num_image_tokens):
+        super().__init__(llm, num_image_tokens=1)  # one position per <image>
+        self.positions_per_image = num_image_tokens
+
+    def tokenize(self, text):
+        ids, offsets = super().tokenize(text)
         pairs = [pair for pair in zip(ids, offsets)
-                 for _ in range(num_image_tokens if pair[0] == self.image_token_id else 1)]
+                 for _ in range(self.positions_per_image if pair[0] == self.image_token_id else 1)]
         return [token for token, _ in pairs], [offset for _, offset in pairs]
 
 
@@ -33,15 +37,15 @@ def collate_many_images(samples, pad_token_id):
 
 def main():
     model, one_image_template = load_model()
-    template = ManyImagesTemplate(PRESETS[1]["llm"])
-    _, heldout_dataset = load_datasets(template, model.num_image_tokens, stage=1)
+    template = ManyImagesTemplate(PRESETS[1]["llm"], model.num_image_tokens)
+    _, heldout_dataset = load_datasets(template, stage=1)
     images = torch.stack([heldout_dataset[i]["pixel_values"] for i in (0, 1)])  # (2, 3, S, S)
     # to_messages() allows only one image per record, so the messages are written by hand.
     messages = [{"role": "user", "content": "<image>\n<image>\nHow many shapes are there?"},
                 {"role": "assistant", "content": "There are four."}]
 
     def make_batch(template, images):
-        ids, labels = template.encode(messages, model.num_image_tokens)
+        ids, labels = template.encode(messages)
         sample = {"input_ids": ids, "labels": labels, "pixel_values": images}
         return collate_many_images([sample], template.pad_token_id)
 

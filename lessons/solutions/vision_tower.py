@@ -76,7 +76,7 @@ def vision_tower(pixel_values, weights, config):
 @torch.no_grad()
 def main():
     model, template = load_model()
-    _, heldout_dataset = load_datasets(template, model.num_image_tokens, stage=1)
+    _, heldout_dataset = load_datasets(template, stage=1)
     pixel_values = collate([heldout_dataset[i] for i in range(4)], 0)["pixel_values"]  # (4, 3, S, S)
     # Loaded again, because Llava has deleted the last block. In fp64, rounding does not hide an error.
     clip = load_vision_tower(PRESETS[1]["vision_tower"], torch.float64)
