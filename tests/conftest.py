@@ -29,12 +29,13 @@ SHARED = REPOSITORY.parent / "shared"
 sys.path.insert(0, str(REPOSITORY))
 
 from data import ChatDataset, ChatTemplate, collate
-from model import Llava
+from model import Llava, count_patches
 from support import metrics_log
 from support.checkpoints import STOP_SIGNALS
 from support.errors import run_script
 from support.images import ImageStore
-from support.pretrained import load_image_processor, load_language_model, load_vision_tower
+from support.pretrained import (load_image_processor, load_language_model, load_vision_config,
+                                load_vision_tower)
 from support.records import read_records
 
 torch.set_num_threads(1)  # models this small are slower with more threads
@@ -125,7 +126,7 @@ def parts(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def template(parts):
-    return ChatTemplate(parts.llm)
+    return ChatTemplate(parts.llm, N)
 
 
 @pytest.fixture(scope="session")
@@ -146,7 +147,7 @@ def batch_of(samples, template):
 
 def build(vision_tower, llm, projector="linear", vision_layer=-2):
     """Returns (model, template) from folders of pretrained models, as the stages build them."""
-    template = ChatTemplate(llm)
+    template = ChatTemplate(llm, count_patches(load_vision_config(vision_tower)))
     model = Llava(load_vision_tower(vision_tower, torch.float32),
                   load_language_model(llm, torch.float32, torch.device("cpu")), template.image_token_id,
                   projector, vision_layer)
@@ -192,7 +193,7 @@ def dataset_of(tmp_path, template, image_processor):
     def make(records, max_length=500):
         (tmp_path / "chat.json").write_text(json.dumps(records))
         records = read_records(tmp_path / "chat.json", ImageStore(tmp_path / "images"))
-        return ChatDataset(records, template, image_processor, N, max_length)
+        return ChatDataset(records, template, image_processor, max_length)
 
     return make
 

@@ -2,7 +2,6 @@
 
 import shutil
 from itertools import groupby
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,7 +37,7 @@ def tinyllama(tmp_path_factory):
         pytest.skip("needs shared/hub")
     folder = shutil.copytree(folder, tmp_path_factory.mktemp("real") / "copy")
     (folder / "model.safetensors").touch()
-    return ChatTemplate(folder)
+    return ChatTemplate(folder, N)
 
 
 @pytest.fixture(params=["template", "tinyllama"])
@@ -55,7 +54,7 @@ CONVERSATION = [user("<image>\nWhat object is shown?"), assistant("olive oil .")
 
 
 def test_labels_are_each_answer_and_its_end_token_in_every_turn_and_nothing_else(any_template):
-    ids, labels = any_template.encode(CONVERSATION, N)
+    ids, labels = any_template.encode(CONVERSATION)
     assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels))
     answers = runs_of(labels)
     assert [run[-1] for run in answers] == [any_template.tokenizer.eos_token_id] * 3
@@ -75,21 +74,21 @@ def test_ids_are_those_of_the_tokenizers_own_template_after_the_first_token(any_
         return [plain.bos_token_id] + ids
 
     only_text = [user("Which oil?"), *CONVERSATION[1:]]
-    assert template.encode(only_text, N)[0] == expected(only_text)
-    assert template.encode_prompt(only_text[:3], N) == expected(only_text[:3], add_generation_prompt=True)
+    assert template.encode(only_text)[0] == expected(only_text)
+    assert template.encode_prompt(only_text[:3]) == expected(only_text[:3], add_generation_prompt=True)
 
     plain.add_tokens([IMAGE_TOKEN], special_tokens=True)
     theirs = expected(CONVERSATION)
     at = theirs.index(len(plain) - 1)
-    assert template.encode(CONVERSATION, N)[0] == theirs[:at] + [theirs[at]] * N + theirs[at + 1:]
+    assert template.encode(CONVERSATION)[0] == theirs[:at] + [theirs[at]] * N + theirs[at + 1:]
 
 
 def test_tinyllama_reads_olive_oil_as_it_does_after_a_newline(tinyllama):
     words = tinyllama.tokenizer.convert_ids_to_tokens
     assert tinyllama.tokenizer.tokenize("olive oil") == ["▁o", "live", "▁oil"]
-    ids, labels = tinyllama.encode([user("<image>\nDescribe it."), assistant("olive oil is healthy .")], 256)
+    ids, labels = tinyllama.encode([user("<image>\nDescribe it."), assistant("olive oil is healthy .")])
     assert words(runs_of(labels)[0]) == ["ol", "ive", "▁oil", "▁is", "▁health", "y", "▁.", "</s>"]
-    assert (ids[0], ids.count(1), ids.count(32_000)) == (1, 1, 256)  # 32,000 is outside the vocabulary
+    assert (ids[0], ids.count(1), ids.count(32_000)) == (1, 1, N)  # 32,000 is outside the vocabulary
 
 
 # -- records to messages -----------------------------------------------------------------------------------
@@ -100,10 +99,10 @@ def test_tinyllama_reads_olive_oil_as_it_does_after_a_newline(tinyllama):
 def test_the_image_is_before_the_question_wherever_it_was_in_training_and_in_a_prompt(template, question):
     messages = template.to_messages(record_of(question, "A cat.", image="red.png"))
     assert messages == [user("<image>\nWhat is it?"), assistant("A cat.")]
-    prompts = [make_image_prompt(SimpleNamespace(num_image_tokens=N), template, question, pixel_values)
+    prompts = [make_image_prompt(template, question, pixel_values)
                for pixel_values in (torch.zeros(3, 28, 28), None)]
-    assert prompts[0]["input_ids"] == template.encode_prompt(messages[:1], N)
-    assert prompts[1]["input_ids"] == template.encode_prompt([user("What is it?")], N)
+    assert prompts[0]["input_ids"] == template.encode_prompt(messages[:1])
+    assert prompts[1]["input_ids"] == template.encode_prompt([user("What is it?")])
 
 
 def test_a_leading_answer_a_trailing_question_other_keys_and_empty_ones_are_left_out(template):
@@ -144,12 +143,12 @@ def test_a_record_whose_image_would_be_cut_away_is_refused(dataset_of):
 def test_a_question_of_a_later_turn_is_asked_with_the_image_in_front(dataset_of, template):
     prompt, reference = dataset_of([LONG]).make_prompt(0, turn=1)
     assert reference == "on a table ." and prompt["pixel_values"].shape == (3, 28, 28)
-    assert prompt["input_ids"] == template.encode_prompt([user("<image>\nWhere?")], N)
+    assert prompt["input_ids"] == template.encode_prompt([user("<image>\nWhere?")])
 
 
 def test_padding_is_masked_by_its_position_so_end_tokens_stay_although_they_are_the_padding(template):
     conversations = [user("Who?"), assistant("A cat .")], [user("Who is it, then?"), assistant("I .")]
-    samples = [dict(zip(("input_ids", "labels"), template.encode(messages, N)), pixel_values=None)
+    samples = [dict(zip(("input_ids", "labels"), template.encode(messages)), pixel_values=None)
                for messages in conversations]
     # Cut after the end token, as ChatDataset.encode_record() does: the row's last token is the padding token.
     samples[0] = {key: value and value[:-1] for key, value in samples[0].items()}

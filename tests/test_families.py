@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (CHAT_TEMPLATE, CORPUS, SMALL, batch_of, build, draw, make_tokenizer, metrics,
+from conftest import (CHAT_TEMPLATE, CORPUS, N, SMALL, batch_of, build, draw, make_tokenizer, metrics,
                       preprocess, record_of)
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -140,7 +140,7 @@ template_of = cache(ChatTemplate)  # for each of the examples
 @settings(max_examples=500, deadline=None, derandomize=True)  # 2000 after a change of the labels
 @given(turns=TURNS, image_in=st.sampled_from(["nowhere", "front", "back", "second turn"]))
 def test_labels_are_exactly_the_answers_and_their_end_tokens(llm, turns, image_in):
-    template = template_of(llm)
+    template = template_of(llm, N)
     texts = [text for turn in turns for text in turn]
     if image_in == "second turn" and len(turns) > 1:
         texts[2] += "<image>"
@@ -162,13 +162,13 @@ def test_labels_are_exactly_the_answers_and_their_end_tokens(llm, turns, image_i
         text += answer + after
     assert template.render(messages) == text
 
-    ids, labels = template.encode(messages, 4)
-    assert ids.count(template.image_token_id) == 4
+    ids, labels = template.encode(messages)
+    assert ids.count(template.image_token_id) == N
     assert not bos or ids.count(template.tokenizer.bos_token_id) == 1
     for k in range(1, len(messages), 2):
-        prompt = template.encode_prompt(messages[:k], 4)
+        prompt = template.encode_prompt(messages[:k])
         assert ids[:len(prompt)] == prompt and labels[len(prompt)] != IGNORE_INDEX
-    offsets = template.tokenize(text, 4)[1]
+    offsets = template.tokenize(text)[1]
     labeled = [t for t, label in enumerate(labels) if label != IGNORE_INDEX]
     assert all(labels[t] == ids[t] for t in labeled)
     starts = [offsets[t][0] for t in labeled if labels[t - 1] == IGNORE_INDEX]
@@ -185,7 +185,7 @@ def test_a_template_that_ends_no_answer_or_changes_texts_or_prompts_is_refused(
         tmp_path, message, chat_template):
     byte_level_tokenizer(tmp_path, chat_template)
     with pytest.raises(UserError, match=message):
-        ChatTemplate(looks_complete(tmp_path))
+        ChatTemplate(looks_complete(tmp_path), N)
 
 
 def looks_complete(folder, config=LlamaConfig()):
@@ -210,13 +210,13 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path, loss):
         (tmp_path / "tokenizer.json").unlink()
         edit_json(tmp_path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
     with pytest.raises(UserError, match="its tokenizer turns .* into"):
-        ChatTemplate(looks_complete(tmp_path))
+        ChatTemplate(looks_complete(tmp_path), N)
 
 
 def test_the_answer_prefix_of_a_template_is_trained_but_not_part_of_an_answer(tmp_path):
-    template = ChatTemplate(make_family(tmp_path, *FAMILIES["qwen3"]))
+    template = ChatTemplate(make_family(tmp_path, *FAMILIES["qwen3"]), N)
     messages = QUESTION + [{"role": "assistant", "content": "Yes ,\n是的"}]
-    labeled = [label for label in template.encode(messages, 4)[1] if label != IGNORE_INDEX]
+    labeled = [label for label in template.encode(messages)[1] if label != IGNORE_INDEX]
     assert template.tokenizer.decode(labeled).startswith("<think>\n\n</think>\n\nYes")
     assert template.decode(labeled) == messages[1]["content"]
 
@@ -227,12 +227,12 @@ def test_the_answer_prefix_of_a_template_is_trained_but_not_part_of_an_answer(tm
 def test_generation_stops_at_every_end_token_of_the_models_own_files(parts, tmp_path):
     llm = make_family(tmp_path, *FAMILIES["llama3"])
     model, template = build(parts.clip, llm)
-    prompt = {"input_ids": template.encode_prompt(SURE, 0), "pixel_values": None}
+    prompt = {"input_ids": template.encode_prompt(SURE), "pixel_values": None}
     batch = collate([prompt], 0, padding_side="left")
     free = model.generate(**batch, end_token_ids=template.end_token_ids, max_new_tokens=12)[0].tolist()
     ends = [template.tokenizer.convert_tokens_to_ids("<|endoftext|>"), free[4]]
     edit_json(llm / "generation_config.json", eos_token_id=ends)
-    template = ChatTemplate(llm)
+    template = ChatTemplate(llm, N)
     assert template.end_token_ids == [template.end_token_id, *ends, 2]  # 2 is in config.json
     [answer] = generate_answers(model, template, [prompt], torch.device("cpu"), 12)
     assert answer == template.decode(free[:free.index(free[4]) + 1])
@@ -241,7 +241,7 @@ def test_generation_stops_at_every_end_token_of_the_models_own_files(parts, tmp_
 def test_losses_and_greedy_answers_are_the_familys_own(llm, parts):
     """The losses of a padded batch are those of the family's own forward() on each row alone."""
     model, template = build(parts.clip, llm)
-    rows = [template.encode(template.to_messages(record_of(question, answer)), 0) for question, answer in
+    rows = [template.encode(template.to_messages(record_of(question, answer))) for question, answer in
             (("Sure?", "Yes"), ("What is it?", "the olives : 是的, 🫒 ."))]
     samples = [{"input_ids": ids, "labels": labels, "pixel_values": None} for ids, labels in rows]
     batch = batch_of(samples, template)
@@ -254,7 +254,7 @@ def test_losses_and_greedy_answers_are_the_familys_own(llm, parts):
             theirs.append(losses[torch.tensor(labels[1:]) != IGNORE_INDEX])
     torch.testing.assert_close(ours, torch.cat(theirs), rtol=1e-5, atol=1e-5)
 
-    prompts = [{"input_ids": template.encode_prompt([{"role": "user", "content": text}], 0),
+    prompts = [{"input_ids": template.encode_prompt([{"role": "user", "content": text}]),
                 "pixel_values": None} for text in ("Sure?", "What is it?")]
     batch = collate(prompts, 0, padding_side="left")
     ours = model.generate(**batch, end_token_ids=[3], max_new_tokens=12)
@@ -374,7 +374,7 @@ def test_a_padding_token_beyond_the_embedding_table_is_not_used(flags, script, t
     tokenizer = AutoTokenizer.from_pretrained(llm)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(llm)
-    template = ChatTemplate(llm)
+    template = ChatTemplate(llm, N)
     assert template.tokenizer.pad_token_id == template.num_embeddings > template.pad_token_id
     script("stage1_align", *flags(1, llm=llm, max_steps=1))
 
@@ -384,6 +384,6 @@ def test_a_tokenizer_that_says_so_gets_no_start_token(tmp_path, value):
     make_tokenizer(tmp_path)
     if value is not None:
         edit_json(tmp_path / "tokenizer_config.json", add_bos_token=value)
-    template = ChatTemplate(looks_complete(tmp_path))
-    ids, start = template.encode_prompt(QUESTION, 4), template.tokenizer.bos_token_id
+    template = ChatTemplate(looks_complete(tmp_path), N)
+    ids, start = template.encode_prompt(QUESTION), template.tokenizer.bos_token_id
     assert ids.count(start) == int(value is not False) and (ids[0] == start) == (value is not False)

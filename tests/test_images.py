@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import COLORS, N
+from conftest import COLORS
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -83,7 +83,7 @@ def test_loader_workers_share_a_zip_without_disturbing_each_other(drawn, templat
         pytest.skip("this system cannot fork")
     records = read_records(drawn / "chat.json", ImageStore(drawn / "images.zip"))
     records = records.subset(random.Random(0).choices(range(8), k=200))
-    dataset = ChatDataset(records, template, image_processor, N, 500)
+    dataset = ChatDataset(records, template, image_processor, 500)
     expected = [dataset[i] for i in range(len(dataset))]  # this opens the files before the workers start
     file = records.images.archive.fp.fileno()
     os.lseek(file, 7, os.SEEK_SET)

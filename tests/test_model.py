@@ -55,7 +55,7 @@ def sample(template, image_processor, place, answer, color="red"):
     question = {"first": "<image>\nWhat object is shown?", "middle": "In this <image> what object is shown?",
                 "none": "What object is shown?"}[place]
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    ids, labels = template.encode(messages, N)
+    ids, labels = template.encode(messages)
     pixel_values = None if place == "none" else preprocess(image_processor, draw(color))
     return {"input_ids": ids, "labels": labels, "pixel_values": pixel_values}
 
@@ -80,7 +80,7 @@ def prompts(template, image_processor):
     """Prompts of unequal lengths as a left-padded batch."""
     texts = [("<image>\nWhat object is shown?", "red"), ("What is it?", None), ("<image>\nA cat?", "blue")]
     return collate([
-        {"input_ids": template.encode_prompt([{"role": "user", "content": text}], N),
+        {"input_ids": template.encode_prompt([{"role": "user", "content": text}]),
          "pixel_values": color and preprocess(image_processor, draw(color))} for text, color in texts],
         template.pad_token_id, padding_side="left")
 

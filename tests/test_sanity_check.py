@@ -51,7 +51,7 @@ def test_every_evaluation_logs_the_words_of_the_first_held_out_picture(script, f
 def test_token_probabilities_are_those_that_generation_chose_from(tiny):
     model, template, image_processor = tiny()
     pixel_values = preprocess(image_processor, draw("red"))
-    prompt = make_image_prompt(model, template, "What object is shown?", pixel_values)
+    prompt = make_image_prompt(template, "What object is shown?", pixel_values)
     ids = model.generate(**prompt_batch(template, [prompt], "cpu"), end_token_ids=template.end_token_ids,
                          max_new_tokens=6)[0].tolist()
     rows = token_probabilities(model, template, prompt, ids)

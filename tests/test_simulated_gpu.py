@@ -7,7 +7,7 @@ kernels, the memory and the speed of a GPU are not simulated.
 
 import pytest
 import torch
-from conftest import N, batch_of, draw, preprocess
+from conftest import batch_of, draw, preprocess
 from peft import LoraConfig
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -112,13 +112,13 @@ def test_a_step_and_an_answer_on_a_gpu_equal_those_on_a_cpu(gpu, tiny):
         model.add_lora(LoraConfig(r=4, target_modules=LORA_TARGETS))
         trained = list(model.train().trainable_parameters().values())
         question = {"role": "user", "content": "<image>\nWhat object is shown?"}
-        ids, labels = template.encode([question, {"role": "assistant", "content": "olive oil"}], N)
+        ids, labels = template.encode([question, {"role": "assistant", "content": "olive oil"}])
         pixel_values = preprocess(image_processor, draw("red"))
         batch = batch_of([{"input_ids": ids, "labels": labels, "pixel_values": pixel_values}], template)
         losses = model(**{name: tensor.to(device) for name, tensor in batch.items()})
         losses.sum().backward()
         torch.optim.AdamW(trained, fused=True).step()
-        prompt = {"input_ids": template.encode_prompt([question], N), "pixel_values": pixel_values}
+        prompt = {"input_ids": template.encode_prompt([question]), "pixel_values": pixel_values}
         prompt = {name: tensor.to(device) for name, tensor in collate([prompt], 2, "left").items()}
         answer = model.eval().generate(**prompt, end_token_ids=[2], max_new_tokens=5)
         return [tensor.detach().cpu() for tensor in (losses, answer, *trained)]
