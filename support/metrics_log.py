@@ -82,7 +82,7 @@ class MetricsLog:
         values = {f"heldout_{name}": value for name, value in image_use.items()}
         self._write(step, **values, generated=generated, nearest_tokens=nearest)
         text = f"step {step}: {format_image_use(image_use)}"
-        if generated != self.last_generated:  # show an answer only when it has changed
+        if generated != self.last_generated or step == self.total_steps:  # else it was shown before
             text += printable(f"\n    generated: {generated}\n    reference: {reference}", keep="\n")
         self.last_generated = generated
         tqdm.write(text, file=sys.stdout)
