@@ -286,6 +286,5 @@ def metrics(folder):
 
 
 def pytest_configure(config):
-    # As in support/pretrained.py: peft asks transformers for an attribute by its old name.
-    config.addinivalue_line("filterwarnings",
-                            "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+    # As in support/pretrained.py: old names of transformers.
+    config.addinivalue_line("filterwarnings", "ignore:`.*gradient_checkpointing.*` is depr:FutureWarning")

@@ -39,17 +39,12 @@ def trained(flags, tmp_path_factory):
     return run
 
 
-@pytest.fixture
-def run(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / "run")
-
-
 @pytest.mark.parametrize("owner, name", TRAINING + CHECKING)
-def test_a_bug_in_a_function_shows_itself(script, flags, run, monkeypatch, owner, name):
+def test_a_bug_in_a_function_shows_itself(script, flags, trained, tmp_path, monkeypatch, owner, name):
     def raise_bug(*args, **kwargs):
         raise Bug
 
-    function = vars(owner)[name]
+    function, run = vars(owner)[name], shutil.copytree(trained, tmp_path / "run")
     for place in [owner, *sys.modules.values()]:  # also where it was imported to
         if getattr(place, "__dict__", {}).get(name) is function:
             monkeypatch.setattr(place, name, raise_bug)
@@ -59,12 +54,3 @@ def test_a_bug_in_a_function_shows_itself(script, flags, run, monkeypatch, owner
             script("stage2_instruct", *flags(2, max_steps=1, run=run), "--restart")
         for words in (["--sample", 0], ["--nearest-tokens", 0], ["--every-stage"]):
             script("sanity_check", "--run", run, *words, *SMALL[2:4])
-
-
-@pytest.mark.parametrize("stage, name", [(1, "stage1_align"), (2, "stage2_instruct")])
-@pytest.mark.parametrize("unknown", ["load_records", "ChatDataset", "Llava", "count_labeled", "results"])
-def test_an_unknown_name_in_main_shows_its_line(script, flags, run, monkeypatch, stage, name, unknown):
-    monkeypatch.delattr(f"{name}.{unknown}")
-    with pytest.raises(NameError, match=unknown) as error:
-        script(name, *flags(stage, max_steps=1, run=run), "--restart")
-    assert error.traceback[-1].path.name == f"{name}.py"

@@ -209,7 +209,7 @@ def test_the_readme_shows_the_committed_results_of_three_seeds_and_hides_them_at
     assert "\n\n    s_ij = exp(t)" in report  # the formula stays a block
 
 
-def test_the_walk_shows_three_models_whose_terms_add_up_and_the_gradient_of_stage_1(script, flags, capsys):
+def test_the_walk_shows_each_model_whose_terms_add_up_and_the_gradient_of_stage_1(script, flags, capsys):
     script("stage1_align", *flags(1, max_steps=1))
     for models in (2, 3):
         capsys.readouterr()

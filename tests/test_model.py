@@ -333,7 +333,6 @@ def test_half_precision_merges_the_adapter_in_fp32_and_leaves_the_positions_in_f
 
 DAMAGES = {  # name: (which folder, which file, its new content or None, what the sentence names)
     "the preprocessing is missing": ("clip", "preprocessor_config.json", None, "preprocessor_config.json"),
-    "the start token is not named": ("llm", "tokenizer_config.json", None, "tokenizer_config.json"),
     "the weights are missing": ("llm", "model.safetensors", None, "weights in the format safetensors"),
     "the LLM's configuration is a list": ("llm", "config.json", "[]", "llm"),
     "the tokenizer is half a file": ("llm", "tokenizer.json", '{"version"', "tokenizer"),
