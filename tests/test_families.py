@@ -290,12 +290,8 @@ def test_another_type_of_language_model_is_refused(flags, refusal, tmp_path, con
 
 VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28,
               patch_size=14)
-NORMALIZE = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3}
-PREPROCESSORS = {  # {tower: the file preprocessor_config.json}
-    "siglip": NORMALIZE | dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"height": 28, "width": 28}),
-    "dinov2": NORMALIZE | {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 28},
-                           "do_center_crop": True, "crop_size": {"height": 28, "width": 28},
-                           "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}}
+SIZE = {"dinov2": dict(size={"shortest_edge": 28}, crop_size=28),  # of their image processors
+        "siglip": dict(size={"height": 28, "width": 28})}
 OWN = {"clip": (CLIPVisionModel, CLIPImageProcessorPil), "dinov2": (Dinov2Model, BitImageProcessorPil),
        "siglip": (SiglipVisionModel, SiglipImageProcessorPil)}
 
@@ -315,7 +311,7 @@ def tower(request, tmp_path_factory, parts):
         for parameter in model.parameters():  # its layer scales and class token would all be the same number
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSORS[request.param]))
+    OWN[request.param][1](**SIZE[request.param]).save_pretrained(folder)
     return request.param, folder
 
 
@@ -348,10 +344,10 @@ def test_a_towers_pixels_are_those_of_its_own_processor(tower, size):
 @pytest.mark.parametrize("change", [{"crop_size": {"height": 32, "width": 32}}, {"do_center_crop": False}])
 def test_a_preprocessor_that_does_not_make_every_image_the_towers_size_is_refused(tmp_path, change):
     """DINOv2 would take other sizes, and only the last N of its patches would be used."""
-    path = looks_complete(tmp_path, Dinov2Config(**VISION)) / "preprocessor_config.json"
-    path.write_text(json.dumps(PREPROCESSORS["dinov2"]))
+    looks_complete(tmp_path, Dinov2Config(**VISION))
+    BitImageProcessorPil(**SIZE["dinov2"]).save_pretrained(tmp_path)
     load_image_processor(tmp_path)
-    edit_json(path, **change)
+    edit_json(tmp_path / "preprocessor_config.json", **change)
     with pytest.raises(UserError, match="does not make every image 28 × 28 pixels large"):
         load_image_processor(tmp_path)
 
