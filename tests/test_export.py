@@ -40,8 +40,9 @@ def trained(script, flags, tmp_path):
 def export(script, tmp_path):
     """export(run, dtype) returns the folder of the exported run."""
     def run_script(run, dtype="fp32"):
-        script("tools.export_hf", "--run", run, "--out", tmp_path / dtype, "--dtype", dtype, "--device", "cpu")
-        return tmp_path / dtype
+        folder = tmp_path / dtype
+        script("tools.export_hf", "--run", run, "--out", folder, "--dtype", dtype, "--device", "cpu")
+        return folder
 
     return run_script
 

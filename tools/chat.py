@@ -4,7 +4,7 @@
 
     a line         is a question; the answer is printed while it is generated
     /image FILE    shows another image and begins a new conversation
-    /help          lists these commands
+    /help          lists these commands, as does every other word that begins with /
     Ctrl-C         stops an answer; what was generated stays in the conversation
     Ctrl-D, /quit  ends the program, as does Ctrl-C while no answer is generated
 
@@ -33,12 +33,8 @@ COMMANDS = "/image FILE shows another image, /quit or Ctrl-D ends the conversati
 
 def read_path(text):
     """Returns a file name that was typed, or dropped on the terminal, which then quotes or escapes it."""
-    path = text.strip()
-    if path[:1] in ("'", '"'):
-        path = path.strip("'\"")
-    elif os.name != "nt":  # on Windows, \ separates folders
-        path = re.sub(r"\\(.)", r"\1", path)
-    return os.path.expanduser(path)
+    path = text.strip("'\" ")
+    return os.path.expanduser(path if os.name == "nt" else re.sub(r"\\(.)", r"\1", path))
 
 
 def drop_oldest_turns(messages, template, has_image, num_image_tokens, max_tokens):
@@ -84,8 +80,6 @@ def converse(model, template, image_processor, pixel_values, max_new_tokens, tem
         print(COMMANDS)
         with suppress(ImportError):  # not on Windows
             import readline  # noqa: F401 - gives input() its arrow keys
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # a byte that is not UTF-8 must not end the conversation
     with suppress(EOFError, KeyboardInterrupt):
         while True:
             # A question that is copied from training data may contain <image>. Training removes it, too.
@@ -93,9 +87,7 @@ def converse(model, template, image_processor, pixel_values, max_new_tokens, tem
             command, _, rest = line.partition(" ")
             if command == "/quit":
                 break
-            if command == "/image" and not rest:
-                print("Name a file: /image FILE", flush=True)
-            elif command == "/image":
+            if command == "/image" and rest:
                 path = read_path(rest)
                 try:
                     pixel_values = load_image(path, image_processor)
@@ -105,8 +97,7 @@ def converse(model, template, image_processor, pixel_values, max_new_tokens, tem
                 messages = []  # the model was trained on one image per conversation
                 print(f"{printable(path)}: a new conversation", flush=True)
             elif command.startswith("/"):
-                print("" if command == "/help" else f"{printable(line)} is not a command. ", COMMANDS, sep="",
-                      flush=True)
+                print(COMMANDS, flush=True)
             elif line:
                 messages = answer_question(model, template, messages, line, pixel_values, max_new_tokens,
                                            temperature)

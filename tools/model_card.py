@@ -52,8 +52,9 @@ def write_model_card(folder, run_folder):
     losses = [f"{last['heldout'][name]:.3f}" for name in ("loss", "loss_different")]
     rows = [header, ["--"] * 4, ["loss of the reference answers at the end of training", *losses], *rows]
     scores = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    licenses = "\n".join(f"- {name}: " + next((LICENSES[part] for part in LICENSES if part in name), "unknown")
-                         for name in (vision_tower, llm, *data))
+    licenses = "\n".join(
+        f"- {name}: {next((text for part, text in LICENSES.items() if part in name), 'unknown')}"
+        for name in (vision_tower, llm, *data))
     (folder / "README.md").write_text(f"""\
 ---
 {fields}
