@@ -40,11 +40,11 @@ def results_of(path):
 @pytest.fixture
 def make_page(script, flags, tmp_path):
     """make_page(stages) trains each stage for one step and returns the path of the page."""
-    def make(stages=(1, 2), words=(), **changes):
+    def make(stages=(1, 2)):
         for stage in stages:
             script({1: "stage1_align", 2: "stage2_instruct"}[stage],
-                   *flags(stage, max_steps=1, eval_every=1, run=tmp_path / "run", **changes))
-        script("tools.page", "--run", tmp_path / "run", "--device", "cpu", "--max-new-tokens", 4, *words)
+                   *flags(stage, max_steps=1, eval_every=1, run=tmp_path / "run"))
+        script("tools.page", "--run", tmp_path / "run", "--device", "cpu", "--max-new-tokens", 4)
         return tmp_path / "run" / "page.html"
 
     return make
@@ -231,6 +231,10 @@ def test_a_reader_moves_the_slider_and_breaks_the_picture(make_page):
     question["copied"] = [[HOSTILE, "A dog."]] + [["A cat.", None]] * 3
     described["stages"][1]["evaluations"][0] |= {"loss": None, "match": None}  # a loss that was not finite
     described["regions"] = [2, 1]  # as in a grid of 3 × 3 patches with 2 × 2 regions
+    overflowed = described["questions"][2]
+    overflowed["correlation"], count = float("nan"), len(overflowed["tokens"])
+    overflowed["attention"] = overflowed["effect"] = [[float("inf")] * 4] * count
+    overflowed["probabilities"] = [["a", float("nan"), "b", float("nan")]] * count
     path.write_text(page.make_page(described), encoding="utf-8")
     browser = open_browser(path)
     try:
@@ -279,6 +283,8 @@ def test_a_reader_moves_the_slider_and_breaks_the_picture(make_page):
         assert len(elements("#cause .tokens button")) == tokens == len(question["probabilities"])
         chosen = max(range(tokens), key=lambda i: max(question["attention"][i]) * max(question["effect"][i]))
         assert f"{100 * question['probabilities'][chosen][1]:.1f}%" in elements("#cause .output")[0].text
+        elements("#cause option")[2].click()
+        assert elements("#cause .output")[0].text.count("none") == 5  # instead of numbers
         assert len(elements("#labels .labeled")) == sum(
             labeled for stage in described["stages"] for _, labeled in stage["tokens"])
         shown = [example for group in described["answers"] for example in group["shown"]]

@@ -22,8 +22,9 @@ const titled = (title, text, style = "") =>
   make("p", {}, make("b", {}, title), make("span", { class: style }, text));
 
 const tableRow = (...cells) => make("tr", {}, ...cells.map((cell) => make("td", {}, cell)));
+const number = (value, digits) => value?.toFixed(digits) ?? "none"; // null: it was not finite
 const percent = (fraction, digits = 0) =>
-  fraction === null ? "none" : `${(100 * fraction).toFixed(digits)}%`; // null: it was not finite
+  fraction === null ? "none" : `${number(100 * fraction, digits)}%`;
 const indexOfLargest = (values) => values.indexOf(Math.max(...values));
 const sum = (values) => values.reduce((a, b) => a + b, 0);
 
@@ -137,11 +138,10 @@ function showTraining() {
     chart("loss, nats per token",
       [["training", training], ["different", curve("different")], ["correct", curve("loss")]]),
     chart("correct image more likely, fraction", [["match", curve("match")]]));
-  const number = (value) => value?.toFixed(3) ?? "none";
   onMove.push(() => {
     const { stage, step, loss, different, match, generated } = moments[now];
     const before = stage.training.filter((line) => line.step <= step).pop();
-    const values = [number(before?.loss), number(loss), number(different), percent(match, 1)];
+    const values = [...[before?.loss, loss, different].map((x) => number(x, 3)), percent(match, 1)];
     findAll("#training td:last-child").forEach((cell, i) => cell.replaceChildren(values[i]));
     find("#sample").textContent =
       `First held-out record. Generated: ${generated} — Reference: ${stage.reference}`;
@@ -242,7 +242,7 @@ function showCause(asked) {
   // depends most.
   let token = indexOfLargest(asked.tokens.map((_, i) =>
     Math.max(...asked.attention[i]) * Math.max(...asked.effect[i])));
-  let patch = token < 0 ? 0 : indexOfLargest(asked.effect[token]);
+  let patch = token < 0 ? 0 : Math.max(0, indexOfLargest(asked.effect[token]));
   function show() {
     if (token < 0) return output.replaceChildren("The answer is empty.");
     const [attention, effect] = [asked.attention[token], asked.effect[token]];
@@ -258,16 +258,16 @@ function showCause(asked) {
       });
     }
     labelPatches(grids[0], patch, attention.map((value) => percent(value)));
-    labelPatches(grids[1], patch, effect.map((value) => value.toFixed(1)));
+    labelPatches(grids[1], patch, effect.map((value) => number(value, 1)));
     output.replaceChildren(
       titled("Token", asked.tokens[token].trim() || "(space)", "answer"),
       titled("Its probability", percent(p, 1)),
       titled("Most likely other token", `${other} (${percent(pOther, 1)})`),
       titled("Patch", patchName(patch, data.regions.length)),
       titled(`Attention (layer ${asked.layer}, mean over its heads)`, percent(attention[patch], 1)),
-      titled("log p falls by (nats) if the patch is erased", effect[patch].toFixed(2)),
+      titled("log p falls by (nats) if the patch is erased", number(effect[patch], 2)),
       titled("Correlation of the two over all tokens and patches of this answer",
-        asked.correlation.toFixed(2)));
+        number(asked.correlation, 2)));
   }
   show();
 }
