@@ -24,27 +24,24 @@ from torch.utils.data import DataLoader, Dataset
 from support.images import ImageStore
 from support.records import image_name, read_records, split_records
 
+COUNT = 595_375  # records, and members of the .zip file
 WORDS = "olive oil is a healthy ingredient used liberally in this part of the world , says person".split()
 BOUND = 1.5e9  # bytes
 
 
-def write_chat_json(path, count):
-    """Writes records in the format of LLaVA-CC3M-Pretrain-595K, with captions of 5 to 30 words."""
+def write_data(data, images):
+    """Writes records in the format of LLaVA-CC3M-Pretrain-595K, with captions of 5 to 30 words, and a .zip
+    file with as many members, of a few bytes each."""
     rng = random.Random(0)
-    with open(path, "w", encoding="utf-8") as file:
-        for i in range(count):
+    with open(data, "w", encoding="utf-8") as file, zipfile.ZipFile(images, "w") as archive:
+        for i in range(COUNT):
+            name = f"GCC_train_{i:09d}"
             turns = [{"from": "human", "value": "Provide a brief description of the given image.\n<image>"},
                      {"from": "gpt", "value": " ".join(rng.choices(WORDS, k=rng.randint(5, 30)))}]
-            record = {"id": f"GCC_train_{i:09d}", "image": f"GCC_train_{i:09d}.jpg", "conversations": turns}
+            record = {"id": name, "image": f"{name}.jpg", "conversations": turns}
             file.write((", " if i else "[") + json.dumps(record))
+            archive.writestr(f"{name}.jpg", f"{i}")
         file.write("]")
-
-
-def write_images_zip(path, count):
-    """Writes a .zip file with as many members, of a few bytes each."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for i in range(count):
-            archive.writestr(f"GCC_train_{i:09d}.jpg", f"{i}")
 
 
 class Members(Dataset):
@@ -77,13 +74,11 @@ def timed(title, function, *args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--count", type=int, default=595_375, help="records, and members of the .zip file")
     parser.add_argument("--samples", type=int, default=20_000, help="how many are read")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data, images = Path(folder) / "chat.json", Path(folder) / "images.zip"
-        timed("wrote chat.json", write_chat_json, data, args.count)
-        timed("wrote images.zip", write_images_zip, images, args.count)
+        timed("wrote both", write_data, data, images)
         store = timed("opened images.zip", ImageStore, images)
         records = timed("opened chat.json", read_records, data, store)
         train_records, _ = timed("held out 256 records", split_records, records, 256, 0, 0)
