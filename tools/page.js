@@ -136,12 +136,14 @@ function showTraining() {
     stage.training.map((line) => [stage.start + line.step, line.loss]));
   find("#training .charts").append(
     chart("loss, nats per token",
-      [["training", training], ["different", curve("different")], ["correct", curve("loss")]]),
-    chart("correct image more likely, fraction", [["match", curve("match")]]));
+      [["training", training], ["different", curve("heldout_loss_different")],
+        ["correct", curve("heldout_loss")]]),
+    chart("correct image more likely, fraction", [["match", curve("heldout_correct_more_likely")]]));
   onMove.push(() => {
-    const { stage, step, loss, different, match, generated } = moments[now];
-    const before = stage.training.filter((line) => line.step <= step).pop();
-    const values = [...[before?.loss, loss, different].map((x) => number(x, 3)), percent(match, 1)];
+    const { stage, generated, ...line } = moments[now];
+    const before = stage.training.filter(({ step }) => step <= line.step).pop();
+    const losses = [before?.loss, line.heldout_loss, line.heldout_loss_different];
+    const values = [...losses.map((x) => number(x, 3)), percent(line.heldout_correct_more_likely, 1)];
     findAll("#training td:last-child").forEach((cell, i) => cell.replaceChildren(values[i]));
     find("#sample").textContent =
       `First held-out record. Generated: ${generated} — Reference: ${stage.reference}`;
@@ -153,9 +155,9 @@ function showTraining() {
 function showWords() {
   const output = find("#nearest .output");
   let cells = [], shownPicture = null;
-  let patch = Math.max(0, indexOfLargest(moments[now].nearest.map(([nearest]) => nearest[1])));
+  let patch = Math.max(0, indexOfLargest(moments[now].nearest_tokens.map(([nearest]) => nearest[1])));
   onMove.push(function show() {
-    const { stage, step, nearest } = moments[now];
+    const { stage, step, nearest_tokens: nearest } = moments[now];
     if (stage.picture !== shownPicture) {
       shownPicture = stage.picture;
       const sizes = Array(Math.sqrt(nearest.length)).fill(1);

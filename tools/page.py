@@ -47,13 +47,10 @@ MAX_SCORED, MAX_SHOWN = 240, 8  # answers generated to count the correct ones; o
 
 
 def read_metrics(folder):
-    """Returns (training, evaluations) of a stage: lists of dicts from its metrics.jsonl."""
+    """Returns (training, evaluations) of a stage: the lines of its metrics.jsonl of both kinds, as dicts."""
     lines = read_lines(folder)
-    training = [{"step": line["step"], "loss": line["loss"]} for line in lines if "loss" in line]
-    names = {"heldout_loss": "loss", "heldout_loss_different": "different",
-             "heldout_correct_more_likely": "match", "generated": "generated", "nearest_tokens": "nearest"}
-    evaluations = [{"step": line["step"], **{short: line.get(name) for name, short in names.items()}}
-                   for line in lines if "heldout_loss" in line]
+    training = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "heldout_loss" in line]
     if not evaluations:
         raise UserError(f"{folder}/metrics.jsonl is missing or has no evaluation: copy it from where the "
                         "stage was trained")

