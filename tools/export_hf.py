@@ -67,15 +67,11 @@ ACCEPT_LISTS = """\
 def build_hf_model(model, template, saved):
     """Returns the model as a LlavaForConditionalGeneration on the CPU. Its LLM is taken out of `model`."""
     llm = model.llm
-    old_rows = llm.get_input_embeddings().num_embeddings
     add_embedding_rows(llm, template.image_token_id + 1)
-    new_rows = range(old_rows, llm.get_input_embeddings().num_embeddings)
-
     # Llava has deleted the last blocks of its vision tower. transformers needs the complete tower, because it
     # counts the hidden states from the end too.
     vision_tower = type(model.vision_tower).from_pretrained(
-        find_pretrained(saved["vision_tower"]), config=model.vision_tower.config,
-        dtype=torch.float32)
+        find_pretrained(saved["vision_tower"]), config=model.vision_tower.config, dtype=torch.float32)
     config = LlavaConfig(
         vision_config=vision_tower.config, text_config=llm.config, image_token_index=template.image_token_id,
         image_seq_length=model.num_image_tokens, vision_feature_layer=saved["vision_layer"],
@@ -93,8 +89,7 @@ def build_hf_model(model, template, saved):
     copy_projector(model.projector, llava.model.multi_modal_projector)
     llava.generation_config = GenerationConfig(
         bos_token_id=template.tokenizer.bos_token_id, eos_token_id=template.end_token_ids,
-        pad_token_id=template.pad_token_id,
-        suppress_tokens=sorted({template.image_token_id, *new_rows}))  # see add_embedding_rows()
+        pad_token_id=template.pad_token_id)
     return llava.cpu().eval()
 
 
@@ -104,7 +99,7 @@ def add_embedding_rows(llm, rows):
 
     The head must never choose a new id. A row of zeros would give it the logit 0, which wins if all other
     logits are negative. The mean of the old rows gives it the mean of the old logits, which is never the
-    largest. Sampling could still draw it, so the generation config suppresses it. """
+    largest."""
     old = llm.get_input_embeddings().num_embeddings
     if rows <= old:  # the embedding of Qwen has more rows than its tokenizer has ids
         return
