@@ -19,6 +19,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 from contextlib import contextmanager
 from itertools import takewhile
@@ -327,11 +328,12 @@ def main():
     parser.add_argument("--batch-size", type=INT_FROM_1, default=32, help="answers per batch (default: 32)")
     parser.add_argument("--max-new-tokens", type=INT_FROM_1, default=64, help="longest answer in tokens")
     args = parser.parse_args()
-    loaded = load_run(args)
     path = args.out or args.run / "page.html"
+    if args.out and not os.access(path.absolute().parent, os.W_OK):  # else it would fail after minutes
+        raise UserError(f"cannot write {path}: name a file in a writable folder")
+    html = make_page(describe_run(args, *load_run(args)))
     with atomic_write(path) as temporary:
-        temporary.touch()  # fails here, and not after minutes, if it cannot be written
-        temporary.write_text(make_page(describe_run(args, *loaded)), encoding="utf-8")
+        temporary.write_text(html, encoding="utf-8")
     print(f"wrote {path} ({path.stat().st_size / 1000:,.0f} kB): open it in a browser")
 
 
