@@ -18,8 +18,6 @@ from tools import page
 
 HOSTILE = "</script><script>document.title = 'broken'</script><!-- <b>&amp;\u2028"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(not (CHROMIUM and shutil.which("chromedriver")),
-                                   reason="needs Chromium and chromedriver, see docs/checks.md")
 
 
 def results_of(path):
@@ -29,16 +27,12 @@ def results_of(path):
 
 
 @pytest.fixture
-def make_page(script, flags, tmp_path):
-    """make_page(stages) trains each stage for one step and returns the path of the page."""
-    def make(stages=(1, 2)):
-        for stage in stages:
-            script({1: "stage1_align", 2: "stage2_instruct"}[stage],
-                   *flags(stage, max_steps=1, eval_every=1, run=tmp_path / "run"))
-        script("tools.page", "--run", tmp_path / "run", "--device", "cpu", "--max-new-tokens", 4)
-        return tmp_path / "run" / "page.html"
-
-    return make
+def page_file(script, flags, tmp_path):
+    """The page of a run whose stages have trained for one step each."""
+    for stage, name in ((1, "stage1_align"), (2, "stage2_instruct")):
+        script(name, *flags(stage, max_steps=1, eval_every=1, run=tmp_path / "run"))
+    script("tools.page", "--run", tmp_path / "run", "--device", "cpu", "--max-new-tokens", 4)
+    return tmp_path / "run" / "page.html"
 
 
 @pytest.fixture
@@ -162,22 +156,20 @@ def test_the_expected_answers_follow_from_the_scene():
 # -- the file ----------------------------------------------------------------------------------------------
 
 
-def test_the_page_is_one_small_file_that_loads_nothing(make_page, capsys):
-    path = make_page()
-    assert f"wrote {path}" in capsys.readouterr().out
-    text = path.read_text(encoding="utf-8")
-    assert path.stat().st_size < 1_000_000
+def test_the_page_is_one_small_file_that_loads_nothing(page_file):
+    text = page_file.read_text(encoding="utf-8")
+    assert page_file.stat().st_size < 1_000_000
     assert set(re.findall(r"https?://[^\"'`\s]*", text)) <= {"http://www.w3.org/${space}"}
     assert not re.search(r"<link|<iframe|\bimport\b|\bfetch\(|XMLHttpRequest|@import|innerHTML|outerHTML|"
                          r"insertAdjacentHTML|document\.write|\beval\(", text)
     assert text.count("</script>") == 2 and "default-src 'none'" in text
 
-    described = results_of(path)
+    described = results_of(page_file)
     assert [stage["name"] for stage in described["stages"]] == ["stage 1", "stage 2"]
     assert [group["name"] for group in described["answers"]] == [
         f"records of stage {i}, answered after stage 2" for i in (1, 2)]
     for i, stage in enumerate(described["stages"], start=1):
-        _, evaluations = metrics(path.parent / f"stage{i}")
+        _, evaluations = metrics(page_file.parent / f"stage{i}")
         assert stage["evaluations"] == evaluations
         answer = [text for text, labeled in stage["tokens"] if labeled]
         assert "".join(answer).split("</s>")[0] == stage["reference"] and answer[-1] == "</s>"
@@ -191,28 +183,28 @@ def test_the_page_is_one_small_file_that_loads_nothing(make_page, capsys):
 # -- in a browser ------------------------------------------------------------------------------------------
 
 
-def open_browser(path, width=1100, height=900):
-    """Returns a headless Chromium with the page open. Nothing is fetched, not even by selenium itself."""
+@pytest.fixture
+def browser():
+    """A headless Chromium. Nothing is fetched, not even by selenium itself."""
     os.environ.update(SE_OFFLINE="true", SE_AVOID_STATS="true")
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium, see requirements-dev.txt")
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars"):
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars",
+                 "window-size=1100,900"):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-        "width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500})
-    browser.get(path.as_uri())
-    return browser
+    running = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    yield running
+    running.quit()
 
 
-@needs_browser
-def test_a_reader_moves_the_slider_and_breaks_the_picture(make_page):
-    path = make_page()
-    described = results_of(path)
+@pytest.mark.skipif(not (CHROMIUM and shutil.which("chromedriver")),
+                    reason="needs Chromium and chromedriver, see docs/checks.md")
+def test_a_reader_moves_the_slider_and_breaks_the_picture_and_it_fits_a_phone(page_file, browser):
+    described = results_of(page_file)
     question = described["questions"][1]
     question["question"], question["answer"] = HOSTILE, ["A cat.", "A cat."]
     question["erased"] = [["A cat.", "A cat."]] * 2 + [["Nothing.", "Nothing."], ["Two.", "Nothing."]]
@@ -223,73 +215,64 @@ def test_a_reader_moves_the_slider_and_breaks_the_picture(make_page):
     overflowed["correlation"], count = float("nan"), len(overflowed["tokens"])
     overflowed["attention"] = overflowed["effect"] = [[float("inf")] * 4] * count
     overflowed["probabilities"] = [["a", float("nan"), "b", float("nan")]] * count
-    path.write_text(page.make_page(described), encoding="utf-8")
-    browser = open_browser(path)
-    try:
-        def text(selector):
-            return browser.find_element("css selector", selector).text
+    page_file.write_text(page.make_page(described), encoding="utf-8")
+    browser.get(page_file.as_uri())
 
-        def elements(selector):
-            return browser.find_elements("css selector", selector)
+    def text(selector):
+        return browser.find_element("css selector", selector).text
 
-        first = described["stages"][0]["evaluations"][0]
-        browser.execute_script("arguments[0].focus()", elements("#nearest .slider input")[0])
-        elements("#nearest .slider input")[0].send_keys("\ue011")  # the Home key: to the first evaluation
-        assert text("#training .slider output") == text("#nearest .slider output") == "stage 1, step 0"
-        assert f"{first['heldout_loss']:.3f}" in text("#training table")
-        elements("#nearest .cell")[3].click()
-        for word, cosine in first["nearest_tokens"][3]:
-            assert word in text("#nearest table") and f"{cosine:.2f}" in text("#nearest table")
-        elements("#nearest .slider input")[0].send_keys("\ue010")  # End
-        assert text("#training .slider output") == "stage 2, step 1"
-        evaluations = [line for stage in described["stages"] for line in stage["evaluations"]]
-        points = elements("polyline.correct")[0].get_attribute("points").split()
-        assert len(points) == len(evaluations) - 1 and not any("NaN" in point for point in points)
+    def elements(selector):
+        return browser.find_elements("css selector", selector)
 
-        wide, narrow = (elements("#break .cell")[i] for i in (0, 3))
-        assert abs(wide.size["width"] - 2 * narrow.size["width"]) <= 2
-        assert abs(wide.size["height"] - 2 * narrow.size["height"]) <= 2
-        assert [cell.value_of_css_property("background-size") for cell in (wide, narrow)] == [
-            "150% 150%", "300% 300%"]
-        elements("#break option")[1].click()
-        assert HOSTILE.split("\u2028")[0] in text("#break .output") and text("#break .answer") == "A cat."
-        elements("#break .cell")[2].click()
-        assert text("#break .answer") == "Nothing." and "equal to the answer" in text("#break .output")
-        elements("#break .cell")[2].send_keys("\ue014", "\ue007")  # arrow right, Enter
-        assert text("#break .answer") == "Two." and "different from the answer" in text("#break .output")
-        assert len(elements("#break .cell[tabindex='0']")) == 1
-        elements("#break input[value=copied]")[0].click()
-        elements("#break .cell")[0].click()
-        assert text("#break .answer").startswith("</script>") and "A dog." in text("#break .output")
-        elements("#break .shuffle")[0].click()
-        assert text("#break .answer") == question["shuffled"][0]
-        elements("#break .undo")[0].click()
-        assert text("#break .answer") == "A cat."
+    first = described["stages"][0]["evaluations"][0]
+    browser.execute_script("arguments[0].focus()", elements("#nearest .slider input")[0])
+    elements("#nearest .slider input")[0].send_keys("\ue011")  # the Home key: to the first evaluation
+    assert text("#training .slider output") == text("#nearest .slider output") == "stage 1, step 0"
+    assert f"{first['heldout_loss']:.3f}" in text("#training table")
+    elements("#nearest .cell")[3].click()
+    for word, cosine in first["nearest_tokens"][3]:
+        assert word in text("#nearest table") and f"{cosine:.2f}" in text("#nearest table")
+    elements("#nearest .slider input")[0].send_keys("\ue010")  # End
+    assert text("#training .slider output") == "stage 2, step 1"
+    evaluations = [line for stage in described["stages"] for line in stage["evaluations"]]
+    points = elements("polyline.correct")[0].get_attribute("points").split()
+    assert len(points) == len(evaluations) - 1 and not any("NaN" in point for point in points)
 
-        question = described["questions"][0]
-        tokens = len(question["tokens"])
-        assert len(elements("#cause .tokens button")) == tokens == len(question["probabilities"])
-        chosen = max(range(tokens), key=lambda i: max(question["attention"][i]) * max(question["effect"][i]))
-        assert f"{100 * question['probabilities'][chosen][1]:.1f}%" in elements("#cause .output")[0].text
-        elements("#cause option")[2].click()
-        assert elements("#cause .output")[0].text.count("none") == 5  # instead of numbers
-        assert len(elements("#labels .labeled")) == sum(
-            labeled for stage in described["stages"] for _, labeled in stage["tokens"])
-        shown = [example for group in described["answers"] for example in group["shown"]]
-        wrong = sum(example["answer"] != example["reference"] for example in shown)
-        elements("#answers input[value=wrong]")[0].click()
-        assert sum(card.is_displayed() for card in elements("#answers .card")) == wrong
-        assert browser.title == "LLaVA: run" and not elements("b b, p > script")
-        assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    finally:
-        browser.quit()
+    wide, narrow = (elements("#break .cell")[i] for i in (0, 3))
+    assert abs(wide.size["width"] - 2 * narrow.size["width"]) <= 2
+    assert abs(wide.size["height"] - 2 * narrow.size["height"]) <= 2
+    assert [cell.value_of_css_property("background-size") for cell in (wide, narrow)] == [
+        "150% 150%", "300% 300%"]
+    elements("#break option")[1].click()
+    assert HOSTILE.split("\u2028")[0] in text("#break .output") and text("#break .answer") == "A cat."
+    elements("#break .cell")[2].click()
+    assert text("#break .answer") == "Nothing." and "equal to the answer" in text("#break .output")
+    elements("#break .cell")[2].send_keys("\ue014", "\ue007")  # arrow right, Enter
+    assert text("#break .answer") == "Two." and "different from the answer" in text("#break .output")
+    assert len(elements("#break .cell[tabindex='0']")) == 1
+    elements("#break input[value=copied]")[0].click()
+    elements("#break .cell")[0].click()
+    assert text("#break .answer").startswith("</script>") and "A dog." in text("#break .output")
+    elements("#break .shuffle")[0].click()
+    assert text("#break .answer") == question["shuffled"][0]
+    elements("#break .undo")[0].click()
+    assert text("#break .answer") == "A cat."
 
-
-@needs_browser
-def test_it_fits_a_phone(make_page):
-    browser = open_browser(make_page(stages=(1,)), width=360, height=640)
-    try:
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
-        assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    finally:
-        browser.quit()
+    question = described["questions"][0]
+    tokens = len(question["tokens"])
+    assert len(elements("#cause .tokens button")) == tokens == len(question["probabilities"])
+    chosen = max(range(tokens), key=lambda i: max(question["attention"][i]) * max(question["effect"][i]))
+    assert f"{100 * question['probabilities'][chosen][1]:.1f}%" in elements("#cause .output")[0].text
+    elements("#cause option")[2].click()
+    assert elements("#cause .output")[0].text.count("none") == 5  # instead of numbers
+    assert len(elements("#labels .labeled")) == sum(
+        labeled for stage in described["stages"] for _, labeled in stage["tokens"])
+    shown = [example for group in described["answers"] for example in group["shown"]]
+    wrong = sum(example["answer"] != example["reference"] for example in shown)
+    elements("#answers input[value=wrong]")[0].click()
+    assert sum(card.is_displayed() for card in elements("#answers .card")) == wrong
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
+        "width": 360, "height": 640, "deviceScaleFactor": 1, "mobile": True})
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+    assert browser.title == "LLaVA: run" and not elements("b b, p > script")
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
