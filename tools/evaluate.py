@@ -227,9 +227,11 @@ def evaluate(model, dataset, name, result, args):
     settings = dataset, asked, device, args.batch_size, args.max_new_tokens
     answers = answer_questions(model, dataset.template, *settings)
     result["counts"][name] = len(asked)
+    if not (scored or yes_no):
+        return f"{len(asked)} of the generated {name}", list(zip(asked, answers))
     if is_toy:
         result |= score_captions(answers, [question.reference for question in asked])
-    elif scored or yes_no:
+    else:
         different = answer_questions(model, dataset.template, *settings, different_image=True)
         if scored:
             key = "captions_exact" if name == "captions" else "qa_exact"
@@ -243,11 +245,10 @@ def evaluate(model, dataset, name, result, args):
             for key, texts in (("yes_no", answers), ("yes_no_different", different)):
                 result[key] = score_yes_no([asked[i].reference for i in positions],
                                            [texts[i] for i in positions])
-    pairs, title = list(zip(asked, answers)), f"{len(asked)} of the generated {name}"
-    if scored or yes_no:
-        pairs = [(question, answer) for question, answer in pairs if answer != question.reference]
-        title = f"{len(pairs)} of {len(asked)} generated {name} differ from the reference answer"
-    return title, pairs[:args.count]
+    mistakes = [(question, answer) for question, answer in zip(asked, answers)
+                if answer != question.reference]
+    title = f"{len(mistakes)} of {len(asked)} generated {name} differ from the reference answer"
+    return title, mistakes[:args.count]
 
 
 def main():

@@ -24,7 +24,7 @@ const titled = (title, text, style = "") =>
 const tableRow = (...cells) => make("tr", {}, ...cells.map((cell) => make("td", {}, cell)));
 const number = (value, digits) => value?.toFixed(digits) ?? "none"; // null: it was not finite
 const percent = (fraction, digits = 0) =>
-  fraction === null ? "none" : `${number(100 * fraction, digits)}%`;
+  fraction === null ? "none" : `${(100 * fraction).toFixed(digits)}%`;
 const indexOfLargest = (values) => values.indexOf(Math.max(...values));
 const sum = (values) => values.reduce((a, b) => a + b, 0);
 
