@@ -16,10 +16,11 @@ import sys
 import tempfile
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from support.images import ImageStore
 from support.records import image_name, read_records, split_records
@@ -44,18 +45,10 @@ def write_data(data, images):
         file.write("]")
 
 
-class Members(Dataset):
-    """Sample i is the content of the image of record i, not decoded."""
-
-    def __init__(self, records):
-        self.records = records
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, i):
-        images, name = self.records.images, image_name(self.records[i])
-        return int(images.zip_file().read(images.find(name)))
+def read_members(records, indices):
+    """Returns what the images of these records contain, not decoded."""
+    images = records.images
+    return [int(images.zip_file().read(images.find(image_name(records[i])))) for i in indices]
 
 
 def memory(process):
@@ -83,11 +76,12 @@ def main():
         records = timed("opened chat.json", read_records, data, store)
         train_records, _ = timed("held out 256 records", split_records, records, 256, 0, 0)
         order = torch.randperm(len(train_records))[:args.samples].tolist()
-        loader = iter(DataLoader(Members(train_records), sampler=order, batch_size=4, num_workers=2))
-        numbers = timed("first batch", next, loader).tolist()
+        loader = iter(DataLoader(order, batch_size=4, collate_fn=partial(read_members, train_records),
+                                 num_workers=2))
+        numbers = timed("first batch", next, loader)
         workers = [process.pid for process in multiprocessing.active_children()]
         for _ in range(len(order) // 4 - 20):  # the workers end after the last batch
-            numbers += next(loader).tolist()
+            numbers += next(loader)
         sizes = [memory(process) for process in (os.getpid(), *workers)]
     if numbers != [int(train_records[i]["id"][-9:]) for i in order[:len(numbers)]]:
         sys.exit("data_scale.py: a sample has the content of another image")
