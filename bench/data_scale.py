@@ -16,49 +16,39 @@ import sys
 import tempfile
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from support.images import ImageStore
 from support.records import image_name, read_records, split_records
 
+COUNT = 595_375  # records, and members of the .zip file
 WORDS = "olive oil is a healthy ingredient used liberally in this part of the world , says person".split()
 BOUND = 1.5e9  # bytes
 
 
-def write_chat_json(path, count):
-    """Writes records in the format of LLaVA-CC3M-Pretrain-595K, with captions of 5 to 30 words."""
+def write_data(data, images):
+    """Writes records in the format of LLaVA-CC3M-Pretrain-595K, with captions of 5 to 30 words, and a .zip
+    file with as many members, of a few bytes each."""
     rng = random.Random(0)
-    with open(path, "w", encoding="utf-8") as file:
-        for i in range(count):
+    with open(data, "w", encoding="utf-8") as file, zipfile.ZipFile(images, "w") as archive:
+        for i in range(COUNT):
+            name = f"GCC_train_{i:09d}"
             turns = [{"from": "human", "value": "Provide a brief description of the given image.\n<image>"},
                      {"from": "gpt", "value": " ".join(rng.choices(WORDS, k=rng.randint(5, 30)))}]
-            record = {"id": f"GCC_train_{i:09d}", "image": f"GCC_train_{i:09d}.jpg", "conversations": turns}
+            record = {"id": name, "image": f"{name}.jpg", "conversations": turns}
             file.write((", " if i else "[") + json.dumps(record))
+            archive.writestr(f"{name}.jpg", f"{i}")
         file.write("]")
 
 
-def write_images_zip(path, count):
-    """Writes a .zip file with as many members, of a few bytes each."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for i in range(count):
-            archive.writestr(f"GCC_train_{i:09d}.jpg", f"{i}")
-
-
-class Members(Dataset):
-    """Sample i is the content of the image of record i, not decoded."""
-
-    def __init__(self, records):
-        self.records = records
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, i):
-        images, name = self.records.images, image_name(self.records[i])
-        return int(images.zip_file().read(images.find(name)))
+def read_members(records, indices):
+    """Returns what the images of these records contain, not decoded."""
+    images = records.images
+    return [int(images.zip_file().read(images.find(image_name(records[i])))) for i in indices]
 
 
 def memory(process):
@@ -77,22 +67,21 @@ def timed(title, function, *args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--count", type=int, default=595_375, help="records, and members of the .zip file")
     parser.add_argument("--samples", type=int, default=20_000, help="how many are read")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data, images = Path(folder) / "chat.json", Path(folder) / "images.zip"
-        timed("wrote chat.json", write_chat_json, data, args.count)
-        timed("wrote images.zip", write_images_zip, images, args.count)
+        timed("wrote both", write_data, data, images)
         store = timed("opened images.zip", ImageStore, images)
         records = timed("opened chat.json", read_records, data, store)
         train_records, _ = timed("held out 256 records", split_records, records, 256, 0, 0)
         order = torch.randperm(len(train_records))[:args.samples].tolist()
-        loader = iter(DataLoader(Members(train_records), sampler=order, batch_size=4, num_workers=2))
-        numbers = timed("first batch", next, loader).tolist()
+        loader = iter(DataLoader(order, batch_size=4, collate_fn=partial(read_members, train_records),
+                                 num_workers=2))
+        numbers = timed("first batch", next, loader)
         workers = [process.pid for process in multiprocessing.active_children()]
         for _ in range(len(order) // 4 - 20):  # the workers end after the last batch
-            numbers += next(loader).tolist()
+            numbers += next(loader)
         sizes = [memory(process) for process in (os.getpid(), *workers)]
     if numbers != [int(train_records[i]["id"][-9:]) for i in order[:len(numbers)]]:
         sys.exit("data_scale.py: a sample has the content of another image")

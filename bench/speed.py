@@ -31,7 +31,7 @@ from transformers import (CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaF
 
 from data import collate
 from model import IGNORE_INDEX, LORA_TARGETS, Llava, count_patches
-from support.devices import DTYPES, choose_attention, choose_device, choose_dtype
+from support.devices import choose_attention, choose_device, choose_dtype
 
 warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated")  # see support/errors.py
 PAD = 2  # Llama's end token, which is its padding token too
@@ -193,19 +193,17 @@ def compare(stage, config, device, dtype, plan):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="mid", help="sizes of the models")
-    parser.add_argument("--stage", type=int, choices=(1, 2), help="default: both")
     parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu, cuda, …")
-    parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller steps")
     args = parser.parse_args()
-    device, dtype = args.device, choose_dtype(args.precision, args.device)
+    device, dtype = args.device, choose_dtype("auto", args.device)
     config, rows = geometry(args.geometry, choose_attention(device, dtype)), []
     # {stage: (samples of a micro-batch, samples of a step, pairs)}. In the stages, a step has 128 samples.
     plan = ({1: (4, 4, 3), 2: (2, 4, 2)} if args.quick else {1: (4, 128, 12), 2: (2, 128, 3)}
             if device.type == "cuda" else {1: (4, 4, 12), 2: (4, 32, 3)})
     torch.manual_seed(0)
     print(f"geometry {args.geometry}, {dtype} on {device}, {torch.get_num_threads()} threads")
-    for stage in [args.stage] if args.stage else (1, 2):
+    for stage in (1, 2):
         print(f"stage {stage}", flush=True)
         rows += compare(stage, config, device, dtype, plan)
     print("\n| | ratio (least–most) | tokens/s, ours / the peer | samples/s, ours |\n|--|--|--|--|")

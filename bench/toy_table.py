@@ -1,11 +1,10 @@
 """Trains and evaluates both stages on the toy world and prints the table of results for the README.
 
-    python -m bench.toy_table                  about 20 minutes on 2 cores; add --seeds 0 for one seed
-    python -m bench.toy_table --precision fp16 --seeds 0 --no-controls      about 30 minutes on 2 cores
+    python -m bench.toy_table      about 20 minutes on 2 cores; add --seeds 0 for one seed
 
 The columns are keys of eval.json, which tools/evaluate.py explains. A second number after "/" is the control
 with a different image: the captions are compared with a different scene, or the question is asked about a
-different image. "Worst kind" is the kind of question with the smallest fraction of correct answers.
+different image.
 
 The last two rows are controls. Their numbers should be close to chance. One evaluates an untrained projector,
 the other a projector that was trained on captions of different images. The runs are written to runs/table/.
@@ -34,36 +33,29 @@ def run(*arguments):
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
 
 
-def print_row(name, folder, stage, precision="fp32"):
+def print_row(name, folder, stage):
     """Evaluates a run and prints its row of the table."""
-    run("-m", "tools.evaluate", "--run", folder, "--stage", stage, "--precision", precision)
+    run("-m", "tools.evaluate", "--run", folder, "--stage", stage)
     result = json.loads((folder / f"stage{stage}" / "eval.json").read_text())
     cells = []
     for key in COLUMNS.values():
         numbers = [f"{result[k]:.3f}" for k in (key, f"{key}_different") if k in result]
         cells.append(" / ".join(numbers) or "–")
-    by_kind = result.get("qa_exact_by_kind")
-    cells.append(f"{min(by_kind.values()):.3f} ({min(by_kind, key=by_kind.get)})" if by_kind else "–")
     print("| " + " | ".join([name, *cells]) + " |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--no-controls", action="store_true", help="leave out the last two rows")
     args = parser.parse_args()
     world.draw_if_missing()
-    header = ["run", *COLUMNS, "worst kind"]
-    print("| " + " | ".join(header) + " |\n|" + "--|" * len(header), flush=True)
+    print(f"| run | {' | '.join(COLUMNS)} |\n|--|{'--|' * len(COLUMNS)}", flush=True)
     for seed in args.seeds:
-        folder = TABLE / f"seed{seed}-{args.precision}"
+        folder = TABLE / f"seed{seed}"
         for script in STAGES.values():
-            run(script, "--run", folder, "--seed", seed, "--precision", args.precision, "--restart")
+            run(script, "--run", folder, "--seed", seed, "--restart")
         for stage in STAGES:
-            print_row(f"stage {stage}, seed {seed}, {args.precision}", folder, stage, args.precision)
-    if args.no_controls:
-        return
+            print_row(f"stage {stage}, seed {seed}", folder, stage)
 
     run(STAGES[1], "--run", TABLE / "untrained", "--max-steps", 0, "--restart")
     print_row("control: untrained projector", TABLE / "untrained", 1)
@@ -73,7 +65,7 @@ def main():
     images = [record["image"] for record in records]
     for record, image in zip(records, images[1:] + images[:1]):
         record["image"] = image
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     (folder / "chat.json").write_text(json.dumps(records))
     run(STAGES[1], "--run", folder, "--data", folder / "chat.json", "--restart",
         "--heldout-data", world.DATA / "heldout_chat.json", "--heldout-images", world.DATA / "heldout.zip")

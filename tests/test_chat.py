@@ -13,9 +13,6 @@ from conftest import N, REPOSITORY, draw, make_llm
 
 from tools import chat
 
-CHAT = [sys.executable, "-m", "tools.chat"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-
 
 @pytest.fixture
 def talk(tiny, monkeypatch, tmp_path):
@@ -69,7 +66,7 @@ def test_each_prompt_contains_all_earlier_turns(talk, capsys):
 
 
 def test_a_new_image_begins_a_new_conversation_but_a_wrong_path_changes_nothing(talk, capsys):
-    lines = ("What?", "/image nothing.png", "And?", "/image 'my blue.png'", "Which?")
+    lines = ("What?", "/image nothing.png", "And?", "/image red.png", "Which?")
     prompts, images = talk(["a cat", "olive oil", "Yes"], *lines, image=None)
     assert "<image>" not in prompts[0] and images[0].shape[0] == 0  # no image yet
     assert "a cat" in prompts[1] and "nothing.png" in capsys.readouterr().out
@@ -79,17 +76,15 @@ def test_a_new_image_begins_a_new_conversation_but_a_wrong_path_changes_nothing(
 
 def test_an_image_can_be_named_as_a_terminal_or_a_shell_does(talk, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in (r"my\ blue.png", '"my blue.png"', "~/red.png", r"~/my\ blue.png"):
+    for name in (r"my\ blue.png", '"my blue.png"', "'my blue.png'", "~/red.png"):
         prompts, images = talk(["a cat"], f"/image {name}", "What?", image=None)
         assert prompts[0].count("<image>") == N and images[0].shape == (1, 3, 28, 28), name
 
 
 def test_commands_are_no_questions(talk, capsys):
-    prompts, _ = talk(["a cat"], "/help", "/image", "/clear", "/imagefoo.png", "What?", "/quit", "never")
+    prompts, _ = talk(["a cat"], "/help", "/image", "/imagefoo.png", "What?", "/quit", "never")
     assert len(prompts) == 1 and "What?" in prompts[0]
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == [chat.COMMANDS, "Name a file: /image FILE", f"/clear is not a command. {chat.COMMANDS}",
-                     f"/imagefoo.png is not a command. {chat.COMMANDS}", "a cat"]
+    assert capsys.readouterr().out.splitlines() == [chat.COMMANDS] * 3 + ["a cat"]
 
 
 def test_the_generated_part_of_a_stopped_answer_stays_in_the_conversation(talk, capsys):
@@ -112,9 +107,10 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_ends_the_program(tmp_path, fla
     endless = make_llm(tmp_path / "endless", max_position_embeddings=100_000)
     script("stage1_align", *flags(1, max_steps=0, llm=endless, run=tmp_path / "run"))
     draw("red").save(tmp_path / "red.png")
-    words = ["--run", tmp_path / "run", "--image", "red.png", "--max-new-tokens", "50000"]
+    words = ["--run", "run", "--image", "red.png", "--max-new-tokens", "50000"]
     process = subprocess.Popen(
-        [*CHAT, *words], cwd=tmp_path, env=ENVIRONMENT,
+        [sys.executable, "-m", "tools.chat", *words], cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         # Python handles Ctrl-C only if the signal is not ignored, as it is in a background job.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))

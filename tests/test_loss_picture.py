@@ -61,9 +61,7 @@ def test_what_cannot_be_drawn_or_written_is_refused_in_one_sentence(refusal, tmp
     run = tmp_path / "run"
     assert "holds no losses yet" in refusal("tools.loss_picture", "--run", run)
     write_metrics(run / "stage1", [(2.0, 2.0)])
-    for out in ("", ".", run, tmp_path / "none" / "a.svg"):
-        assert "name a file in a writable folder with --out" in refusal("tools.loss_picture", "--run", run,
-                                                                       "--out", out)
-    for damaged in ("{", "5", "\0"):
-        (run / "stage1" / "metrics.jsonl").write_text(f'{{"step": 0, "heldout_loss": 1.0}}\n{damaged}\n')
-        assert "line 2 of" in refusal("tools.loss_picture", "--run", run)
+    for out in (run, tmp_path / "none" / "a.svg"):
+        assert "cannot write" in refusal("tools.loss_picture", "--run", run, "--out", out)
+    (run / "stage1" / "metrics.jsonl").write_text('{"step": 0, "heldout_loss": 1.0}\n{\n')
+    assert "cannot read" in refusal("tools.loss_picture", "--run", run)

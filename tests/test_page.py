@@ -1,23 +1,14 @@
-"""tools.page: its numbers are those of the model, the page is one safe file, and a browser shows it.
+"""tools.page: its numbers are those of the model, the page is one safe file, and a browser shows it."""
 
-These take the screenshots of the README:
-    python tests/test_page.py runs/toy/page.html docs/page.png nearest break
-    python tests/test_page.py runs/small/page.html docs/small.png training nearest
-"""
-
-import io
 import json
 import os
 import re
 import shutil
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import N, metrics
-from PIL import Image
 
 from data import ChatDataset
 from support.evaluation import generate_answers
@@ -27,8 +18,6 @@ from tools import page
 
 HOSTILE = "</script><script>document.title = 'broken'</script><!-- <b>&amp;\u2028"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(not (CHROMIUM and shutil.which("chromedriver")),
-                                   reason="needs Chromium and chromedriver, see docs/checks.md")
 
 
 def results_of(path):
@@ -38,16 +27,12 @@ def results_of(path):
 
 
 @pytest.fixture
-def make_page(script, flags, tmp_path):
-    """make_page(stages) trains each stage for one step and returns the path of the page."""
-    def make(stages=(1, 2), words=(), **changes):
-        for stage in stages:
-            script({1: "stage1_align", 2: "stage2_instruct"}[stage],
-                   *flags(stage, max_steps=1, eval_every=1, run=tmp_path / "run", **changes))
-        script("tools.page", "--run", tmp_path / "run", "--device", "cpu", "--max-new-tokens", 4, *words)
-        return tmp_path / "run" / "page.html"
-
-    return make
+def page_file(script, flags, tmp_path):
+    """The page of a run whose stages have trained for one step each."""
+    for stage, name in ((1, "stage1_align"), (2, "stage2_instruct")):
+        script(name, *flags(stage, max_steps=1, eval_every=1, run=tmp_path / "run"))
+    script("tools.page", "--run", tmp_path / "run", "--device", "cpu", "--max-new-tokens", 4)
+    return tmp_path / "run" / "page.html"
 
 
 @pytest.fixture
@@ -171,26 +156,21 @@ def test_the_expected_answers_follow_from_the_scene():
 # -- the file ----------------------------------------------------------------------------------------------
 
 
-def test_the_page_is_one_small_file_that_loads_nothing(make_page, capsys):
-    path = make_page()
-    assert f"wrote {path}" in capsys.readouterr().out
-    text = path.read_text(encoding="utf-8")
-    assert path.stat().st_size < 1_000_000
+def test_the_page_is_one_small_file_that_loads_nothing(page_file):
+    text = page_file.read_text(encoding="utf-8")
+    assert page_file.stat().st_size < 1_000_000
     assert set(re.findall(r"https?://[^\"'`\s]*", text)) <= {"http://www.w3.org/${space}"}
     assert not re.search(r"<link|<iframe|\bimport\b|\bfetch\(|XMLHttpRequest|@import|innerHTML|outerHTML|"
                          r"insertAdjacentHTML|document\.write|\beval\(", text)
     assert text.count("</script>") == 2 and "default-src 'none'" in text
 
-    described = results_of(path)
+    described = results_of(page_file)
     assert [stage["name"] for stage in described["stages"]] == ["stage 1", "stage 2"]
     assert [group["name"] for group in described["answers"]] == [
         f"records of stage {i}, answered after stage 2" for i in (1, 2)]
     for i, stage in enumerate(described["stages"], start=1):
-        _, evaluations = metrics(path.parent / f"stage{i}")
-        assert [line["nearest"] for line in stage["evaluations"]] == [
-            line["nearest_tokens"] for line in evaluations]
-        assert [line["loss"] for line in stage["evaluations"]] == [
-            line["heldout_loss"] for line in evaluations]
+        _, evaluations = metrics(page_file.parent / f"stage{i}")
+        assert stage["evaluations"] == evaluations
         answer = [text for text, labeled in stage["tokens"] if labeled]
         assert "".join(answer).split("</s>")[0] == stage["reference"] and answer[-1] == "</s>"
         assert [f"<image>×{N}", False] in stage["tokens"]
@@ -203,120 +183,96 @@ def test_the_page_is_one_small_file_that_loads_nothing(make_page, capsys):
 # -- in a browser ------------------------------------------------------------------------------------------
 
 
-def open_browser(path, width=1100, height=900):
-    """Returns a headless Chromium with the page open. Nothing is fetched, not even by selenium itself."""
+@pytest.fixture
+def browser():
+    """A headless Chromium. Nothing is fetched, not even by selenium itself."""
     os.environ.update(SE_OFFLINE="true", SE_AVOID_STATS="true")
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium, see requirements-dev.txt")
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars"):
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars",
+                 "window-size=1100,900"):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-        "width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500})
-    browser.get(Path(path).resolve().as_uri())
-    return browser
+    running = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    yield running
+    running.quit()
 
 
-@needs_browser
-def test_a_reader_moves_the_slider_and_breaks_the_picture(make_page):
-    path = make_page()
-    described = results_of(path)
+@pytest.mark.skipif(not (CHROMIUM and shutil.which("chromedriver")),
+                    reason="needs Chromium and chromedriver, see docs/checks.md")
+def test_a_reader_moves_the_slider_and_breaks_the_picture_and_it_fits_a_phone(page_file, browser):
+    described = results_of(page_file)
     question = described["questions"][1]
     question["question"], question["answer"] = HOSTILE, ["A cat.", "A cat."]
     question["erased"] = [["A cat.", "A cat."]] * 2 + [["Nothing.", "Nothing."], ["Two.", "Nothing."]]
     question["copied"] = [[HOSTILE, "A dog."]] + [["A cat.", None]] * 3
-    described["stages"][1]["evaluations"][0] |= {"loss": None, "match": None}  # a loss that was not finite
+    described["stages"][1]["evaluations"][0] |= dict.fromkeys(("heldout_loss", "heldout_correct_more_likely"))
     described["regions"] = [2, 1]  # as in a grid of 3 × 3 patches with 2 × 2 regions
-    path.write_text(page.make_page(described), encoding="utf-8")
-    browser = open_browser(path)
-    try:
-        def text(selector):
-            return browser.find_element("css selector", selector).text
+    overflowed = described["questions"][2]
+    overflowed["correlation"], count = float("nan"), len(overflowed["tokens"])
+    overflowed["attention"] = overflowed["effect"] = [[float("inf")] * 4] * count
+    overflowed["probabilities"] = [["a", float("nan"), "b", float("nan")]] * count
+    page_file.write_text(page.make_page(described), encoding="utf-8")
+    browser.get(page_file.as_uri())
 
-        def elements(selector):
-            return browser.find_elements("css selector", selector)
+    def text(selector):
+        return browser.find_element("css selector", selector).text
 
-        first = described["stages"][0]["evaluations"][0]
-        browser.execute_script("arguments[0].focus()", elements("#nearest .slider input")[0])
-        elements("#nearest .slider input")[0].send_keys("\ue011")  # the Home key: to the first evaluation
-        assert text("#training .slider output") == text("#nearest .slider output") == "stage 1, step 0"
-        assert f"{first['loss']:.3f}" in text("#training table")
-        elements("#nearest .cell")[3].click()
-        for word, cosine in first["nearest"][3]:
-            assert word in text("#nearest table") and f"{cosine:.2f}" in text("#nearest table")
-        elements("#nearest .slider input")[0].send_keys("\ue010")  # End
-        assert text("#training .slider output") == "stage 2, step 1"
-        evaluations = [line for stage in described["stages"] for line in stage["evaluations"]]
-        points = elements("polyline.correct")[0].get_attribute("points").split()
-        assert len(points) == len(evaluations) - 1 and not any("NaN" in point for point in points)
+    def elements(selector):
+        return browser.find_elements("css selector", selector)
 
-        wide, narrow = (elements("#break .cell")[i] for i in (0, 3))
-        assert abs(wide.size["width"] - 2 * narrow.size["width"]) <= 2
-        assert abs(wide.size["height"] - 2 * narrow.size["height"]) <= 2
-        assert [cell.value_of_css_property("background-size") for cell in (wide, narrow)] == [
-            "150% 150%", "300% 300%"]
-        elements("#break option")[1].click()
-        assert HOSTILE.split("\u2028")[0] in text("#break .output") and text("#break .answer") == "A cat."
-        elements("#break .cell")[2].click()
-        assert text("#break .answer") == "Nothing." and "equal to the answer" in text("#break .output")
-        elements("#break .cell")[2].send_keys("\ue014", "\ue007")  # arrow right, Enter
-        assert text("#break .answer") == "Two." and "different from the answer" in text("#break .output")
-        assert len(elements("#break .cell[tabindex='0']")) == 1
-        elements("#break input[value=copied]")[0].click()
-        elements("#break .cell")[0].click()
-        assert text("#break .answer").startswith("</script>") and "A dog." in text("#break .output")
-        elements("#break .shuffle")[0].click()
-        assert text("#break .answer") == question["shuffled"][0]
-        elements("#break .undo")[0].click()
-        assert text("#break .answer") == "A cat."
+    first = described["stages"][0]["evaluations"][0]
+    browser.execute_script("arguments[0].focus()", elements("#nearest .slider input")[0])
+    elements("#nearest .slider input")[0].send_keys("\ue011")  # the Home key: to the first evaluation
+    assert text("#training .slider output") == text("#nearest .slider output") == "stage 1, step 0"
+    assert f"{first['heldout_loss']:.3f}" in text("#training table")
+    elements("#nearest .cell")[3].click()
+    for word, cosine in first["nearest_tokens"][3]:
+        assert word in text("#nearest table") and f"{cosine:.2f}" in text("#nearest table")
+    elements("#nearest .slider input")[0].send_keys("\ue010")  # End
+    assert text("#training .slider output") == "stage 2, step 1"
+    evaluations = [line for stage in described["stages"] for line in stage["evaluations"]]
+    points = elements("polyline.correct")[0].get_attribute("points").split()
+    assert len(points) == len(evaluations) - 1 and not any("NaN" in point for point in points)
 
-        question = described["questions"][0]
-        tokens = len(question["tokens"])
-        assert len(elements("#cause .tokens button")) == tokens == len(question["probabilities"])
-        chosen = max(range(tokens), key=lambda i: max(question["attention"][i]) * max(question["effect"][i]))
-        assert f"{100 * question['probabilities'][chosen][1]:.1f}%" in elements("#cause .output")[0].text
-        assert len(elements("#labels .labeled")) == sum(
-            labeled for stage in described["stages"] for _, labeled in stage["tokens"])
-        shown = [example for group in described["answers"] for example in group["shown"]]
-        wrong = sum(example["answer"] != example["reference"] for example in shown)
-        elements("#answers input[value=wrong]")[0].click()
-        assert sum(card.is_displayed() for card in elements("#answers .card")) == wrong
-        assert browser.title == "LLaVA: run" and not elements("b b, p > script")
-        assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    finally:
-        browser.quit()
+    wide, narrow = (elements("#break .cell")[i] for i in (0, 3))
+    assert abs(wide.size["width"] - 2 * narrow.size["width"]) <= 2
+    assert abs(wide.size["height"] - 2 * narrow.size["height"]) <= 2
+    assert [cell.value_of_css_property("background-size") for cell in (wide, narrow)] == [
+        "150% 150%", "300% 300%"]
+    elements("#break option")[1].click()
+    assert HOSTILE.split("\u2028")[0] in text("#break .output") and text("#break .answer") == "A cat."
+    elements("#break .cell")[2].click()
+    assert text("#break .answer") == "Nothing." and "equal to the answer" in text("#break .output")
+    elements("#break .cell")[2].send_keys("\ue014", "\ue007")  # arrow right, Enter
+    assert text("#break .answer") == "Two." and "different from the answer" in text("#break .output")
+    assert len(elements("#break .cell[tabindex='0']")) == 1
+    elements("#break input[value=copied]")[0].click()
+    elements("#break .cell")[0].click()
+    assert text("#break .answer").startswith("</script>") and "A dog." in text("#break .output")
+    elements("#break .shuffle")[0].click()
+    assert text("#break .answer") == question["shuffled"][0]
+    elements("#break .undo")[0].click()
+    assert text("#break .answer") == "A cat."
 
-
-@needs_browser
-def test_it_fits_a_phone(make_page):
-    browser = open_browser(make_page(stages=(1,)), width=360, height=640)
-    try:
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
-        assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    finally:
-        browser.quit()
-
-
-def take_screenshot(path, picture, first, last):
-    """Writes a picture of the parts `first` to `last` of a page. In the part "break", a patch is erased that
-    changes the answer, if there is one."""
-    question = results_of(Path(path))["questions"][0]
-    erased = [i for i, (answer, _) in enumerate(question["erased"]) if answer != question["answer"][0]]
-    browser = open_browser(path, width=940, height=2000)
-    if erased:
-        browser.find_elements("css selector", "#break .cell")[erased[0]].click()
-    browser.execute_script("window.scrollTo(0, 0)")
-    top, bottom = (browser.find_element("css selector", f"#{part}").rect for part in (first, last))
-    image = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
-    browser.quit()
-    image = image.crop((0, top["y"] - 10, 940, bottom["y"] + bottom["height"] + 10))
-    # 128 colors of full coverage: the PNG becomes a third as large, and rare colors such as red are kept.
-    image.quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=0).save(picture, optimize=True)
-
-
-if __name__ == "__main__":
-    take_screenshot(*sys.argv[1:])
+    question = described["questions"][0]
+    tokens = len(question["tokens"])
+    assert len(elements("#cause .tokens button")) == tokens == len(question["probabilities"])
+    chosen = max(range(tokens), key=lambda i: max(question["attention"][i]) * max(question["effect"][i]))
+    assert f"{100 * question['probabilities'][chosen][1]:.1f}%" in elements("#cause .output")[0].text
+    elements("#cause option")[2].click()
+    assert elements("#cause .output")[0].text.count("none") == 5  # instead of numbers
+    assert len(elements("#labels .labeled")) == sum(
+        labeled for stage in described["stages"] for _, labeled in stage["tokens"])
+    shown = [example for group in described["answers"] for example in group["shown"]]
+    wrong = sum(example["answer"] != example["reference"] for example in shown)
+    elements("#answers input[value=wrong]")[0].click()
+    assert sum(card.is_displayed() for card in elements("#answers .card")) == wrong
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
+        "width": 360, "height": 640, "deviceScaleFactor": 1, "mobile": True})
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+    assert browser.title == "LLaVA: run" and not elements("b b, p > script")
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]

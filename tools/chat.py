@@ -4,7 +4,7 @@
 
     a line         is a question; the answer is printed while it is generated
     /image FILE    shows another image and begins a new conversation
-    /help          lists these commands
+    /help          lists these commands, as does every other word that begins with /
     Ctrl-C         stops an answer; what was generated stays in the conversation
     Ctrl-D, /quit  ends the program, as does Ctrl-C while no answer is generated
 
@@ -25,29 +25,25 @@ from data import IMAGE_TOKEN
 from support.errors import UserError, printable, run_script
 from support.answers import AnswerPrinter, print_answer
 from support.pretrained import load_image
-from support.trained import add_run_flags, load_run
 from support.settings import INT_FROM_1, FLOAT_FROM_0
+from support.trained import add_run_flags, load_run
 
 COMMANDS = "/image FILE shows another image, /quit or Ctrl-D ends the conversation, Ctrl-C stops an answer."
 
 
 def read_path(text):
     """Returns a file name that was typed, or dropped on the terminal, which then quotes or escapes it."""
-    path = text.strip()
-    if path[:1] in ("'", '"'):
-        path = path.strip("'\"")
-    elif os.name != "nt":  # on Windows, \ separates folders
-        path = re.sub(r"\\(.)", r"\1", path)
-    return os.path.expanduser(path)
+    path = text.strip("'\" ")
+    return os.path.expanduser(path if os.name == "nt" else re.sub(r"\\(.)", r"\1", path))
 
 
-def drop_oldest_turns(messages, template, has_image, num_image_tokens, max_tokens):
+def drop_oldest_turns(messages, template, has_image, max_tokens):
     """Returns (messages, ids of the prompt) without the oldest questions and answers, so that the prompt has
     at most `max_tokens` tokens. The last question and the image, which stands before the first question that
     is left, are never dropped."""
     while True:
         first = f"{IMAGE_TOKEN}\n{messages[0]['content']}" if has_image else messages[0]["content"]
-        ids = template.encode_prompt([{**messages[0], "content": first}, *messages[1:]], num_image_tokens)
+        ids = template.encode_prompt([{**messages[0], "content": first}, *messages[1:]])
         if len(ids) <= max_tokens or len(messages) == 1:
             return messages, ids
         messages = messages[2:]
@@ -58,7 +54,7 @@ def answer_question(model, template, messages, question, pixel_values, max_new_t
     unchanged if no answer was generated."""
     context = template.context_length
     longer = messages + [{"role": "user", "content": template.escape(question)}]
-    kept, ids = drop_oldest_turns(longer, template, pixel_values is not None, model.num_image_tokens,
+    kept, ids = drop_oldest_turns(longer, template, pixel_values is not None,
                                   context - min(max_new_tokens, context // 2))
     if len(kept) < len(longer):
         print(f"(The model can read {context} tokens. The oldest questions and answers were dropped: "
@@ -84,8 +80,6 @@ def converse(model, template, image_processor, pixel_values, max_new_tokens, tem
         print(COMMANDS)
         with suppress(ImportError):  # not on Windows
             import readline  # noqa: F401 - gives input() its arrow keys
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # a byte that is not UTF-8 must not end the conversation
     with suppress(EOFError, KeyboardInterrupt):
         while True:
             # A question that is copied from training data may contain <image>. Training removes it, too.
@@ -93,9 +87,7 @@ def converse(model, template, image_processor, pixel_values, max_new_tokens, tem
             command, _, rest = line.partition(" ")
             if command == "/quit":
                 break
-            if command == "/image" and not rest:
-                print("Name a file: /image FILE", flush=True)
-            elif command == "/image":
+            if command == "/image" and rest:
                 path = read_path(rest)
                 try:
                     pixel_values = load_image(path, image_processor)
@@ -105,8 +97,7 @@ def converse(model, template, image_processor, pixel_values, max_new_tokens, tem
                 messages = []  # the model was trained on one image per conversation
                 print(f"{printable(path)}: a new conversation", flush=True)
             elif command.startswith("/"):
-                print("" if command == "/help" else f"{printable(line)} is not a command. ", COMMANDS, sep="",
-                      flush=True)
+                print(COMMANDS, flush=True)
             elif line:
                 messages = answer_question(model, template, messages, line, pixel_values, max_new_tokens,
                                            temperature)

@@ -96,20 +96,17 @@ def fetch_images(names, fetch, folder):
     """Writes fetch(name) to the folder for each of the names, and prints those that could not be fetched."""
     def save_image(name):
         content = fetch(name)
-        if content is None:
-            return 0
-        with atomic_write(folder / name) as temporary:
-            return temporary.write_bytes(content)
+        if content is not None:
+            with atomic_write(folder / name) as temporary:
+                temporary.write_bytes(content)
+        return content is not None
 
-    unavailable, num_bytes, pool = [], 0, ThreadPoolExecutor(16)
+    pool = ThreadPoolExecutor(16)
     try:
-        bar = tqdm(pool.map(save_image, names), total=len(names), unit="image")
-        for size, name in zip(bar, names):
-            num_bytes += size
-            bar.set_postfix_str(f"{num_bytes / 1e6:,.0f} MB", refresh=False)
-            unavailable += [] if size else [name]
+        saved = list(tqdm(pool.map(save_image, names), total=len(names), unit="image"))
     finally:
         pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C
+    unavailable = [name for name, ok in zip(names, saved) if not ok]
     if unavailable:
         print(f"NOTE: {len(unavailable):,} of {len(names):,} images are missing on the server or damaged:",
               ", ".join(unavailable[:10]), "…" * (len(unavailable) > 10))

@@ -18,9 +18,9 @@ evaluated on both, if the run has both. Stage 2 may have forgotten how to write 
     captions_correct_more_likely
                           fraction of the records whose reference answers are more likely with the correct
                           image than with a different one; chance is 0.5
-    captions_same_image   number of records that the two controls with a different image leave out, because
-                          their different image would be the same one; only if there are any
-    captions_not_finite   images of the records that are left out, because their loss is not finite; likewise
+    captions_same_image, captions_not_finite
+                          records that these numbers leave out, if there are any: how many have no different
+                          image, and the images of those whose loss is not finite
     answers_loss, …       the same numbers for the records of stage 2
     objects_f1, caption_f1
                           F1 of the objects (color, shape) in the generated captions, and of (color, shape,
@@ -38,9 +38,6 @@ evaluated on both, if the run has both. Stage 2 may have forgotten how to write 
                           accuracy, precision, recall, F1 and the fraction of answers with "yes", for
                           questions whose reference answer is yes or no, counted as POPE does
                           (arXiv:2305.10355)
-    captions_groups, answers_groups
-                          {group: losses and fraction as above}, if the kinds name groups: "photo, color" and
-                          "photo, count" belong to the group "photo"
     most_frequent_by_kind
                           for each kind, the fraction of the most frequent answer among the generated and
                           among the reference answers. The second is what always giving that answer would
@@ -64,9 +61,9 @@ from support.evaluation import (generate_answers, make_heldout_batches, measure_
                                 records_with_other_images)
 from support.files import find_file, write_json
 from support.images import ImageStore
-from support.records import image_name, read_records
-from support.trained import add_run_flags, load_heldout_dataset, load_run
+from support.records import read_records
 from support.settings import INT_FROM_0, INT_FROM_1
+from support.trained import add_run_flags, load_heldout_dataset, load_run
 from toy.world import PLACES, caption_of, objects_in
 
 
@@ -86,12 +83,11 @@ def list_questions(dataset):
         record = dataset.records[i]
         messages, kinds = dataset.template.to_messages(record), record.get("kinds")
         pairs = list(zip(messages[::2], messages[1::2]))
-        if (not isinstance(kinds, list) or len(kinds) != len(pairs)
-                or not all(isinstance(kind, str) for kind in kinds)):
+        if not isinstance(kinds, list) or len(kinds) != len(pairs):
             kinds = [""] * len(pairs)
         for turn, ((question, answer), kind) in enumerate(zip(pairs, kinds)):
             text = question["content"].removeprefix(IMAGE_TOKEN).strip()
-            questions.append(Question(i, turn, text, answer["content"], kind))
+            questions.append(Question(i, turn, text, answer["content"], str(kind)))
     return questions
 
 
@@ -125,24 +121,6 @@ def answer_questions(model, template, dataset, questions, device, batch_size, ma
             prompts.append(prompt)
         answers += generate_answers(model, template, prompts, device, max_new_tokens)
     return answers
-
-
-def measure_groups(model, dataset, questions, batch_size, device):
-    """Returns {group: what measure_image_use() returns for its records}. The different image is of the same
-    group, so a group with a single image is left out, and this is printed."""
-    records = {}  # {group: numbers of its records}
-    for question in questions:
-        if "," in question.kind:
-            records.setdefault(question.kind.split(",")[0], {})[question.record] = None
-    measured = {}
-    for group, numbers in sorted(records.items()):
-        if len({image_name(dataset.records[i]) for i in numbers}) < 2:
-            print(printable(f"The group {group!r} is left out, because it has a single image."))
-            continue
-        part = ChatDataset(dataset.records.subset(list(numbers)), dataset.template, dataset.image_processor,
-                           dataset.num_image_tokens, dataset.max_length)
-        measured[group] = measure_image_use(model, make_heldout_batches(part, batch_size), device, blank=True)
-    return measured
 
 
 def f1(generated, reference):
@@ -202,7 +180,14 @@ def make_table(result):
     rows = [("held-out records, with the", "correct image", "different image", "blank image")]
     for name in ("captions", "answers"):
         if f"{name}_loss" in result:
-            rows += loss_rows(name, {key.removeprefix(f"{name}_"): value for key, value in result.items()})
+            rows += [(f"{name}: loss, nats per token", *(f"{result[f'{name}_loss{image}']:.3f}"
+                                                         for image in ("", "_different", "_blank"))),
+                     (f"{name}: correct image more likely", f"{result[f'{name}_correct_more_likely']:.1%}",
+                      "chance 50%")]
+        if f"{name}_same_image" in result:
+            rows.append(("    records left out: same image", str(result[f"{name}_same_image"])))
+        if f"{name}_not_finite" in result:
+            rows.append(("    records left out: not finite", str(len(result[f"{name}_not_finite"]))))
     for key, label in (("objects_f1", "captions: F1 of color and shape"),
                        ("caption_f1", "captions: F1 of color, shape and place"),
                        ("captions_exact", "captions: equal to the reference answer"),
@@ -224,21 +209,6 @@ def make_table(result):
     return rows
 
 
-def loss_rows(name, measured):
-    """Returns the rows of what measure_image_use() returned, and of its groups."""
-    rows = [(f"{name}: loss, nats per token", *(f"{measured[f'loss{image}']:.3f}"
-                                                for image in ("", "_different", "_blank"))),
-            (f"{name}: correct image more likely", f"{measured['correct_more_likely']:.1%}", "chance 50%")]
-    for note in ("same_image", "not_finite"):
-        if note in measured:
-            count = measured[note] if note == "same_image" else len(measured[note])
-            rows.append((f"    records left out: {note.replace('_', ' ')}", str(count)))
-    for group, values in measured.get("groups", {}).items():
-        rows += [(printable(f"    {label.replace(name, group)}"), *cells)
-                 for label, *cells in loss_rows(name, values)]
-    return rows
-
-
 def evaluate(model, dataset, name, result, args):
     """Evaluates the model on a ChatDataset and adds the numbers to `result`. Returns a title and pairs of a
     question and its generated answer, to be printed. `name` is "captions" or "answers"."""
@@ -246,12 +216,10 @@ def evaluate(model, dataset, name, result, args):
     # 1. With the reference answers. This can be measured on any data.
     batches = make_heldout_batches(dataset, args.batch_size)
     measured = measure_image_use(model, batches, device, blank=True)
-    questions = list_questions(dataset)
-    if groups := measure_groups(model, dataset, questions, args.batch_size, device):
-        measured["groups"] = groups
     result |= {f"{name}_{key}": value for key, value in measured.items()}
 
     # 2. With generated answers. They can be scored only if no other answer is correct.
+    questions = list_questions(dataset)
     is_toy = name == "captions" and any(is_toy_caption(question.reference) for question in questions)
     scored = [q for q in questions if (is_toy_caption(q.reference) if is_toy else q.kind)]
     yes_no = [q for q in questions if is_yes_no(q.reference)]
@@ -259,9 +227,11 @@ def evaluate(model, dataset, name, result, args):
     settings = dataset, asked, device, args.batch_size, args.max_new_tokens
     answers = answer_questions(model, dataset.template, *settings)
     result["counts"][name] = len(asked)
+    if not (scored or yes_no):
+        return f"{len(asked)} of the generated {name}", list(zip(asked, answers))
     if is_toy:
         result |= score_captions(answers, [question.reference for question in asked])
-    elif scored or yes_no:
+    else:
         different = answer_questions(model, dataset.template, *settings, different_image=True)
         if scored:
             key = "captions_exact" if name == "captions" else "qa_exact"
@@ -275,11 +245,10 @@ def evaluate(model, dataset, name, result, args):
             for key, texts in (("yes_no", answers), ("yes_no_different", different)):
                 result[key] = score_yes_no([asked[i].reference for i in positions],
                                            [texts[i] for i in positions])
-    pairs, title = list(zip(asked, answers)), f"{len(asked)} of the generated {name}"
-    if scored or yes_no:
-        pairs = [(question, answer) for question, answer in pairs if answer != question.reference]
-        title = f"{len(pairs)} of {len(asked)} generated {name} differ from the reference answer"
-    return title, pairs[:args.count]
+    mistakes = [(question, answer) for question, answer in zip(asked, answers)
+                if answer != question.reference]
+    title = f"{len(mistakes)} of {len(asked)} generated {name} differ from the reference answer"
+    return title, mistakes[:args.count]
 
 
 def main():
@@ -299,19 +268,19 @@ def main():
         raise UserError("--data and --images belong together: pass both, or neither to evaluate on the "
                         "held-out records of the run")
     model, template, image_processor, saved = load_run(args)
-    folder, parts = args.run / f"stage{saved['stage']}", (template, image_processor, model.num_image_tokens)
+    folder = args.run / f"stage{saved['stage']}"
     path, datasets = folder / "eval.json", {}
     if args.data:
         path = folder / f"eval_{Path(args.data).stem}.json"
         records = read_records(find_file(args.data), ImageStore(find_file(args.images)))
         records = records.subset(slice(args.heldout))
-        datasets["answers"] = ChatDataset(records, *parts, template.context_length)
+        datasets["answers"] = ChatDataset(records, template, image_processor, template.context_length)
         drop_unusable_records(datasets["answers"], open_images=True)
     for stage, name in ((1, "captions"), (2, "answers")):
         if args.data or not (args.run / f"stage{stage}" / "run.json").exists():
             continue
         try:
-            datasets[name] = load_heldout_dataset(args.run / f"stage{stage}", *parts, args.heldout)
+            datasets[name] = load_heldout_dataset(args.run / f"stage{stage}", template, image_processor, args.heldout)
         except UserError as error:
             if stage == saved["stage"]:
                 raise

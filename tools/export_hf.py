@@ -10,9 +10,9 @@ The exported folder does not need this repository:
     ask([{"role": "user", "content": [{"type": "image", "path": "photo.jpg"},
                                       {"type": "text", "text": "What is this?"}]}])
 
-Before the folder gets its name, transformers' Auto classes load it, and it is compared with the run on some
-held-out records in fp32. If a prompt or one of up to 32 generated tokens differs, or logits or pixels by more
-than 1e-4, the folder is deleted. --dtype rounds the weights afterwards, without another comparison.
+Before the folder gets its name, transformers' Auto classes load it, and it is compared with the run on up to
+8 held-out records in fp32. If a prompt or one of up to 32 generated tokens differs, or logits or pixels by
+more than 1e-4, the folder is deleted. --dtype rounds the weights afterwards, without another comparison.
 docs/export.md says which other tools load the folder, and how to serve it or publish it.
 
 If torchvision is installed, transformers resizes images with it. Pixels then differ by up to one of their 256
@@ -22,8 +22,6 @@ levels from those of the run. AutoProcessor.from_pretrained("exported", backend=
 import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
 
 import argparse
-import os
-import shlex
 from pathlib import Path
 
 import torch
@@ -35,17 +33,15 @@ from data import IMAGE_TOKEN
 from support.devices import DTYPES
 from support.errors import UserError, run_script
 from support.evaluation import prompt_batch
-from support.files import atomic_write, delete, read_json
+from support.files import atomic_write, delete
 from support.pretrained import find_pretrained
-from support.results import read_result
 from support.trained import add_run_flags, load_heldout_dataset, load_run
-from support.settings import INT_FROM_1
 from tools.model_card import write_model_card
 
 # Largest allowed difference of logits and of pixel values. The order of summation changes logits by about
 # 1e-5 in fp32.
 TOLERANCE = 1e-4
-NEW_TOKENS = 32
+RECORDS, NEW_TOKENS = 8, 32  # to compare: held-out records, and generated tokens of each
 
 # The LLM's chat template takes the content of a message as one string, "<image>\nWhat is it?". Other tools
 # pass a list, [{"type": "image"}, {"type": "text", "text": "What is it?"}]. This text is put in front of the
@@ -71,20 +67,16 @@ ACCEPT_LISTS = """\
 def build_hf_model(model, template, saved):
     """Returns the model as a LlavaForConditionalGeneration on the CPU. Its LLM is taken out of `model`."""
     llm = model.llm
-    old_rows = llm.get_input_embeddings().num_embeddings
     add_embedding_rows(llm, template.image_token_id + 1)
-    new_rows = range(old_rows, llm.get_input_embeddings().num_embeddings)
-
     # Llava has deleted the last blocks of its vision tower. transformers needs the complete tower, because it
     # counts the hidden states from the end too.
     vision_tower = type(model.vision_tower).from_pretrained(
-        find_pretrained(saved["vision_tower"]), config=model.vision_tower.config,
-        dtype=torch.float32)
+        find_pretrained(saved["vision_tower"]), config=model.vision_tower.config, dtype=torch.float32)
     config = LlavaConfig(
         vision_config=vision_tower.config, text_config=llm.config, image_token_index=template.image_token_id,
         image_seq_length=model.num_image_tokens, vision_feature_layer=saved["vision_layer"],
         vision_feature_select_strategy="default" if has_class_token(model) else "full",
-        projector_hidden_act="linear" if needs_linear_activation(model.projector) else "gelu",
+        projector_hidden_act="linear" if isinstance(model.projector, nn.Linear) else "gelu",
         tie_word_embeddings=llm.config.tie_word_embeddings)
     with torch.device("meta"):  # without memory for weights, because all exist already
         llava = LlavaForConditionalGeneration(config)
@@ -97,8 +89,7 @@ def build_hf_model(model, template, saved):
     copy_projector(model.projector, llava.model.multi_modal_projector)
     llava.generation_config = GenerationConfig(
         bos_token_id=template.tokenizer.bos_token_id, eos_token_id=template.end_token_ids,
-        pad_token_id=template.pad_token_id,
-        suppress_tokens=sorted({template.image_token_id, *new_rows}))  # see add_embedding_rows()
+        pad_token_id=template.pad_token_id)
     return llava.cpu().eval()
 
 
@@ -108,7 +99,7 @@ def add_embedding_rows(llm, rows):
 
     The head must never choose a new id. A row of zeros would give it the logit 0, which wins if all other
     logits are negative. The mean of the old rows gives it the mean of the old logits, which is never the
-    largest. Sampling could still draw it, so the generation config suppresses it. """
+    largest."""
     old = llm.get_input_embeddings().num_embeddings
     if rows <= old:  # the embedding of Qwen has more rows than its tokenizer has ids
         return
@@ -122,38 +113,22 @@ def has_class_token(model):
     return model.vision_tower.config.model_type != "siglip_vision_model"
 
 
-def needs_linear_activation(projector):
-    """Returns True for a linear projector that is too narrow to undo the GELU, see copy_projector()."""
-    return isinstance(projector, nn.Linear) and projector.out_features < 2 * projector.in_features
-
-
-@torch.no_grad()
 def copy_projector(ours, theirs):
-    """Copies our projector into that of transformers, which is always linear_2(act(linear_1(x)))."""
-    if not isinstance(ours, nn.Linear):
-        theirs.linear_1.load_state_dict(ours[0].state_dict())
-        theirs.linear_2.load_state_dict(ours[2].state_dict())
-        return
-    for parameter in theirs.parameters():
-        nn.init.zeros_(parameter)
-    if needs_linear_activation(ours):  # I · (W·x + b), with an activation that does nothing
+    """Copies our projector into that of transformers, which is always linear_2(act(linear_1(x))). For a
+    linear projector, act does nothing (see projector_hidden_act) and linear_2 is the identity."""
+    if isinstance(ours, nn.Linear):
         theirs.linear_1.load_state_dict(ours.state_dict())
         nn.init.eye_(theirs.linear_2.weight)
+        nn.init.zeros_(theirs.linear_2.bias)
     else:
-        # Some tools always apply a GELU. It can be undone: GELU(v) = v·Φ(v) and Φ(v) + Φ(-v) = 1, also in the
-        # usual approximations of Φ, so GELU(v) - GELU(-v) = v. Here linear_1 computes x and -x, and linear_2
-        # computes W·GELU(x) - W·GELU(-x) + b = W·x + b. The rows of linear_1 beyond 2·D_v stay zero.
-        w, d_v = ours.weight.cpu(), ours.in_features  # (D, D_v)
-        theirs.linear_1.weight[:2 * d_v] = torch.cat([torch.eye(d_v), -torch.eye(d_v)])
-        theirs.linear_2.weight[:, :2 * d_v] = torch.cat([w, -w], dim=1)
-        theirs.linear_2.bias.copy_(ours.bias)
+        theirs.linear_1.load_state_dict(ours[0].state_dict())
+        theirs.linear_2.load_state_dict(ours[2].state_dict())
 
 
 def save_model(llava, folder):
-    """Writes config.json, generation_config.json and the weights. Their names are those of the LLaVA
-    models on the hub, because vLLM expects them. transformers alone would leave out "vision_model." of
-    CLIP and SigLIP.
-    """
+    """Writes config.json, generation_config.json and the weights, with the names that they have in the LLaVA
+    models on the hub, because vLLM expects these. transformers alone would leave out "vision_model." of CLIP
+    and SigLIP."""
     level = "" if llava.config.vision_config.model_type == "dinov2" else "vision_model."
     llava.save_pretrained(folder, state_dict={
         name.replace("model.vision_tower.", f"model.vision_tower.{level}"): tensor
@@ -222,39 +197,28 @@ def compare(folder, expected, device):
     gaps = f"largest difference {logit_gap:.1e} of the logits, {pixel_gap:.1e} of the pixels"
     if max(logit_gap, pixel_gap) > TOLERANCE:
         raise UserError(f"the exported model differs from the run ({gaps}), so it was not kept")
-    print(f"the exported folder, loaded by transformers' Auto classes, on {len(expected)} held-out "
-          f"record{'s' * (len(expected) > 1)}:\n  same prompts, same generated tokens, {gaps}")
+    print(f"the exported folder, loaded by transformers' Auto classes, on {len(expected)} held-out records:\n"
+          f"  same prompts, same generated tokens, {gaps}")
     return llava
 
 
 def export(args, folder):
     """Writes the run to `folder` and compares it. Raises UserError if it differs from the run."""
     model, template, image_processor, saved = load_run(args)
-    device = model.llm.device
-    folders = [args.run / f"stage{i}" for i in (1, 2)[:saved["stage"]]]  # these three for the model card
-    stages = [read_result(path) for path in folders if (path / "run.json").exists()]
-    try:
-        evaluation = read_json(folders[-1] / "eval.json")
-    except UserError as error:
-        raise UserError(f"{error}; delete it, or run tools.evaluate again") from error
-    heldout = load_heldout_dataset(folders[-1], template, image_processor, model.num_image_tokens)
-    expected = [run_ours(model, template, heldout, i, device)
-                for i in range(min(args.samples, len(heldout)))]
+    device, run_folder = model.llm.device, args.run / f"stage{saved['stage']}"
+    heldout = load_heldout_dataset(run_folder, template, image_processor, RECORDS)
+    expected = [run_ours(model, template, heldout, i, device) for i in range(len(heldout))]
 
     processor = build_hf_processor(model, template, image_processor)
     llava = build_hf_model(model, template, saved)
     save_model(llava, folder)
     processor.save_pretrained(folder)
     image_processor.save_pretrained(folder)  # older tools read preprocessor_config.json
+    write_model_card(folder, run_folder)
     del llava, model  # because compare() loads all weights again
     llava = compare(folder, expected, device)
-    if llava.config.projector_hidden_act == "linear":
-        print("The LLM is less than twice as wide as the vision tower, so the projector needs an activation\n"
-              "that does nothing. transformers has it. vLLM refuses to load this export. mlx-vlm always\n"
-              "applies a GELU, so it would answer wrongly. See docs/export.md.")
     if args.dtype != "fp32":
         save_model(llava.to(DTYPES[args.dtype]), folder)
-    write_model_card(folder, stages, evaluation)
 
 
 def main():
@@ -263,20 +227,17 @@ def main():
     add_run_flags(parser, precision="fp32")  # the export is compared in fp32
     parser.add_argument("--out", type=Path, required=True, help="folder to write; it must not exist yet")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the exported weights")
-    parser.add_argument("--samples", type=INT_FROM_1, default=8, help="how many held-out records to compare")
     args = parser.parse_args()
-    out = args.out.resolve()
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists already: choose another folder with --out, or delete it first")
-    with atomic_write(out) as temporary:
+    if args.out.exists():
+        raise UserError(f"{args.out} exists already: choose another folder with --out, or delete it first")
+    with atomic_write(args.out) as temporary:
         temporary.mkdir(parents=True)  # fails here, and not after minutes, if it cannot be written
         try:
             export(args, temporary)
         except BaseException:  # Ctrl-C too must not leave half a model
             delete(temporary)
             raise
-    print(f"wrote {out}, with weights in {args.dtype}. Read its README.md, then publish it with\n"
-          f"    {shlex.join(['hf', 'upload', 'YOUR_NAME/YOUR_MODEL', str(out)])}")
+    print(f"wrote {args.out}, with weights in {args.dtype}. Read its README.md before you publish it.")
 
 
 if __name__ == "__main__":

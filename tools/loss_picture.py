@@ -10,10 +10,9 @@ import support.start  # noqa: F401 (prints a first line, because the next import
 
 import argparse
 import json
-import os
 from pathlib import Path
 
-from support.errors import UserError, run_script
+from support.errors import UserError, explain_errors, run_script
 from support.files import atomic_write
 
 WIDTH, HEIGHT, ROW = 340, 180, 18  # of a stage's plot, and the height of a row of text, in pixels
@@ -23,23 +22,12 @@ CURVES = {"loss": ("training", "#8c959f"), "heldout_loss": ("held-out, correct i
 
 
 def read_lines(folder):
-    """Returns the lines of a stage's metrics.jsonl as dicts, none if there is no such file. Raises UserError
-    if a line is damaged."""
-    path, lines = folder / "metrics.jsonl", []
-    content = path.read_bytes() if path.exists() else b""
-    # A last line without its line break is still being written.
-    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
-        try:
-            lines.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"line {number} of {path} is damaged: delete this line") from error
-    return lines
-
-
-def check_output_file(path):
-    """Raises UserError if `path` cannot be the name of a new or an old file."""
-    if os.path.isdir(path) or not os.access(path.absolute().parent, os.W_OK):
-        raise UserError(f"cannot write to {path}: name a file in a writable folder with --out")
+    """Returns the lines of a stage's metrics.jsonl as dicts, none if there is no such file."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    with explain_errors(f"read {path}"):  # a last line without its line break is still being written
+        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def points_of(lines, key):
@@ -78,7 +66,6 @@ def main():
     stages = {stage: lines for stage in (1, 2) if (lines := read_lines(args.run / f"stage{stage}"))}
     if not stages:
         raise UserError(f"{args.run} holds no losses yet: a stage writes the first ones before it trains")
-    check_output_file(path)
     top_loss = 1.1 * max((value for lines in stages.values() for key in CURVES
                           for _, value in points_of(lines, key)), default=1)
     parts = []

@@ -22,8 +22,9 @@ const titled = (title, text, style = "") =>
   make("p", {}, make("b", {}, title), make("span", { class: style }, text));
 
 const tableRow = (...cells) => make("tr", {}, ...cells.map((cell) => make("td", {}, cell)));
+const number = (value, digits) => value?.toFixed(digits) ?? "none"; // null: it was not finite
 const percent = (fraction, digits = 0) =>
-  fraction === null ? "none" : `${(100 * fraction).toFixed(digits)}%`; // null: it was not finite
+  fraction === null ? "none" : `${(100 * fraction).toFixed(digits)}%`;
 const indexOfLargest = (values) => values.indexOf(Math.max(...values));
 const sum = (values) => values.reduce((a, b) => a + b, 0);
 
@@ -135,13 +136,14 @@ function showTraining() {
     stage.training.map((line) => [stage.start + line.step, line.loss]));
   find("#training .charts").append(
     chart("loss, nats per token",
-      [["training", training], ["different", curve("different")], ["correct", curve("loss")]]),
-    chart("correct image more likely, fraction", [["match", curve("match")]]));
-  const number = (value) => value?.toFixed(3) ?? "none";
+      [["training", training], ["different", curve("heldout_loss_different")],
+        ["correct", curve("heldout_loss")]]),
+    chart("correct image more likely, fraction", [["match", curve("heldout_correct_more_likely")]]));
   onMove.push(() => {
-    const { stage, step, loss, different, match, generated } = moments[now];
-    const before = stage.training.filter((line) => line.step <= step).pop();
-    const values = [number(before?.loss), number(loss), number(different), percent(match, 1)];
+    const { stage, generated, ...line } = moments[now];
+    const before = stage.training.filter(({ step }) => step <= line.step).pop();
+    const losses = [before?.loss, line.heldout_loss, line.heldout_loss_different];
+    const values = [...losses.map((x) => number(x, 3)), percent(line.heldout_correct_more_likely, 1)];
     findAll("#training td:last-child").forEach((cell, i) => cell.replaceChildren(values[i]));
     find("#sample").textContent =
       `First held-out record. Generated: ${generated} — Reference: ${stage.reference}`;
@@ -153,9 +155,9 @@ function showTraining() {
 function showWords() {
   const output = find("#nearest .output");
   let cells = [], shownPicture = null;
-  let patch = Math.max(0, indexOfLargest(moments[now].nearest.map(([nearest]) => nearest[1])));
+  let patch = Math.max(0, indexOfLargest(moments[now].nearest_tokens.map(([nearest]) => nearest[1])));
   onMove.push(function show() {
-    const { stage, step, nearest } = moments[now];
+    const { stage, step, nearest_tokens: nearest } = moments[now];
     if (stage.picture !== shownPicture) {
       shownPicture = stage.picture;
       const sizes = Array(Math.sqrt(nearest.length)).fill(1);
@@ -242,7 +244,7 @@ function showCause(asked) {
   // depends most.
   let token = indexOfLargest(asked.tokens.map((_, i) =>
     Math.max(...asked.attention[i]) * Math.max(...asked.effect[i])));
-  let patch = token < 0 ? 0 : indexOfLargest(asked.effect[token]);
+  let patch = token < 0 ? 0 : Math.max(0, indexOfLargest(asked.effect[token]));
   function show() {
     if (token < 0) return output.replaceChildren("The answer is empty.");
     const [attention, effect] = [asked.attention[token], asked.effect[token]];
@@ -258,16 +260,16 @@ function showCause(asked) {
       });
     }
     labelPatches(grids[0], patch, attention.map((value) => percent(value)));
-    labelPatches(grids[1], patch, effect.map((value) => value.toFixed(1)));
+    labelPatches(grids[1], patch, effect.map((value) => number(value, 1)));
     output.replaceChildren(
       titled("Token", asked.tokens[token].trim() || "(space)", "answer"),
       titled("Its probability", percent(p, 1)),
       titled("Most likely other token", `${other} (${percent(pOther, 1)})`),
       titled("Patch", patchName(patch, data.regions.length)),
       titled(`Attention (layer ${asked.layer}, mean over its heads)`, percent(attention[patch], 1)),
-      titled("log p falls by (nats) if the patch is erased", effect[patch].toFixed(2)),
+      titled("log p falls by (nats) if the patch is erased", number(effect[patch], 2)),
       titled("Correlation of the two over all tokens and patches of this answer",
-        asked.correlation.toFixed(2)));
+        number(asked.correlation, 2)));
   }
   show();
 }

