@@ -60,7 +60,7 @@ def test_each_prompt_contains_all_earlier_turns(talk, capsys):
         {"role": "assistant", "content": "a red picture ."},
         {"role": "user", "content": "Is it < /s> red?"},  # without <image>, as in training
     ]
-    assert prompts[1] == talk.template.tokenizer.decode(talk.template.encode_prompt(messages, N))
+    assert prompts[1] == talk.template.tokenizer.decode(talk.template.encode_prompt(messages))
     assert prompts[1].count("<image>") == N and len(images[1]) == 1
     assert capsys.readouterr().out == "a red picture .\nYes\n"  # no terminal, so only the answers
 

@@ -56,7 +56,7 @@ def test_ids_pixels_logits_and_greedy_text_of_the_export_are_those_of_the_run(
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     llava = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     assert llava.config.projector_hidden_act == activation
-    prompts = [{"input_ids": template.encode_prompt(PROMPT, N),
+    prompts = [{"input_ids": template.encode_prompt(PROMPT),
                 "pixel_values": image_processor(draw(color), return_tensors="pt")["pixel_values"][0]}
                for color in ("red", "blue", "green")]
     messages = [{"role": "user", "content": [{"type": "image", "image": draw("red")}, TEXT]}]
@@ -86,7 +86,7 @@ def test_content_as_text_or_as_a_list_gives_our_prompt_with_one_start_token(trai
     texts = PROMPT + rest
     lists = [{"role": "user", "content": [{"type": "image", "image": draw("red")}, TEXT]}]
     lists += [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in rest]
-    expected = template.encode_prompt(texts, N)
+    expected = template.encode_prompt(texts)
     assert expected.count(template.tokenizer.bos_token_id) == 1
 
     tokenized = processor.apply_chat_template(lists, tokenize=True, add_generation_prompt=True,

@@ -19,7 +19,7 @@ def step(tiny, template, image_processor):
     for color, repeats in (("red", 1), ("blue", 4), (None, 2)):
         question = {"role": "user", "content": "<image>\n" * (color is not None) + "What object is shown?"}
         answer = {"role": "assistant", "content": " ".join(["a solid cold road ."] * repeats)}
-        ids, labels = template.encode([question, answer], N)
+        ids, labels = template.encode([question, answer])
         pixel_values = color and preprocess(image_processor, draw(color))
         samples.append({"input_ids": ids, "labels": labels, "pixel_values": pixel_values})
 
@@ -77,7 +77,7 @@ def test_lora_reads_its_inputs_in_half_precision_under_autocast(tiny, template):
     for name, module in model.llm.named_modules():
         if name.endswith("lora_A.default"):
             module.register_forward_pre_hook(lambda _, args: dtypes.add(args[0].dtype))
-    ids = torch.tensor([template.encode_prompt([{"role": "user", "content": "Hi"}], N)])
+    ids = torch.tensor([template.encode_prompt([{"role": "user", "content": "Hi"}])])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model.llm(ids).logits.float().sum().backward()
     assert dtypes == {torch.bfloat16}

@@ -280,7 +280,8 @@ def main():
         if args.data or not (args.run / f"stage{stage}" / "run.json").exists():
             continue
         try:
-            datasets[name] = load_heldout_dataset(args.run / f"stage{stage}", template, image_processor, args.heldout)
+            datasets[name] = load_heldout_dataset(args.run / f"stage{stage}", template, image_processor,
+                                                  args.heldout)
         except UserError as error:
             if stage == saved["stage"]:
                 raise
