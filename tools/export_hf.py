@@ -150,7 +150,7 @@ def build_hf_processor(model, template, image_processor):
                           patch_size=model.vision_tower.config.patch_size,
                           vision_feature_select_strategy="default" if has_class_token(model) else "full",
                           num_additional_image_tokens=int(has_class_token(model)),
-                          chat_template=ACCEPT_LISTS + tokenizer.chat_template)
+                          chat_template=ACCEPT_LISTS + tokenizer.get_chat_template())
 
 
 @torch.no_grad()
