@@ -1,18 +1,19 @@
-"""Neighboring patches are averaged: each patch becomes the mean of its row, or of the whole image."""
+"""Neighboring patches are averaged: each becomes the mean of its row, or of the whole image."""
 
 from lessons.experiment import measure, replaced, train, train_baseline
 from model import Llava
 
-MINUTES, DIFFICULTY = 10, "medium"
-EXPECTED = """Worse captions. If a row shows one object, the mean of the row still contains this object and
-its place. If it shows two, the model has to separate the sum of two vectors."""
-MEANING = """Much worse. With row means, some objects are still named with their place, and with the mean of
-the whole image almost none is. One reason is special to the toy: in its pretraining, the LLM read vectors
-with at most one object each and never their mean."""
+MINUTES, DIFFICULTY, CHANGE = 10, "medium", ["mean_of_rows", "mean_of_image"]
+EXPECTED = """Worse captions. If a row shows one object, its mean still contains that object and its place.
+If it shows two, the model has to take apart the sum of two vectors."""
+MEANING = """Much worse. With row means, the captions still name some objects and their places. With the mean
+of the whole image, they get almost none right. One reason is peculiar to the toy: in its pretraining, the
+LLM read vectors with at most one object each, and never their mean."""
 
 encode_images = Llava.encode_images
 
 
+# This or mean_of_image() replaces Llava.encode_images.
 def mean_of_rows(self, pixel_values):
     features = encode_images(self, pixel_values).unflatten(1, (3, 3))  # (I, 9, D) -> (I, 3, 3, D)
     means = features.mean(dim=2, keepdim=True)  # (I, 3, 1, D)

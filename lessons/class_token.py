@@ -1,4 +1,4 @@
-"""Of the 1 + N vectors of CLIP, the first N are kept: the class token instead of the last patch."""
+"""The first N of CLIP's 1 + N vectors are kept, so the class token stays and the last patch is lost."""
 
 import torch
 
@@ -6,16 +6,18 @@ from lessons.experiment import answer, list_questions, measure, replaced, train,
 from model import Llava
 from toy.world import objects_in
 
-MINUTES, DIFFICULTY = 6, "easy"
-EXPECTED = """Every patch moves by one position, and the bottom right patch is lost. The captions cannot
-name the objects there. The other objects are named as in the baseline if the place of a patch is in its
-vector and not in its position in the sequence."""
-MEANING = """Nothing raises an error, and most captions are still good. The scores by place show what is
-wrong. Objects at the other places are found a little less often, too. We think that this is because every
-patch is now one position late: in 60% of the toy LLM's pretraining examples with vectors, the vectors came
-in the order of the places."""
+MINUTES, DIFFICULTY, CHANGE = 6, "easy", ["encode_images"]
+EXPECTED = """Every patch comes one position late, and the bottom right patch is gone, so the captions cannot
+name the objects there. The other objects are named as often as before if the model reads a patch's place
+from its vector and not from its position in the sequence."""
+MEASURES = """The captions name these fractions of the objects at the bottom right and of those elsewhere."""
+MEANING = """Nothing raises an error, and most captions are still good. Only the scores by place reveal the
+bug. Objects elsewhere are found a little less often, too. We think that this is because every patch now
+comes one position late: in 60% of the toy LLM's pretraining examples with vectors, the vectors came in the
+order of the places."""
 
 
+# Replaces Llava.encode_images, which keeps the last N vectors.
 def encode_images(self, pixel_values):
     with torch.no_grad():
         z_v = self.vision_tower(pixel_values).last_hidden_state  # (I, 1 + N, D_v)

@@ -1,23 +1,25 @@
-"""Stage 2 computes the loss on more than the answers: on all text (questions, role markers and newlines too),
-or on the padding too."""
+"""Stage 2 computes the loss on more than the answers: on all text (questions, role markers and newlines
+too), or on the padding too."""
 
 import stage2_instruct
 from data import collate
 from lessons.experiment import labels_changed, measure, replaced, train, train_baseline
 from model import IGNORE_INDEX
 
-MINUTES, DIFFICULTY = 10, "medium"
-EXPECTED = """Somewhat worse answers, because a part of every gradient comes from tokens outside the
-answers. The model never has to write a question, and padding is easy to predict after its first token."""
-MEANING = """Labels on all text do no harm here, and even help a little, perhaps because each step then has
+MINUTES, DIFFICULTY, CHANGE = 10, "medium", ["label_all_text", "collate_with_labeled_padding"]
+EXPECTED = """Somewhat worse answers, because a part of every gradient comes from tokens outside the answers.
+The model never has to write a question, and padding is easy to predict after its first token."""
+MEANING = """Labels on all text do no harm here. They even help a little, perhaps because each step then has
 more labeled tokens about places and colors. Labels on the padding cost a little. The paper trains on the
 answers only."""
 
 
+# Makes the labels of a record, in place of ChatDataset.encode_record.
 def label_all_text(template, ids, labels):
     return [IGNORE_INDEX if i == template.image_token_id else i for i in ids]
 
 
+# Replaces collate in the second run.
 def collate_with_labeled_padding(samples, pad_token_id):
     batch = collate(samples, pad_token_id)
     batch["labels"] = batch["labels"].masked_fill(~batch["attention_mask"], pad_token_id)

@@ -1,14 +1,14 @@
-"""Stage 1 takes its 250 steps on fewer different records."""
+"""Stage 1 still takes 250 steps, but on fewer different records."""
 
 from lessons.experiment import measure, train, train_baseline
 
-MINUTES, DIFFICULTY = 10, "easy"
-EXPECTED = """Few records are enough, because the projector is one linear layer with 16,512 parameters, and
-there are only 324 combinations of color, shape and place to learn. About 120 of these combinations never
-occur in 100 records."""
-MEANING = """1,000 records are as good as 6,000, though each of them is then seen eight times. With 100
-records the captions are much worse, and the loss is three times as high. Real images do not consist of 324
-combinations, so this says nothing about how many records LLaVA needs."""
+MINUTES, DIFFICULTY, CHANGE = 10, "easy", ["run"]
+EXPECTED = """A few records are enough, because the projector is one linear layer with 16,512 parameters, and
+there are only 324 combinations of color, shape and place to learn. In 100 records, however, about 120 of
+these combinations never occur."""
+MEANING = """1,000 records do as well as 6,000, although the model sees each of them eight times. With 100
+records, the captions are much worse and the loss is three times as high. This does not tell you how many
+records LLaVA needs, because real images are not made of 324 combinations."""
 
 
 def run(seed):

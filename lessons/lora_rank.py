@@ -2,13 +2,13 @@
 
 from lessons.experiment import measure, train, train_baseline
 
-MINUTES, DIFFICULTY = 12, "easy"
-EXPECTED = """Training only the projector does not teach the LLM a new kind of question, "Is there a shape
-at the top left?". Rank 1 is nearly enough. The toy's LLM has width 128, so an adapter of rank 128 can
-change a weight matrix in any way. It is at least as good as rank 16."""
+MINUTES, DIFFICULTY, CHANGE = 12, "easy", ["run"]
+EXPECTED = """The projector alone cannot teach the LLM a new kind of question, "Is there a shape at the top
+left?". Rank 1 is nearly enough. Rank 128 is at least as good as rank 16, because the toy's LLM has width
+128, and an adapter of that rank can change a weight matrix in any way."""
 MEANING = """With the projector alone, the loss stays far above that of any adapter, because the LLM cannot
-change. Rank 1, with 9,664 parameters, closes most of the gap. In this short training, each higher rank is
-better."""
+change. Rank 1, with only 9,664 parameters, closes most of the gap. In this short training, each higher rank
+is better."""
 
 
 def run(seed):

@@ -1,16 +1,17 @@
-"""The trained model is asked with Vicuna's chat template instead of its own."""
+"""The trained model is prompted with Vicuna's chat template instead of its own."""
 
 from data import ChatTemplate
 from lessons.experiment import measure, replaced, train_baseline
 
-MINUTES, DIFFICULTY = 6, "easy"
-EXPECTED = """Worse answers, though the picture and the question are the same, because the model was trained
-with other role markers."""
-MEANING = """Almost no answer is right, although picture and question are the same. This is the first thing
-to check if a model that trained well answers badly: print the prompt, and compare it with a training sample
+MINUTES, DIFFICULTY, CHANGE = 6, "easy", ["encode_vicuna_prompt"]
+EXPECTED = """Worse answers, although the picture and the question are the same, because the model was
+trained with other role markers."""
+MEANING = """Almost no answer is right, although the picture and the question are the same. If a model
+trained well but answers badly, check this first: print the prompt, and compare it with a training sample
 (`--show-mask`)."""
 
 
+# Replaces ChatTemplate.encode_prompt.
 def encode_vicuna_prompt(self, messages):
     return self.tokenize(f"USER: {messages[0]['content']} ASSISTANT:")[0]
 

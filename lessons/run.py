@@ -1,13 +1,14 @@
-"""Runs lessons. A lesson is an experiment that changes one thing in the project and measures what happens.
+"""Runs lessons. A lesson is an experiment that changes one thing in the project and measures the effect.
 
     python -m lessons.run double_shift      one lesson, with three seeds: minutes on 2 CPU cores
     python -m lessons.run all --seeds 0     all of them, with one seed: about half an hour
 
-Guess the result before you start a lesson. It prints what it measures, and writes only to runs/lessons/.
+Guess the result while a lesson trains. It prints our guess and the result, and writes only to runs/lessons/.
 """
 
 import argparse
 import importlib
+import inspect
 import json
 import subprocess
 import time
@@ -22,11 +23,11 @@ from toy.world import draw_if_missing
 FOLDER = Path(__file__).parent
 SEEDS = [0, 1, 2]
 # In the order of lessons/README.md: those to begin with, stage 1, image features, stage 2, evaluation, CLIP.
-NAMES = ["wrong_images", "class_token", "double_shift", "skip_stage1", "less_data", "learning_rate",
+NAMES = ["double_shift", "wrong_images", "class_token", "skip_stage1", "less_data", "learning_rate",
          "vision_layer", "average_patches", "image_attention", "change_patches", "lora_rank",
          "what_to_unfreeze", "label_everything", "tokenize_pieces", "other_template", "temperature",
          "contrastive"]
-START = "<!-- All that follows is written by python -m lessons.run --write -->\n"
+START = "<!-- All that follows is written by python -m lessons.run page -->\n"
 
 
 def load_lesson(name):
@@ -61,12 +62,11 @@ def to_markdown(text):
 
 
 def make_contents(results):
-    """Returns the table of contents of lessons/README.md. It contains no results, so that a reader can guess
-    them.
+    """Returns the table of contents of lessons/README.md, which gives no result away.
 
     Args: results: {lesson: {"commit": its version, "conditions": what run_lesson() returned}}.
     """
-    rows = ["| lesson | what is changed | difficulty | minutes |", "|--|--|--|--|"]
+    rows = ["| lesson | change | difficulty | minutes |", "|--|--|--|--|"]
     for name in results:
         lesson = load_lesson(name)
         change = " ".join(lesson.__doc__.split()).split(". ")[0].rstrip(".")
@@ -76,7 +76,7 @@ def make_contents(results):
 
 def make_overview(results):
     """Returns the table with one score of each lesson, as a mean over the seeds."""
-    rows = ["| lesson | baseline | changed |", "|--|--|--|"]
+    rows = ["| lesson | baseline | changed | measured at commit |", "|--|--|--|--|"]
     for name, result in results.items():
         cells = {False: [], True: []}
         for condition, measured in result["conditions"].items():
@@ -86,7 +86,7 @@ def make_overview(results):
             label = "" if is_baseline else f"{condition}: "
             cells[is_baseline].append(f"{label}{key} {sum(values) / len(values):.2f}")
         baseline, changed = '<br>'.join(cells[True]) or '–', '<br>'.join(cells[False])
-        rows.append(f"| [{name}](#{name}) | {baseline} | {changed} |")
+        rows.append(f"| [{name}](#{name}) | {baseline} | {changed} | {result['commit']} |")
     return "\n".join(rows) + "\n"
 
 
@@ -95,22 +95,27 @@ def fold(title, text):
     return f"<details><summary>{title}</summary>\n\n{text}\n</details>\n"
 
 
+def show_code(lesson):
+    """Returns Markdown with the functions that make the change, each with the comment above it."""
+    functions = [getattr(lesson, name) for name in lesson.CHANGE]
+    code = "\n".join((inspect.getcomments(each) or "") + inspect.getsource(each) for each in functions)
+    return f"```python\n{code}```\n"
+
+
 def make_section(name, result):
-    """Returns the section of one lesson: the change, what we expected and, folded, what was measured and what
-    it means."""
+    """Returns the section of one lesson: the change and its code and, folded, our guess and the result."""
     lesson, conditions = load_lesson(name), result["conditions"]
     keys = list(dict.fromkeys(key for measured in conditions.values() for key in measured))
     rows = [f"| | {' | '.join(keys)} |", "|--" * (len(keys) + 1) + "|"]
     for condition, measured in conditions.items():
         cells = [format_numbers(measured[key]) if key in measured else "–" for key in keys]
         rows.append(f"| {condition} | {' | '.join(cells)} |")
-    table = "\n".join(rows)
-    measured = (f"{table}\n\n**What it means.** {to_markdown(lesson.MEANING)}\n\n"
-                f"Measured with commit {result['commit']}.\n")
-    return (f"### {name}\n\n{to_markdown(lesson.__doc__)}\n\n[{name}.py]({name}.py), {lesson.DIFFICULTY}, "
-            f"about {lesson.MINUTES} minutes\n\n**Expected.** {to_markdown(lesson.EXPECTED)}\n\n"
-            + fold("What was measured", measured))
-
+    parts = [to_markdown(getattr(lesson, "MEASURES", "")), "\n".join(rows),
+             f"**What it means.** {to_markdown(lesson.MEANING)}\n"]
+    return "\n".join([f"### {name}\n", to_markdown(lesson.__doc__) + "\n", show_code(lesson),
+                      f"[{name}.py]({name}.py), {lesson.DIFFICULTY}, about {lesson.MINUTES} minutes\n",
+                      fold("Our guess", to_markdown(lesson.EXPECTED) + "\n"),
+                      fold("Result", "\n\n".join(part for part in parts if part))])
 
 
 def make_report(results):
@@ -121,8 +126,9 @@ def make_report(results):
                       *(make_section(*item) for item in results.items())])
 
 
-def write_report(results):
-    """Writes lessons/results.json and the generated part of lessons/README.md."""
+def write_report(measured):
+    """Adds {lesson: result} to lessons/results.json, and writes the generated part of lessons/README.md."""
+    results = json.loads((FOLDER / "results.json").read_text(encoding="utf-8")) | measured
     write_json(FOLDER / "results.json", results)
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
     (FOLDER / "README.md").write_text(readme.split(START)[0] + START + make_report(results), encoding="utf-8")
@@ -131,7 +137,8 @@ def write_report(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["all", *NAMES], help="the lesson")
+    parser.add_argument("name", choices=["all", "page", *NAMES],
+                        help='the lesson; "page" runs none and rewrites lessons/README.md')
     parser.add_argument("--seeds", type=INT_FROM_0, nargs="+", default=SEEDS, metavar="SEED",
                         help="default: 0 1 2")
     parser.add_argument("--steps", type=INT_FROM_1, metavar="N",
@@ -141,6 +148,8 @@ def main():
     args = parser.parse_args()
     if args.write and (args.steps or args.seeds != SEEDS):
         raise UserError("--write needs the default seeds and steps")
+    if args.name == "page":
+        return write_report({})
     if args.steps:
         experiment.STEPS = dict.fromkeys(experiment.STEPS, args.steps)
     draw_if_missing()
@@ -148,19 +157,18 @@ def main():
         started, lesson = time.time(), load_lesson(name)
         minutes = max(1, round(lesson.MINUTES * len(args.seeds) / len(SEEDS)))
         print(f"{name} ({lesson.DIFFICULTY}, about {minutes} minutes on 2 CPU cores)\n\n"
-              f"{lesson.__doc__.strip()}\n\nExpected: {lesson.EXPECTED}\n", flush=True)
+              f"{lesson.__doc__.strip()}\n", flush=True)
         conditions = run_lesson(name, args.seeds)
-        print("Measured:")
+        print(f"Our guess: {lesson.EXPECTED}\n\nMeasured: {getattr(lesson, 'MEASURES', '')}")
         for condition, measured in conditions.items():
             print(f"  {condition}: {format_result(measured)}")
-        print(f"\nWhat our three seeds showed: {lesson.MEANING}\n"
+        print(f"\nWhat it means, with our three seeds: {lesson.MEANING}\n"
               f"({(time.time() - started) / 60:.1f} minutes)\n", flush=True)
         write_json(experiment.RUNS / f"{name}.json", {"seeds": args.seeds, "conditions": conditions})
         if args.write:
             commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=FOLDER, check=True,
                                     capture_output=True, text=True).stdout.strip()
-            results = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
-            write_report(results | {name: {"commit": commit, "conditions": conditions}})
+            write_report({name: {"commit": commit, "conditions": conditions}})
 
 
 if __name__ == "__main__":

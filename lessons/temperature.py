@@ -1,19 +1,20 @@
-"""Each next token is sampled from the model's probabilities, instead of always taking the most likely."""
+"""Each next token is sampled from the model's probabilities instead of being the most likely one."""
 
 import torch
 
 from lessons.experiment import measure, replaced, train_baseline
 from model import Llava
 
-MINUTES, DIFFICULTY = 4, "easy"
+MINUTES, DIFFICULTY, CHANGE = 4, "easy", ["sample_at"]
 EXPECTED = """The higher the temperature, the worse the captions. Each picture of the toy has one correct
-caption, and one wrong token makes an object or its place wrong."""
-MEANING = """A temperature of 0.5 costs almost nothing. At 2, the captions name most objects wrongly. So
-scores are measured with greedy decoding."""
+caption, so a single wrong token gets an object or its place wrong."""
+MEANING = """A temperature of 0.5 costs almost nothing, but at 2 the captions get most objects wrong. That is
+why scores are measured with greedy decoding."""
 
 generate = Llava.generate
 
 
+# The function that it returns replaces Llava.generate.
 def sample_at(temperature):
     return lambda self, *args, **named: generate(self, *args, **{**named, "temperature": temperature})
 

@@ -1,15 +1,15 @@
-"""The projector reads another layer of the vision tower. The toy's CLIP has four blocks."""
+"""The projector reads a different layer of the vision tower. The toy's CLIP has four blocks."""
 
 from lessons.experiment import measure, train, train_baseline
 
-MINUTES, DIFFICULTY = 10, "easy"
-EXPECTED = """The last block (-1) is a little worse than the one before (-2). In the paper, it loses 0.96
-points on ScienceQA. The embeddings (-5) have not passed any block. Each of these vectors is a linear
-function of the pixels of one patch, plus a position embedding, and then a layer norm. They should be
-worse."""
-MEANING = """The last two blocks are equally good, so the paper's finding does not show in the toy. The
-embeddings are worse, and the seeds differ widely, but they are not useless: the toy's shapes are so simple
-that a linear layer can tell many of them apart by their pixels."""
+MINUTES, DIFFICULTY, CHANGE = 10, "easy", ["run"]
+EXPECTED = """The output of the last block (-1) is a little worse than that of the block before it (-2). In
+the paper, it loses 0.96 points on ScienceQA. The embeddings (-5) should be worse, because they have not
+passed through any block. Each is a linear function of one patch's pixels plus a position embedding, followed
+by a layer norm."""
+MEANING = """The last two blocks are equally good, so the toy does not reproduce the paper's finding. The
+embeddings are worse on average and vary widely between seeds. Still, they are far from useless, because the
+toy's shapes are so simple that a linear layer can tell many of them apart by their pixels."""
 
 
 def run(seed):
