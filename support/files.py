@@ -70,12 +70,12 @@ def atomic_write(path):
         if path.is_dir():  # a rename cannot replace a folder with contents
             delete(path)
         os.replace(temporary, path)
-    # torch and safetensors report a full disk by errors of their own.
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if is_out_of_memory(error):
-            raise
+    except BaseException as error:  # also Ctrl-C
         with suppress(OSError):
             delete(temporary)
+        # torch and safetensors report a full disk by errors of their own.
+        if is_out_of_memory(error) or not isinstance(error, (OSError, RuntimeError, SafetensorError)):
+            raise
         reasons = [getattr(each, "strerror", None) for each in (error, error.__context__)]
         raise UserError(f"cannot write {path}: {reasons[0] or reasons[1] or error}") from error
 

@@ -29,7 +29,7 @@ def help_of(name):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_command_of_a_document_takes_its_flags(document):
     commands = COMMAND.findall(document.read_text(encoding="utf-8"))
-    assert commands
+    assert commands or document.name == "reference.md"
     for name, words in commands:
         module = REPOSITORY / (name if name.endswith(".py") else name.replace(".", "/") + ".py")
         if name == "pope.py":  # the reader saves this script

@@ -40,7 +40,7 @@ def asked(tiny, drawn):
     """A model, a held-out question with its image, and what the page shows of it."""
     model, template, image_processor = tiny()
     records = read_records(drawn / "instruct.json", ImageStore(drawn / "images.zip"))
-    dataset = ChatDataset(records, template, image_processor, N, 512)
+    dataset = ChatDataset(records, template, image_processor, 512)
     args = SimpleNamespace(batch_size=3, max_new_tokens=6, questions=2)
     question = page.choose_questions(dataset, 2)[0]
     mean = page.mean_feature(model, dataset, torch.device("cpu"))

@@ -33,7 +33,7 @@ from data import IMAGE_TOKEN
 from support.devices import DTYPES
 from support.errors import UserError, run_script
 from support.evaluation import prompt_batch
-from support.files import atomic_write, delete
+from support.files import atomic_write
 from support.pretrained import find_pretrained
 from support.trained import add_run_flags, load_heldout_dataset, load_run
 from tools.model_card import write_model_card
@@ -150,7 +150,7 @@ def build_hf_processor(model, template, image_processor):
                           patch_size=model.vision_tower.config.patch_size,
                           vision_feature_select_strategy="default" if has_class_token(model) else "full",
                           num_additional_image_tokens=int(has_class_token(model)),
-                          chat_template=ACCEPT_LISTS + tokenizer.chat_template)
+                          chat_template=ACCEPT_LISTS + tokenizer.get_chat_template())
 
 
 @torch.no_grad()
@@ -232,11 +232,7 @@ def main():
         raise UserError(f"{args.out} exists already: choose another folder with --out, or delete it first")
     with atomic_write(args.out) as temporary:
         temporary.mkdir(parents=True)  # fails here, and not after minutes, if it cannot be written
-        try:
-            export(args, temporary)
-        except BaseException:  # Ctrl-C too must not leave half a model
-            delete(temporary)
-            raise
+        export(args, temporary)
     print(f"wrote {args.out}, with weights in {args.dtype}. Read its README.md before you publish it.")
 
 
