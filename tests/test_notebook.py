@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 
+import nbclient
+import nbformat
 import pytest
 from conftest import REPOSITORY, draw
 from hub_server import serve
@@ -61,11 +63,6 @@ def run_notebook(cells, folder, **values):
     """Executes cells in a new kernel that starts in `folder`. `values` replace what the cells tagged
     "parameters" assign. Returns everything that was printed, and what each cell has displayed: "picture" or
     "page"."""
-    missing = "needs nbclient and ipykernel: pip install -r requirements-dev.txt -c constraints.txt"
-    nbclient = pytest.importorskip("nbclient", reason=missing)
-    pytest.importorskip("ipykernel", reason=missing)
-    import nbformat
-
     notebook = nbformat.from_dict({**NOTEBOOK, "cells": [dict(cell, outputs=[]) for cell in cells]})
     for cell in notebook.cells:
         lines = "".join(cell.source).splitlines()
@@ -135,7 +132,6 @@ def test_without_a_gpu_all_cells_run_in_a_clone_and_those_of_the_real_models_do_
 
 
 def test_outside_a_clone_it_asks_for_the_address_of_the_repository(tmp_path):
-    nbclient = pytest.importorskip("nbclient")
     with pytest.raises(nbclient.exceptions.CellExecutionError, match="write the address of the repository"):
         run_notebook([CODE[0], *tagged("setup")], tmp_path)
 

@@ -88,4 +88,4 @@ def test_every_stage_answers_the_same_question(script, flags, tmp_path, capsys, 
     code = re.search("```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)[1]
     exec(code.replace("toy/data/images/000000000617.jpg", "mine.png")
          .replace("Describe the image concisely.", "What?"), {})
-    assert capsys.readouterr().out.startswith(answers[3].strip()[:10])
+    assert answers[3].strip()[:10] in capsys.readouterr().out
