@@ -105,8 +105,8 @@ def main(argv=None):
     processes = Processes(args.device, args.precision)
     device, dtype = processes.device, processes.dtype
     # New: stage 1 must be finished, and trained with the same models.
-    stage1_folder, stage1_hash = results.read_stage1(args)
-    folder = checkpoints.StageFolder(args, 2, processes, stage1_hash=stage1_hash)
+    stage1_folder, projector_hash = results.read_stage1(args)
+    folder = checkpoints.StageFolder(args, 2, processes, stage1_projector=projector_hash)
     torch.manual_seed(args.seed)
     if args.data.startswith("toy/data/"):
         import toy.world

@@ -58,6 +58,8 @@ class StageFolder:
                          args.batch_size * args.grad_accum * processes.world_size}
         if args.check_data:
             return
+        if self.path.parent.name in ("stage1", "stage2"):
+            raise UserError(f"pass --run {shlex.quote(str(self.path.parents[1]))}, the folder of the run")
         if processes.rank == 0:
             lock_folder(self.path)
         path, finished = self.path / "checkpoint.pt", read_json(self.path / "run.json")

@@ -54,8 +54,9 @@ def start(script, arguments, output, environment=None, plain_sgd=False, limit=No
     return process
 
 
-def start_all(script, arguments, output, world_size, plain_sgd=False):
-    """Starts a script in `world_size` processes, as torchrun would. Returns the processes."""
+def start_all(script, arguments, output, world_size, plain_sgd=False, own_arguments=((), ())):
+    """Starts a script in `world_size` processes, as torchrun would. Returns the processes.
+    own_arguments[rank] are passed to one process only."""
     environments = [{}]
     if world_size > 1:
         with socket.socket() as free:
@@ -64,12 +65,13 @@ def start_all(script, arguments, output, world_size, plain_sgd=False):
         environments = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
                          "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
                         for rank in range(world_size)]
-    return [start(script, arguments, output, environment, plain_sgd) for environment in environments]
+    return [start(script, [*arguments, *own_arguments[rank]], output, environment, plain_sgd)
+            for rank, environment in enumerate(environments)]
 
 
-def finish(script, arguments, output, world_size=1, plain_sgd=False):
+def finish(script, arguments, output, world_size=1, **more):
     """Runs a script to its end, which must be a success."""
-    for child in start_all(script, arguments, output, world_size, plain_sgd):
+    for child in start_all(script, arguments, output, world_size, **more):
         child.join(240)
         assert child.exitcode == 0, output.read_text()[-3000:]
 

@@ -37,6 +37,19 @@ def test_processes_and_micro_batches_give_the_gradient_of_the_large_batch(tmp_pa
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-5)
 
 
+def test_processes_that_choose_different_precisions_agree_on_fp16(tmp_path):
+    """A T4 chooses fp16 and a newer GPU bf16. Only the gradients of fp16 are scaled, so their sum would be
+    wrong. Of the second step, the second process gets no sample."""
+    lines = []
+    for i, precisions in enumerate([("fp16", "fp16"), ("fp16", "bf16")]):
+        arguments = ["--run", str(tmp_path / str(i)), *SMALL, "--limit", "17", "--epochs", "1"]
+        finish("stage1_align", arguments, tmp_path / "log", world_size=2,
+               own_arguments=[("--precision", precision) for precision in precisions])
+        lines.append(metrics(tmp_path / str(i) / "stage1"))
+    assert lines[0] == lines[1]
+    assert [line["samples"] for line in lines[0] if "samples" in line] == [16, 17]
+
+
 def test_ranks_that_another_launcher_than_torchrun_has_set_are_ignored(monkeypatch):
     """Schedulers and notebooks set them, and waiting for other processes would never end."""
     for name, value in dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29777").items():

@@ -373,6 +373,11 @@ def test_a_padding_token_beyond_the_embedding_table_is_not_used(flags, script, t
     template = ChatTemplate(llm, N)
     assert template.tokenizer.pad_token_id == template.num_embeddings > template.pad_token_id
     script("stage1_align", *flags(1, llm=llm, max_steps=1))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML  # which writes them
+    tokenizer.save_pretrained(llm)
+    with pytest.raises(UserError, match="the LLM has embeddings for"):
+        ChatTemplate(llm, N)
 
 
 @pytest.mark.parametrize("value", [False, True, None])

@@ -281,6 +281,7 @@ def test_a_stage_before_its_predecessor_names_the_command_to_run_first(refusal, 
         assert f"python {command_name}" in sentence and "--run 'my run'" in sentence
     assert "python stage1_align.py" in refusal("stage2_instruct", *flags(2, run="my run"))
     assert "pass --run 'my run'" in refusal("sanity_check", "--run", "my run/stage1")
+    assert "pass --run 'my run'" in refusal("stage1_align", *flags(1, run="my run/stage1"))
 
 
 def test_the_next_command_can_be_typed_as_it_is_printed(script, parts, drawn, tmp_path, capsys):
