@@ -4,8 +4,7 @@
     python sanity_check.py --image photo.jpg     a question about any image; --question "What is this?"
     python sanity_check.py --sample 0 --every-stage      the answer without the image, with an untrained
                                                          projector, and after each stage; also with --image
-    python sanity_check.py --show-mask 0         a held-out record with its labeled tokens marked
-    python sanity_check.py --nearest-tokens 0    the vocabulary tokens that are nearest to each image patch
+    python sanity_check.py --nearest-tokens 0    the vocabulary tokens that are nearest to the image patches
 
 The script needs a finished stage. It loads stage 2 of the run if that is finished, else stage 1; with
 --stage 1, it loads stage 1. For the toy, each command takes a few seconds. --probabilities adds the
@@ -21,22 +20,19 @@ import support.start  # noqa: F401 (prints a first line, because the next import
 import argparse
 import copy
 import math
-import sys
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from data import IMAGE_TOKEN, collate, count_labeled
+from support.answers import AnswerPrinter, stream_answer, token_probabilities
 from support.errors import UserError, printable, run_script
-from support.answers import AnswerPrinter, print_answer, token_probabilities
-from support.evaluation import (nearest_tokens, print_sample, record_losses, records_with_other_images,
-                                shorten_image)
+from support.evaluation import nearest_tokens, record_losses, records_with_other_images, shorten_image
 from support.pretrained import load_image
 from support.records import image_name
-from support.results import read_result
-from support.trained import add_run_flags, load_heldout_dataset, load_run
-from support.settings import INT_FROM_0, INT_FROM_1, FLOAT_FROM_0
+from support.settings import INT_FROM_0, INT_FROM_1, add_run_flags
+from support.trained import load_heldout_dataset, load_run
 
 MAX_PATCHES = 24  # printed by --nearest-tokens
 
@@ -47,7 +43,7 @@ def print_generation(model, template, prompt, args):
     text = shorten_image(text, prompt["input_ids"].count(template.image_token_id))
     print(f"PROMPT\n{text.rstrip()}\nGENERATED")
     printer = AnswerPrinter(template)
-    print_answer(model, template, prompt, printer, args.max_new_tokens, args.temperature)
+    stream_answer(model, template, prompt, printer, args.max_new_tokens)
     if args.probabilities:
         print(f"\n{'token':<16}probability    most likely other token")
         for token, p, other, p_other in token_probabilities(model, template, prompt, printer.ids):
@@ -56,26 +52,25 @@ def print_generation(model, template, prompt, args):
 
 def print_every_stage(args):
     """Prints the answers to one question: without the image, with an untrained projector, after stage 1, and
-    after stage 2."""
-    stage2 = args.run / "stage2"
-    for stage in (1, 2):
-        read_result(args.run / f"stage{stage}")  # raises UserError if the stage is not finished
-    for stage in (1, 2):
+    after stage 2, if that is finished."""
+    last = 2 if (args.run / "stage2" / "run.json").exists() else 1
+    for stage in range(1, last + 1):
         args.stage = stage
         model, template, image_processor, _ = load_run(args)
         if args.image is not None:
             question, pixel_values = args.question, load_image(args.image, image_processor)  # (3, S, S)
         else:
-            dataset = load_heldout_dataset(stage2, template, image_processor)
-            record = record_of(dataset, args.sample)
+            dataset = load_heldout_dataset(args.run / f"stage{last}", template, image_processor)
+            record = heldout_record(dataset, args.sample)
             question = template.to_messages(record)[0]["content"].removeprefix(IMAGE_TOKEN).strip()
             pixel_values = dataset.load_pixel_values(record)
+        if pixel_values is None:
+            raise UserError(f"held-out record {args.sample} has no image: choose another one")
 
         def show(title, pixel_values):
             print(f"\n{title}")
             prompt = make_image_prompt(template, question, pixel_values)
-            print_answer(model, template, prompt, AnswerPrinter(template), args.max_new_tokens,
-                         args.temperature)
+            stream_answer(model, template, prompt, AnswerPrinter(template), args.max_new_tokens)
 
         if stage == 1:
             print(printable(f"QUESTION\n{question}", keep="\n"))
@@ -84,6 +79,8 @@ def print_every_stage(args):
                 show("UNTRAINED PROJECTOR", pixel_values)
         show(f"AFTER STAGE {stage}", pixel_values)
         del model  # so that two large models need not fit into the memory
+    if last == 1:
+        print("\nStage 2 is not finished.")
 
 
 def make_image_prompt(template, question, pixel_values):
@@ -92,7 +89,7 @@ def make_image_prompt(template, question, pixel_values):
     return {"input_ids": template.encode_prompt([message]), "pixel_values": pixel_values}
 
 
-def record_of(dataset, i):
+def heldout_record(dataset, i):
     """Returns held-out record i. Raises UserError if there is none."""
     if i >= len(dataset):
         raise UserError(f"there is no held-out record {i}: they are numbered 0 to {len(dataset) - 1}")
@@ -103,10 +100,8 @@ def record_of(dataset, i):
 def untrained_projector(model):
     """Gives the model a projector with fresh random weights, until the context ends."""
     trained, model.projector = model.projector, copy.deepcopy(model.projector)
-    with torch.random.fork_rng():  # --temperature draws from the same generator
-        torch.manual_seed(0)
-        model.projector.apply(
-            lambda layer: layer.reset_parameters() if isinstance(layer, nn.Linear) else None)
+    torch.manual_seed(0)
+    model.projector.apply(lambda layer: layer.reset_parameters() if isinstance(layer, nn.Linear) else None)
     try:
         yield
     finally:
@@ -122,8 +117,7 @@ def print_losses(model, heldout_dataset, i):
     images["different image"] = heldout_dataset.load_pixel_values(record)[None]
     images["blank image"] = torch.zeros_like(correct)
     tokens = count_labeled(batch).item()
-    turns = len(heldout_dataset.template.to_messages(heldout_dataset.records[i])) // 2
-    print(f"loss per token (nats) of this record's reference answers ({turns}, with {tokens} tokens):")
+    print(f"loss per token (nats) of this record's reference answers, which have {tokens} tokens:")
     losses = {name: record_losses(model, {**batch, "pixel_values": pixels}, model.llm.device).item() / tokens
               for name, pixels in images.items()}
     for name, loss in losses.items():
@@ -159,7 +153,6 @@ def main():
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--sample", type=INT_FROM_0, metavar="N", help="answer held-out record N (default: 0)")
     mode.add_argument("--image", metavar="FILE", help="answer a question about this image")
-    mode.add_argument("--show-mask", type=INT_FROM_0, metavar="N", help="mark the labeled tokens of record N")
     mode.add_argument("--nearest-tokens", type=INT_FROM_0, metavar="N",
                       help="nearest tokens of the patches of record N")
     parser.add_argument("--question", help="question about --image; default: ask for a brief description")
@@ -168,15 +161,12 @@ def main():
     parser.add_argument("--probabilities", action="store_true", help="print the probability of each token of "
                         "the answer, and of the most likely other one")
     parser.add_argument("--max-new-tokens", type=INT_FROM_1, default=128, help="longest answer in tokens")
-    parser.add_argument("--temperature", type=FLOAT_FROM_0, default=0.0,
-                        help="0 takes the most likely token; above 0 samples")
     args = parser.parse_args()
     if args.image is None and args.question is not None:
         raise UserError("--question needs --image, because a held-out record has its own question")
-    no_answer = args.show_mask is not None or args.nearest_tokens is not None
-    if args.probabilities and (args.every_stage or no_answer):
+    if args.probabilities and (args.every_stage or args.nearest_tokens is not None):
         raise UserError("--probabilities needs --sample or --image without --every-stage")
-    if args.every_stage and (args.stage or no_answer):
+    if args.every_stage and (args.stage or args.nearest_tokens is not None):
         raise UserError("--every-stage needs --sample or --image, and no --stage, because it shows both")
     args.question = args.question or "Provide a brief description of the given image."
     args.sample = args.sample or 0
@@ -192,11 +182,8 @@ def main():
         return
 
     heldout_dataset = load_heldout_dataset(args.run / f"stage{saved['stage']}", template, image_processor)
-    i = next(n for n in (args.show_mask, args.nearest_tokens, args.sample) if n is not None)
-    record = record_of(heldout_dataset, i)
-    if args.show_mask is not None:
-        print_sample(heldout_dataset, i, color=sys.stdout.isatty())
-        return
+    i = args.sample if args.nearest_tokens is None else args.nearest_tokens
+    record = heldout_record(heldout_dataset, i)
     print(printable(f"held-out record {i} of {len(heldout_dataset)}: id {record.get('id')}, "
                     f"image {image_name(record)}"))
     prompt, reference = heldout_dataset.make_prompt(i)

@@ -8,7 +8,7 @@ EXPECTED = """Worse answers, although the picture and the question are the same,
 trained with other role markers."""
 MEANING = """Almost no answer is right, although the picture and the question are the same. If a model
 trained well but answers badly, check this first: print the prompt, and compare it with a training sample
-(`--show-mask`)."""
+(`--check-data`)."""
 
 
 # Replaces ChatTemplate.encode_prompt.

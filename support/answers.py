@@ -22,7 +22,7 @@ class AnswerPrinter(TextStreamer):
         print(printable(text, keep="\n"), end="\n" if stream_end else "", flush=True)
 
 
-def print_answer(model, template, prompt, printer, max_new_tokens, temperature):
+def stream_answer(model, template, prompt, printer, max_new_tokens, temperature=0.0):
     """Lets an AnswerPrinter print the answer to one prompt. Raises UserError if the prompt is too long."""
     length, context = len(prompt["input_ids"]), template.context_length
     if length >= context:

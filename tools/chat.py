@@ -23,10 +23,10 @@ from contextlib import suppress
 
 from data import IMAGE_TOKEN
 from support.errors import UserError, printable, run_script
-from support.answers import AnswerPrinter, print_answer
+from support.answers import AnswerPrinter, stream_answer
 from support.pretrained import load_image
-from support.settings import INT_FROM_1, FLOAT_FROM_0
-from support.trained import add_run_flags, load_run
+from support.settings import FLOAT_FROM_0, INT_FROM_1, add_run_flags
+from support.trained import load_run
 
 COMMANDS = "/image FILE shows another image, /quit or Ctrl-D ends the conversation, Ctrl-C stops an answer."
 
@@ -61,7 +61,7 @@ def answer_question(model, template, messages, question, pixel_values, max_new_t
               f"{(len(longer) - len(kept)) // 2}.)", flush=True)
     printer = AnswerPrinter(template)
     try:
-        print_answer(model, template, {"input_ids": ids, "pixel_values": pixel_values}, printer,
+        stream_answer(model, template, {"input_ids": ids, "pixel_values": pixel_values}, printer,
                      max_new_tokens, temperature)
     except KeyboardInterrupt:
         printer.end()  # prints what it holds back, and a newline
