@@ -19,8 +19,7 @@ from support.records import image_name
 
 
 def make_heldout_batches(dataset, batch_size):
-    """Returns the records of a ChatDataset that have an image, as a list of training batches of nearly equal
-    size, with at least batch_size records each if there are so many, and fewer than twice as many.
+    """Returns the records of a ChatDataset that have an image, as a list of training batches.
     batch["image_names"] lists the names of the images. Raises UserError if there are fewer than two."""
     # measure_image_use() takes the image of the previous record as the different image. So the first record
     # of every image comes first, then the second of every image, and so on.
@@ -34,10 +33,9 @@ def make_heldout_batches(dataset, batch_size):
         raise UserError(f"{dataset.records.path}: the usable held-out records have fewer than two different "
                         "images, so none can be evaluated with a different one; raise --heldout")
     order.sort()
-    # A last batch of one record would have no different image.
-    chunks = np.array_split(np.arange(len(order)), max(1, len(order) // max(2, batch_size)))
-    return [collate([dataset[order[k][1]] for k in chunk], dataset.template.pad_token_id)
-            | {"image_names": [order[k][2] for k in chunk]} for chunk in chunks]
+    chunks = (order[k:k + batch_size] for k in range(0, len(order), batch_size))
+    return [collate([dataset[i] for _, i, _ in chunk], dataset.template.pad_token_id)
+            | {"image_names": [name for _, _, name in chunk]} for chunk in chunks]
 
 
 @torch.no_grad()
@@ -54,8 +52,9 @@ def measure_image_use(model, batches, device, blank=False):
 
     A falling loss does not show that a model uses the image, because it also falls while the model learns the
     style of the captions. So every record is evaluated with the correct image and with a different one, the
-    image of the previous record in the batch. Only a model that uses the image does worse with a different
-    one. If the previous record has the same image, the record counts only in "loss" and "loss_blank".
+    image of the previous record. (The first record gets the image of the last one.) Only a model that uses
+    the image does worse with a different one. A record whose predecessor has the same image counts only in
+    "loss" and "loss_blank".
 
     Args: batches: from make_heldout_batches(). blank: evaluate with a blank image too.
     Returns: a dict.
@@ -66,19 +65,21 @@ def measure_image_use(model, batches, device, blank=False):
         not_finite: image names of the records that are left out, because one of their losses is not a finite
             number, if there are any. fp16 can overflow.
     """
-    def measure(batch):
+    def measure(previous, batch):
         pixel_values, names = batch["pixel_values"], batch["image_names"]  # (B, 3, S, S)
-        images = [pixel_values, pixel_values.roll(1, dims=0)]  # the second: record i gets image i - 1
-        if blank:  # pixel values are normalized, so zero is CLIP's mean color
+        different = torch.cat([previous["pixel_values"][-1:], pixel_values[:-1]])  # record i gets image i - 1
+        images = [pixel_values, different]
+        if blank:  # zero is the mean color, which the preprocessing subtracts
             images.append(torch.zeros_like(pixel_values))
         losses = [record_losses(model, {**batch, "pixel_values": pixels}, device) for pixels in images]
-        differs = torch.tensor([name != names[i - 1] for i, name in enumerate(names)])  # (B,)
+        before = [previous["image_names"][-1], *names[:-1]]
+        differs = torch.tensor([name != other for name, other in zip(names, before)])  # (B,)
         return torch.stack([*losses, count_labeled(batch), differs])  # (4 or 5, B)
 
     was_training = model.training
     model.eval()
-    rows = torch.cat([measure(batch) for batch in tqdm(batches, "evaluating", leave=False, disable=None)],
-                     dim=1)  # (4 or 5, records)
+    pairs = tqdm(list(zip([batches[-1], *batches], batches)), "evaluating", leave=False, disable=None)
+    rows = torch.cat([measure(previous, batch) for previous, batch in pairs], dim=1)  # (4 or 5, records)
     model.train(was_training)
     finite = rows.isfinite().all(dim=0)  # (records,)
     names = [name for batch in batches for name in batch["image_names"]]
@@ -162,15 +163,14 @@ def token_text(template, i):
     return printable(text if readable else str(template.tokenizer.convert_ids_to_tokens(i)))
 
 
-def print_sample(dataset, i=0, color=False):
-    """Prints sample i of a ChatDataset with its labeled tokens marked: in green if `color`, else in [[ ]]."""
+def print_labels(dataset, i=0):
+    """Prints sample i of a ChatDataset with its labeled tokens in [[ ]]."""
     template, (ids, labels) = dataset.template, dataset.encode_record(dataset.records[i])
-    on, off = ("\033[1;32m", "\033[0m") if color else ("[[", "]]")
     text = ""
     for labeled, group in groupby(range(len(ids)), key=lambda t: labels[t] != IGNORE_INDEX):
         piece = printable(template.tokenizer.decode([ids[t] for t in group]), keep="\n")
-        text += f"{on}{piece}{off}" if labeled else piece
-    print(f"sample {i}; labeled tokens are {'green' if color else 'in [[ ]]'}")
+        text += f"[[{piece}]]" if labeled else piece
+    print(f"sample {i}; labeled tokens are in [[ ]]")
     print(shorten_image(text, ids.count(template.image_token_id)))
 
 
