@@ -29,13 +29,12 @@ from torch.utils.data import DataLoader
 from data import ChatDataset, ChatTemplate, collate, count_labeled
 from model import Llava, count_patches
 from support import checkpoints, evaluation, results, settings, step_batches
-from support.check_records import drop_unusable_records
 from support.errors import run_script
 from support.metrics_log import MetricsLog
 from support.pretrained import (load_image_processor, load_language_model, load_vision_config,
                                 load_vision_tower)
 from support.processes import Processes
-from support.records import load_records
+from support.records import drop_unusable_records, load_records
 
 # Each setting is also a flag, see --help. support/settings.py has those that hardly anybody changes.
 PRESETS = {
@@ -88,20 +87,17 @@ PRESETS = {
 
 
 def main(argv=None):
-    # -- 1. start: nothing here is about LLaVA -------------------------------------------------------------
+    # -- 1. settings, device, folder: nothing here is about LLaVA ------------------------------------------
 
     args = settings.parse_settings(__doc__, PRESETS, argv)
-    # One process, or several if torchrun has started this script.
+    # One process, or several: torchrun --nproc_per_node=2 -- stage1_align.py (docs/several_gpus.md)
     processes = Processes(args.device, args.precision)
     device, dtype = processes.device, processes.dtype
     # Locks the folder, and looks for an earlier run and its checkpoint.
     folder = checkpoints.StageFolder(args, 1, processes)
-    # Every process must start with the same random weights.
+    folder.open(args)
+    # The projector starts with random weights, which are the same in every run and in all processes.
     torch.manual_seed(args.seed)
-    # Before the first run, the toy draws its 12,240 pictures (about 10 s).
-    if args.data.startswith("toy/data/"):
-        import toy.world
-        toy.world.draw_if_missing()
 
     # -- 2. data -------------------------------------------------------------------------------------------
 
@@ -114,13 +110,14 @@ def main(argv=None):
     image_processor = load_image_processor(args.vision_tower)
     train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
     heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
-    # A missing image must not stop the run hours later, so every record is checked now. Unusable ones are
-    # removed from the dataset. lengths[i]: about how many tokens sample i has.
-    lengths = drop_unusable_records(train_dataset, args.allow_bad)
+    # A missing image must not stop the run hours later. So every record is checked now, and the datasets lose
+    # unusable ones. approx_lengths[i]: about how many tokens sample i has.
+    approx_lengths = drop_unusable_records(train_dataset, args.allow_bad)
     drop_unusable_records(heldout_dataset, open_images=True)
+    # The held-out images are decoded once and stay in memory.
     heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
-    evaluation.print_sample(train_dataset)
-    if args.check_data:
+    evaluation.print_labels(train_dataset)
+    if args.check_data:  # ends here, before any model is loaded
         return None
 
     # -- 3. model ------------------------------------------------------------------------------------------
@@ -128,7 +125,8 @@ def main(argv=None):
     # Frozen weights are never updated, so half precision is enough on a GPU, and halves their memory.
     vision_tower = load_vision_tower(args.vision_tower, dtype)
     llm = load_language_model(args.llm, dtype, device)
-    model = Llava(vision_tower, llm, template.image_token_id, args.projector, args.vision_layer).to(device)
+    model = Llava(vision_tower, llm, template.image_token_id, args.projector, args.vision_layer)
+    model.to(device)
     # The projector was created in fp32 and stays in fp32. bf16 has 8 significant bits, so an update smaller
     # than about 1/500 of the weight would always be rounded away.
     model.projector.requires_grad_(True)
@@ -142,40 +140,40 @@ def main(argv=None):
     # -- 4. optimizer --------------------------------------------------------------------------------------
 
     parameters = list(model.trainable_parameters().values())
-    # No weight decay, as in the original code. "peak_lr" is our own key, for the schedule below. fused=True
-    # updates all tensors in a few kernels.
+    # No weight decay, as in the original code. "peak_lr" is not PyTorch's: the loop multiplies it by the
+    # schedule. fused=True updates all tensors in a few kernels.
     optimizer = torch.optim.AdamW([{"params": parameters, "peak_lr": args.lr}], weight_decay=0.0, fused=True)
-    # fp16 rounds numbers below 3e-8 to zero, so small gradients would vanish on their way back. The scaler
-    # multiplies the loss by a large number, which scales every gradient. unscale_() divides the gradients by
-    # it, so that the true gradient is clipped. bf16 and fp32 have a larger range. For them the scaler is
-    # disabled: scale() returns the loss unchanged, and step() only calls optimizer.step().
+    # fp16 rounds numbers below 3e-8 to zero. So the scaler multiplies the loss, and with it every gradient,
+    # by a large number, and unscale_() divides by it before clipping. In bf16 and fp32 it does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    # Autocast runs matrix products in half precision, and operations such as the loss in fp32.
+    # A context: matrix products run in half precision, and sensitive operations such as the loss in fp32.
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    # The longest samples may come late in the run. If they do not fit into the GPU's memory, stop now, before
+    # the result of an earlier run is deleted.
+    if device.type == "cuda":
+        step_batches.try_longest_batch(model, train_dataset, approx_lengths, device, autocast, args)
 
     # -- 5. batches, and the step at which the run begins or continues -------------------------------------
 
-    # Restores weights, optimizer and random numbers from the checkpoint, if there is one.
+    # Restores weights, optimizer and random numbers from a checkpoint. Without one, deletes older results.
     progress = folder.begin(model, optimizer, scaler, train_dataset.records, heldout_dataset.records)
-    # steps[k] lists the micro-batches of one optimizer step of this process. Each micro-batch lists the
-    # indices of its samples. samples_per_step[k] is the number of samples of that step in all processes.
-    steps, samples_per_step = step_batches.plan_steps(lengths, args, processes, progress)
-    total_steps = progress.step + len(steps)
+    # plan[k] lists the micro-batches of one optimizer step of this process. Each micro-batch lists the
+    # indices of its samples. step_sizes[k] is the number of samples of that step in all processes.
+    plan, step_sizes = step_batches.plan_steps(approx_lengths, args, processes, progress)
+    total_steps = progress.step + len(plan)
     # Yields the micro-batches of all steps, one after the other. collate() says what a micro-batch contains.
-    loader = DataLoader(train_dataset, batch_sampler=list(chain(*steps)),
+    loader = DataLoader(train_dataset, batch_sampler=list(chain(*plan)),
                         collate_fn=partial(collate, pad_token_id=template.pad_token_id),
-                        pin_memory=device.type == "cuda", **step_batches.loader_options(steps, args.workers))
+                        **step_batches.loader_options(plan, args.workers, device))
     log = MetricsLog(folder, args, progress, total_steps)
-
-    # The longest samples may come late in the run. If they do not fit into the GPU's memory, stop now.
-    if device.type == "cuda":
-        step_batches.try_longest_batch(model, train_dataset, lengths, device, autocast, args)
 
     # Logs the held-out loss with the correct and with a different image, an answer, and nearest tokens.
     def evaluate():
         with autocast():
-            image_use, *example = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches, device)
-        log.log_heldout(progress.step, image_use, *example)
+            image_use, generated, reference, nearest = evaluation.evaluate_heldout(
+                model, heldout_dataset, heldout_batches, device)
+        log.log_heldout(progress.step, image_use, generated, reference, nearest)
         return image_use
 
     # -- 6. the loop ---------------------------------------------------------------------------------------
@@ -183,17 +181,18 @@ def main(argv=None):
     warmup_steps = max(1, round(args.warmup * total_steps))
     with checkpoints.StopSignal() as stop_signal:
         if progress.step == 0:
-            progress.before = evaluate()
+            progress.first_image_use = evaluate()
         batches = iter(loader)
-        for step_indices, num_samples in zip(steps, samples_per_step):
+        for step_indices, num_samples in zip(plan, step_sizes):
             # Linear warm-up, because Adam's first updates are about as large as lr however small the gradient
-            # is. Then half a cosine, towards zero, while `decay` grows from 0 to 1.
+            # is. Then half a cosine, towards zero, while `decay` grows from 0 to almost 1.
             decay = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
             lr_factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * decay))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
 
-            micro_batches, skipped, seconds_waiting = step_batches.take_step(batches, len(step_indices))
+            micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(
+                batches, len(step_indices))
             folder.record_skipped(progress, skipped, len(train_dataset))
 
             # The loss is the mean over all n labeled tokens of the effective batch (n is num_labeled below):
@@ -203,16 +202,16 @@ def main(argv=None):
             # With loss.mean() / grad_accum, which many training loops have, every micro-batch has the same
             # weight. A token in a micro-batch with few labeled tokens would then count more than one in a
             # micro-batch with many, and the result would depend on how the batch is split.
-            own_labeled = sum(count_labeled(batch).sum().item() for batch in micro_batches)
-            num_labeled = processes.sum(own_labeled)
+            labeled_here = sum(count_labeled(batch).sum().item() for batch in micro_batches)
+            num_labeled = processes.sum(labeled_here)
             loss = torch.zeros((), device=device)
             for batch in micro_batches:
                 batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
                 with autocast():
                     token_losses = model(**batch)  # (K,)
                 micro_loss = token_losses.sum() / num_labeled
-                # backward() computes gradients through the frozen LLM, but stores none for its weights. It
-                # adds the projector's gradients to those of the previous micro-batches.
+                # backward() passes gradients through the frozen LLM, but stores none for its weights. It adds
+                # the projector's gradients to those of the previous micro-batches.
                 scaler.scale(micro_loss).backward()
                 loss += micro_loss.detach()
 
@@ -233,7 +232,7 @@ def main(argv=None):
             progress.samples += num_samples
             log.log_step(progress, optimizer, micro_batches, seconds_waiting,
                          loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
-            # Frees their memory before the next ones are loaded.
+            # Otherwise the micro-batches of two steps would be in memory while the next ones are taken.
             del micro_batches
             if log.evaluation_is_due(progress.step):
                 evaluate()

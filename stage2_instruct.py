@@ -28,13 +28,12 @@ from torch.utils.data import DataLoader
 from data import ChatDataset, ChatTemplate, collate, count_labeled
 from model import LORA_TARGETS, Llava, count_patches
 from support import checkpoints, evaluation, results, settings, step_batches
-from support.check_records import drop_unusable_records
 from support.errors import run_script
 from support.metrics_log import MetricsLog
 from support.pretrained import (load_image_processor, load_language_model, load_vision_config,
                                 load_vision_tower)
 from support.processes import Processes
-from support.records import load_records
+from support.records import drop_unusable_records, load_records
 
 # The settings of stage 1, with other data and schedules. New are projector_lr and lora_*.
 PRESETS = {
@@ -91,7 +90,7 @@ PRESETS = {
         grad_accum=64,                        # 2 × 64 = 128 samples per step, as in the original LoRA script
         epochs=1,                             # also there; the paper has 3 epochs of steps of 32 samples
         lr=2e-4,                              # also there; the paper has 2e-5 for all weights of the LLM
-        projector_lr=2e-5,                    # also there; low, so that the projector keeps what it can
+        projector_lr=2e-5,                    # also there; low, so that it keeps what stage 1 has taught it
         lora_r=16,                            # there 128, an adapter of eight times the size
         lora_alpha=32,                        # there 256, so alpha / r is the same
         lora_dropout=0.05),
@@ -99,7 +98,7 @@ PRESETS = {
 
 
 def main(argv=None):
-    # -- 1. start: nothing here is about LLaVA -------------------------------------------------------------
+    # -- 1. settings, device, folder: nothing here is about LLaVA ------------------------------------------
 
     args = settings.parse_settings(__doc__, PRESETS, argv)
     processes = Processes(args.device, args.precision)
@@ -107,10 +106,8 @@ def main(argv=None):
     # New: stage 1 must be finished, and trained with the same models.
     stage1_folder, projector_hash = results.read_stage1(args)
     folder = checkpoints.StageFolder(args, 2, processes, stage1_projector=projector_hash)
+    folder.open(args)
     torch.manual_seed(args.seed)
-    if args.data.startswith("toy/data/"):
-        import toy.world
-        toy.world.draw_if_missing()
 
     # -- 2. data -------------------------------------------------------------------------------------------
 
@@ -120,10 +117,10 @@ def main(argv=None):
     image_processor = load_image_processor(args.vision_tower)
     train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
     heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
-    lengths = drop_unusable_records(train_dataset, args.allow_bad)
+    approx_lengths = drop_unusable_records(train_dataset, args.allow_bad)
     drop_unusable_records(heldout_dataset, open_images=True)
     heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
-    evaluation.print_sample(train_dataset)
+    evaluation.print_labels(train_dataset)
     if args.check_data:
         return None
 
@@ -131,7 +128,8 @@ def main(argv=None):
 
     vision_tower = load_vision_tower(args.vision_tower, dtype)
     llm = load_language_model(args.llm, dtype, device)
-    model = Llava(vision_tower, llm, template.image_token_id, args.projector, args.vision_layer).to(device)
+    model = Llava(vision_tower, llm, template.image_token_id, args.projector, args.vision_layer)
+    model.to(device)
     model.projector.requires_grad_(True)
     if args.activation_checkpointing:
         llm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -152,30 +150,31 @@ def main(argv=None):
 
     adapter_parameters = [parameter for parameter in model.llm.parameters() if parameter.requires_grad]
     parameters = [*adapter_parameters, *model.projector.parameters()]
-    # New: two learning rates, because the projector has already been trained and the adapter is new.
+    # New: two learning rates. The projector has been trained before, and the adapter is new.
     optimizer = torch.optim.AdamW([{"params": adapter_parameters, "peak_lr": args.lr},
                                    {"params": model.projector.parameters(), "peak_lr": args.projector_lr}],
                                   weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
+    if device.type == "cuda":
+        step_batches.try_longest_batch(model, train_dataset, approx_lengths, device, autocast, args)
+
     # -- 5. batches, and the step at which the run begins or continues -------------------------------------
 
     progress = folder.begin(model, optimizer, scaler, train_dataset.records, heldout_dataset.records)
-    steps, samples_per_step = step_batches.plan_steps(lengths, args, processes, progress)
-    total_steps = progress.step + len(steps)
-    loader = DataLoader(train_dataset, batch_sampler=list(chain(*steps)),
+    plan, step_sizes = step_batches.plan_steps(approx_lengths, args, processes, progress)
+    total_steps = progress.step + len(plan)
+    loader = DataLoader(train_dataset, batch_sampler=list(chain(*plan)),
                         collate_fn=partial(collate, pad_token_id=template.pad_token_id),
-                        pin_memory=device.type == "cuda", **step_batches.loader_options(steps, args.workers))
+                        **step_batches.loader_options(plan, args.workers, device))
     log = MetricsLog(folder, args, progress, total_steps)
-
-    if device.type == "cuda":
-        step_batches.try_longest_batch(model, train_dataset, lengths, device, autocast, args)
 
     def evaluate():
         with autocast():
-            image_use, *example = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches, device)
-        log.log_heldout(progress.step, image_use, *example)
+            image_use, generated, reference, nearest = evaluation.evaluate_heldout(
+                model, heldout_dataset, heldout_batches, device)
+        log.log_heldout(progress.step, image_use, generated, reference, nearest)
         return image_use
 
     # -- 6. the loop ---------------------------------------------------------------------------------------
@@ -184,19 +183,20 @@ def main(argv=None):
     warmup_steps = max(1, round(args.warmup * total_steps))
     with checkpoints.StopSignal() as stop_signal:
         if progress.step == 0:
-            progress.before = evaluate()
+            progress.first_image_use = evaluate()
         batches = iter(loader)
-        for step_indices, num_samples in zip(steps, samples_per_step):
+        for step_indices, num_samples in zip(plan, step_sizes):
             decay = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
             lr_factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * decay))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
 
-            micro_batches, skipped, seconds_waiting = step_batches.take_step(batches, len(step_indices))
+            micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(
+                batches, len(step_indices))
             folder.record_skipped(progress, skipped, len(train_dataset))
 
-            own_labeled = sum(count_labeled(batch).sum().item() for batch in micro_batches)
-            num_labeled = processes.sum(own_labeled)
+            labeled_here = sum(count_labeled(batch).sum().item() for batch in micro_batches)
+            num_labeled = processes.sum(labeled_here)
             loss = torch.zeros((), device=device)
             for batch in micro_batches:
                 batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -36,7 +36,7 @@ class Progress:
     """How far a run has come."""
     step: int = 0  # optimizer steps taken
     samples: int = 0  # samples seen, over all processes
-    before: dict = None  # what measure_image_use() returned before the first step
+    first_image_use: dict = None  # what measure_image_use() returned before the first step
     bad_steps: int = 0  # steps in a row whose loss or gradient was not finite
     skipped: list = field(default_factory=list)  # sentences about images that could not be decoded
     records_hash: str = ""  # of the training records
@@ -50,17 +50,20 @@ class StageFolder:
     """
 
     def __init__(self, args, stage, processes, **more_settings):
-        """Ends the process if --resume finds a finished run. Raises UserError if the run cannot begin or
-        continue in this folder. With --check-data, it touches nothing."""
         self.path, self.processes, self.checkpoint = Path(args.run) / f"stage{stage}", processes, None
         precision = next(name for name, dtype in DTYPES.items() if dtype == processes.dtype)
         self.settings = {**vars(args), "precision": precision, **more_settings, "samples_per_step":
                          args.batch_size * args.grad_accum * processes.world_size}
+
+    def open(self, args):
+        """Locks the folder and reads the checkpoint of an earlier run. Ends the process if --resume finds a
+        finished run. Raises UserError if the run cannot begin or continue here. With --check-data, it does
+        nothing."""
         if args.check_data:
             return
         if self.path.parent.name in ("stage1", "stage2"):
             raise UserError(f"pass --run {shlex.quote(str(self.path.parents[1]))}, the folder of the run")
-        if processes.rank == 0:
+        if self.processes.rank == 0:
             lock_folder(self.path)
         path, finished = self.path / "checkpoint.pt", read_json(self.path / "run.json")
         if args.restart:
@@ -71,7 +74,8 @@ class StageFolder:
                             "with --restart, or choose another folder with --run")
         if finished:
             self._check_same_settings(finished.get("settings", {}))
-            delete(path)  # left if the run was killed just before its end
+            if self.processes.rank == 0:
+                delete(path)  # left if the run was killed just before its end
             print(f"{self.path} holds a finished run, so there is nothing to resume", file=sys.stderr)
             sys.exit(0)
         if not path.exists():
@@ -99,7 +103,7 @@ class StageFolder:
         # Without this, scaler.unscale_() would fail in a process without samples.
         scaler.scale(torch.zeros((), device=processes.device))
         if checkpoint is None:
-            if processes.rank == 0:  # run.json first, because without it the rest does not count as finished
+            if processes.rank == 0:  # run.json first: without it, whatever a kill leaves is not finished
                 for name in ("run.json", "checkpoint.pt", "projector.safetensors", "adapter",
                              "metrics.jsonl"):
                     delete(self.path / name)

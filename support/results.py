@@ -39,7 +39,7 @@ def save_result(folder, stage, model, progress, image_use):
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "gpu": gpu}})
         delete(folder.path / "checkpoint.pt")
     folder.processes.barrier()
-    print(f"before: {format_image_use(progress.before)}\nafter:  {format_image_use(image_use)}\n"
+    print(f"before: {format_image_use(progress.first_image_use)}\nafter:  {format_image_use(image_use)}\n"
           f"saved in {folder.path}")
 
 

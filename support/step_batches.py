@@ -36,8 +36,8 @@ def plan_steps(lengths, settings, processes, progress):
     print(f"batch: {batch_size} (micro-batch) × {settings.grad_accum} (accumulation) × {world_size} "
           f"(processes) = {effective} samples per step; "
           f"{progress.step + len(steps):,} steps on {n:,} samples")
-    # Sorted by length, a micro-batch needs little padding. The gradient stays the same, because the loss is a
-    # sum over the whole step. (Sorting a whole epoch would remove the randomness.)
+    # Sorted by length, a micro-batch needs little padding. The gradient stays the same, because the loss is
+    # one mean over the labeled tokens of the step. (Sorting a whole epoch would remove the randomness.)
     if effective > batch_size:
         steps = [step[np.argsort(-lengths[step], kind="stable")] for step in steps]
     # Process r of P takes samples r, r + P, r + 2P, … so that all processes get samples of similar lengths.
@@ -45,11 +45,11 @@ def plan_steps(lengths, settings, processes, progress):
     return [[step[i:i + batch_size] for i in range(0, len(step), batch_size)] for step in steps], sizes
 
 
-def loader_options(steps, workers):
+def loader_options(steps, workers, device):
     """Returns the arguments of the DataLoader that have nothing to do with the samples."""
     # A generator of its own, because the loader would otherwise draw a seed from the global one, and a
     # resumed run of stage 2 would then draw different dropout masks.
-    options = {"num_workers": workers, "generator": torch.Generator()}
+    options = {"num_workers": workers, "generator": torch.Generator(), "pin_memory": device.type == "cuda"}
     if workers:
         # While the GPU computes a step, the workers prepare the next one, but at most 64 micro-batches.
         longest = min(max([2, *map(len, steps)]), 64)
@@ -58,8 +58,8 @@ def loader_options(steps, workers):
     return options
 
 
-def take_step(batches, count):
-    """Takes the next `count` micro-batches of a DataLoader's iterator. Returns them, the sentences about
+def next_micro_batches(batches, count):
+    """Takes the next `count` micro-batches from a DataLoader's iterator. Returns them, the sentences about
     images that could not be decoded, and the seconds spent waiting."""
     started, micro_batches, skipped = time.perf_counter(), [], []
     for _ in range(count):
@@ -73,7 +73,7 @@ def take_step(batches, count):
 
 def try_longest_batch(model, dataset, lengths, device, autocast, settings):
     """Takes one forward and backward pass of the micro-batch that is probably the longest, and prints the
-    peak memory, without the two numbers per trained parameter that AdamW adds in the first step. Raises
+    peak memory. (AdamW's two numbers per trained parameter come on top, from the first step on.) Raises
     UserError if it does not fit, so that a run does not fail hours later. Changes nothing in the run: weights
     and random numbers stay, and gradients are None afterwards."""
     longest = np.argsort(-lengths, kind="stable")[:settings.batch_size].tolist()

@@ -134,6 +134,6 @@ def test_a_longest_batch_that_does_not_fit_names_the_flags_in_numbers(batch_size
 def test_workers_prepare_a_whole_step_but_at_most_64_micro_batches(accumulation, workers, prefetched):
     """Else the GPU would wait for half of every step of stage 2. Every tensor of a prepared micro-batch is an
     open file. One more than needed is always prepared by each worker."""
-    options = loader_options([[[0]] * accumulation] * 2, workers)
+    options = loader_options([[[0]] * accumulation] * 2, workers, torch.device("cpu"))
     assert (options["prefetch_factor"] - 1) * workers == prefetched
-    assert "prefetch_factor" not in loader_options([[[0]]], 0)
+    assert "prefetch_factor" not in loader_options([[[0]]], 0, torch.device("cpu"))
