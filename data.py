@@ -1,9 +1,9 @@
-"""From a JSON record to tensors: the chat template, the label mask, samples and batches.
+r"""From a JSON record to tensors: the chat template, the label mask, samples and batches.
 
 This is a record of LLaVA-CC3M-Pretrain-595K, for stage 1.
 
     {"id": "GCC_train_002582585", "image": "GCC_train_002582585.jpg", "conversations": [
-        {"from": "human", "value": "Provide a brief description of the given image.\\n<image>"},
+        {"from": "human", "value": "Provide a brief description of the given image.\n<image>"},
         {"from": "gpt",   "value": "olive oil is a healthy ingredient used liberally ."}]}
 
 The image is moved to the front of its question, as in the original code. With TinyLlama's chat template and
@@ -21,10 +21,10 @@ to generate the answer and the end token after it.
     ignored   <0x0A>
 
 A record of LLaVA-Instruct-150K, for stage 2, has the same form. Many have several questions, and every answer
-is labeled (here in [[ ]]), because each is an answer to all that stands before it:
+is labeled (here in [[ ]]), because each answers a question, with all earlier turns as context:
 
     {"id": "000000033471", "image": "000000033471.jpg", "conversations": [
-        {"from": "human", "value": "What are the colors of the bus in the image?\\n<image>"},
+        {"from": "human", "value": "What are the colors of the bus in the image?\n<image>"},
         {"from": "gpt",   "value": "The bus in the image is white and red."},
         {"from": "human", "value": "What feature can be seen on the back of the bus?"},
         {"from": "gpt",   "value": "The back of the bus features an advertisement."}, …]}
@@ -40,7 +40,7 @@ is labeled (here in [[ ]]), because each is an answer to all that stands before 
     [[The back of the bus features an advertisement.</s>]]
 
 Three rules:
-  * The first token is the tokenizer's start token, here <s>, if it has one. See ChatTemplate.tokenize().
+  * The first token is the tokenizer's start token, here <s>, unless its files forbid it.
   * No code looks for padding by its id, because TinyLlama's padding token is also its end token.
   * labels[t] belongs to the token at position t. Llava.forward() shifts by one.
 
@@ -59,8 +59,8 @@ from torch.utils.data import Dataset, get_worker_info
 from model import IGNORE_INDEX
 from support.errors import BadRecord, UserError
 from support.pretrained import load_tokenizer
-from support.records import check_turns, image_name
-from support.template_check import check_chat_template
+from support.records import image_name, read_turns
+from support.template_check import probe_chat_template
 
 IMAGE_TOKEN = "<image>"
 
@@ -70,34 +70,35 @@ IMAGE_TOKEN = "<image>"
 class ChatTemplate:
     """The LLM's tokenizer and chat template, and the labels that go with them.
 
-    An LLM answers worse with role markers other than those it was tuned with, so we use its own template.
-    Training and inference call the same functions, so their prompts are equal.
+    An LLM has been tuned with certain role markers, so we use its own template. Training and inference call
+    the same functions, so their prompts are equal.
     """
 
     def __init__(self, llm, num_image_tokens):
         self.num_image_tokens = num_image_tokens  # N, the number of positions of an image
-        (self.tokenizer, self.start_token_id, end_token_ids, self.context_length,
-         self.num_embeddings) = load_tokenizer(llm)
+        loaded = load_tokenizer(llm)
+        self.tokenizer, self.start_token_id = loaded.tokenizer, loaded.start_token_id
+        self.context_length, self.num_embeddings = loaded.context_length, loaded.num_embeddings
         # The tokenizer gets one more token. The LLM's embedding table stays as it is, because Llava.embed()
         # puts an image feature wherever this id stands, so the id is never looked up.
         self.tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         # Special tokens, and tokens without an embedding. escape() keeps both out of a record's texts.
-        special = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items()
+        reserved = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items()
                    if token.special or i >= self.num_embeddings}
-        self.special_pattern = re.compile("|".join(map(re.escape, special.values())))
+        self.reserved_pattern = re.compile("|".join(map(re.escape, reserved.values())))
         # encode() labels up to the first of these after an answer.
-        self.special_ids = special.keys() - {self.image_token_id}
+        self.end_marker_ids = reserved.keys() - {self.image_token_id}
         # Any token of the LLM will do as padding, because padding is known by its position.
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = pad if pad is not None and pad < self.num_embeddings else 0
         # What the template writes between a question and its answer.
-        prompt = self.render([{"role": "user", "content": "?"}], is_prompt=True)
-        self.answer_header = prompt.rpartition("?")[2]
+        prompt = self.render([{"role": "user", "content": "QUESTION"}], is_prompt=True)
+        self.answer_header = prompt.rpartition("QUESTION")[2]
         # Checks what encode() relies on. The model learns to end an answer with end_token_id. Generation
         # stops at any of end_token_ids.
-        self.answer_prefixes, self.end_token_id = check_chat_template(self)
-        self.end_token_ids = list(dict.fromkeys([self.end_token_id, *end_token_ids]))
+        self.answer_prefixes, self.end_token_id = probe_chat_template(self)
+        self.end_token_ids = list(dict.fromkeys([self.end_token_id, *loaded.end_token_ids]))
 
     def render(self, messages, is_prompt=False):
         """Returns the conversation as one text. A prompt ends where the answer to its last
@@ -135,9 +136,9 @@ class ChatTemplate:
                      └─question┘└─ answer_header ─┘└── labeled ──┘
                                                    start      end
 
-        Where the prompt ends, the answer starts. It is labeled up to the first special token after it. Some
-        templates write a little more there (Mistral a space), which is labeled too, because the model has to
-        generate it. Raises UserError if the template changes a text.
+        Where the prompt ends, the answer starts. It is labeled up to the first special token after it.
+        Between prompt and answer, some templates insert text, Mistral for example a space. It is labeled too,
+        because the model has to generate it. Raises UserError if the template changes a text.
         Source: preprocess_v1() in the original code's train.py. It tokenizes each turn once more to
         count its tokens, and masks the whole sample if the sum is wrong. Character offsets avoid that.
         """
@@ -152,9 +153,9 @@ class ChatTemplate:
             # From the first token of the answer to the next special token, which ends it.
             first_token = next((t for t in range(last_token, len(ids)) if offsets[t][0] >= start),
                                len(ids) - 1)
-            last_token = next((t for t in range(first_token, len(ids)) if ids[t] in self.special_ids),
+            last_token = next((t for t in range(first_token, len(ids)) if ids[t] in self.end_marker_ids),
                               len(ids) - 1)
-            end = offsets[last_token][0] if ids[last_token] in self.special_ids else len(text)
+            end = offsets[last_token][0] if ids[last_token] in self.end_marker_ids else len(text)
             if found < 0 or not text[start:end].strip().endswith(answer["content"]):
                 raise UserError(f"the chat template in {self.tokenizer.name_or_path} changes a text")
             labels[first_token:last_token + 1] = ids[first_token:last_token + 1]
@@ -162,7 +163,7 @@ class ChatTemplate:
 
     def encode_prompt(self, messages):
         """Returns the ids of a conversation that ends with a question. encode() of the same conversation with
-        an answer begins with them."""
+        an answer begins with them, which the check at the start has tried with an example."""
         return self.tokenize(self.render(messages, is_prompt=True))[0]
 
     def to_messages(self, record):
@@ -171,7 +172,7 @@ class ChatTemplate:
         The original code does the same (preprocess_multimodal()): "<image>\\n" + question, wherever <image>
         stood. Raises BadRecord if the record is not a conversation that can be trained on.
         """
-        texts = check_turns(record)  # [question, answer, question, answer, …]
+        texts = read_turns(record)  # [question, answer, question, answer, …]
         # If no question contains <image>, the image is put in the first one.
         image_turn = next((i for i in range(0, len(texts), 2) if IMAGE_TOKEN in texts[i]), 0)
         messages = []
@@ -192,7 +193,7 @@ class ChatTemplate:
     def escape(self, text):
         """Returns the text stripped and with special tokens broken up. "</s>" becomes "< /s>", because the
         tokenizer would encode a literal "</s>" as the end token."""
-        return self.special_pattern.sub(lambda match: match[0][0] + " " + match[0][1:], text.strip())
+        return self.reserved_pattern.sub(lambda match: match[0][0] + " " + match[0][1:], text.strip())
 
     def decode(self, ids):
         """Returns the text of an answer, without special tokens and without an answer prefix."""
@@ -219,7 +220,7 @@ class ChatDataset(Dataset):
 
     def __getitem__(self, i):
         """Returns sample i. If its image cannot be decoded, returns the next usable sample and says why in
-        sample["skipped"]. drop_unusable_records() has found nearly all other problems before."""
+        sample["skipped"]. drop_unusable_records() has found missing images and malformed records before."""
         skipped = []
         for j in range(i, i + min(20, len(self))):  # 20 bad records in a row: the image folder is broken
             record = self.records[j % len(self)]

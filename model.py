@@ -1,14 +1,14 @@
-"""The model of "Visual Instruction Tuning" (Liu et al., 2023, arXiv:2304.08485): section 4.1 and figure 1.
+r"""The model of "Visual Instruction Tuning" (Liu et al., 2023, arXiv:2304.08485): section 4.1 and figure 1.
 
-    image --CLIP (frozen)--> Z_v --projector--> H_v --\\
+    image --CLIP (frozen)--> Z_v --projector--> H_v --\
                                                        LLM --> answer, token by token
     text  ---------- the LLM's embedding ----> H_q ---/
 
 CLIP cuts the image into patches and returns one vector per patch (Z_v). The projector, one linear layer, maps
 each of these vectors into the space of the LLM's token embeddings (H_v). From there on the LLM reads the
 image like text, whose embeddings are H_q. Nothing marks these positions as an image. They have consecutive
-positions, in reading order, and attention is causal, so patch k sees itself and what comes before it. Where a
-patch is, its features say themselves, because CLIP has added position embeddings.
+positions, in reading order, and attention is causal, so patch k sees itself and what comes before it. The
+features themselves tell where a patch is, because CLIP has added position embeddings.
 
 Sizes used in the comments:                                          CLIP ViT-L/14 + TinyLlama       toy
     B    samples in the batch
@@ -65,12 +65,12 @@ class Llava(nn.Module):
         # authors suspect that they contain more local detail (section 5.2). hidden_states[0] is the embedding
         # and hidden_states[i] the output of block i, counted from 1. So -2 is the output of the
         # second-to-last block. The blocks after it are deleted, so last_hidden_state is that output. (SigLIP
-        # and DINOv2 have one more layer norm at the end. load_vision_tower() has removed it.)
-        num_blocks = config.num_hidden_layers + 1 + vision_layer
-        if not 0 <= num_blocks <= config.num_hidden_layers:
+        # and DINOv2 also normalize all vectors at the end. load_vision_tower() has removed that.)
+        kept_blocks = config.num_hidden_layers + 1 + vision_layer
+        if not 0 <= kept_blocks <= config.num_hidden_layers:
             raise ValueError(f"vision layer {vision_layer} does not exist: this vision tower has the hidden "
                              f"states -1 (last block) to {-1 - config.num_hidden_layers} (embeddings)")
-        del vision_tower.encoder.layers[num_blocks:]
+        del vision_tower.encoder.layers[kept_blocks:]
         self.vision_tower = vision_tower
 
         d_v, d = config.hidden_size, llm.get_input_embeddings().embedding_dim
@@ -118,7 +118,7 @@ class Llava(nn.Module):
             rows.append(f"  {name:<14}{sum(p.numel() for p in frozen):>16,}"
                         f"{sum(p.numel() for p in trained):>14,}"
                         f"  {', '.join(sorted({str(p.dtype) for p in trained}))}")
-        return "\n".join(rows)
+        return "\n".join(row.rstrip() for row in rows)
 
     def train(self, mode=True):
         """Puts projector and adapter in train mode. The pretrained layers of CLIP and LLM stay in eval mode.
@@ -187,11 +187,12 @@ class Llava(nn.Module):
             input_ids, labels: (B, T) int64, padded on the right. labels is IGNORE_INDEX except on answers
                 and their end tokens, see ChatTemplate.encode().
             pixel_values: (I, 3, S, S).
-            attention_mask: (B, T), ignored, see below. collate() makes it for generate() and for the log.
+            attention_mask: (B, T), ignored, see below. It is for generate() and for the log.
         """
         # The output at position t predicts the token at t + 1, so the targets are the labels, shifted by one.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # (B, T) -> (B·T,)
-        labeled = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # (K,)
+        # The K positions whose next token is labeled. Only they need logits.
+        predicting = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # (K,)
 
         # No mask is needed. Padding is on the right, and in a causal model no token attends to what follows
         # it. Without a mask, transformers asks PyTorch for a causal kernel, which can skip half of the T×T
@@ -200,10 +201,9 @@ class Llava(nn.Module):
         inputs_embeds = self.embed(input_ids, pixel_values)  # (B, T, D)
         hidden = self.llm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=None,
                                         use_cache=False).last_hidden_state  # (B, T, D)
-        # Only the K labeled tokens need logits. For each, a row of V = 32,000 fp32 numbers takes 128 kB, and
-        # the loss needs several copies of it.
-        logits = self.llm.get_output_embeddings()(hidden.flatten(0, 1)[labeled])  # (K, D) -> (K, V)
-        return F.cross_entropy(logits.float(), targets[labeled], reduction="none")
+        # For each position, a row of V = 32,000 fp32 logits takes 128 kB, and the loss needs several copies.
+        logits = self.llm.get_output_embeddings()(hidden.flatten(0, 1)[predicting])  # (K, D) -> (K, V)
+        return F.cross_entropy(logits.float(), targets[predicting], reduction="none")
 
     # -- generation ----------------------------------------------------------------------------------------
 

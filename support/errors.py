@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-# Control characters, line separators, changes of the writing direction, and half characters.
+# Control characters, line separators, changes of the writing direction, and surrogates (halves of UTF-16
+# pairs).
 UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -25,13 +26,12 @@ class UserError(Exception):
 
 class BadRecord(UserError):
     """A record that cannot be trained on. `reason` is one of a fixed set, so callers can count failures by
-    kind. A DataLoader worker passes the error on with one finished sentence as its only argument."""
+    kind."""
 
-    def __init__(self, record, reason=None, detail=""):
+    def __init__(self, record, reason, detail=""):
         self.reason = reason
-        name = record.get("id", "without an id") if isinstance(record, dict) else None
-        super().__init__(record if reason is None else
-                         printable(f"record {repr(name)[:80]}: {reason}{detail and ': ' + detail}"))
+        name = repr(record.get("id"))[:80]
+        super().__init__(printable(f"record {name}: {reason}{detail and ': ' + detail}"))
 
 
 @contextmanager
@@ -51,8 +51,8 @@ def explain_errors(action):
 
 
 def run_script(main):
-    """Runs main(). A UserError or a lack of memory ends with one sentence and code 1, and Ctrl-C with code
-    130. Every other error shows its traceback."""
+    """Runs main(). A UserError or a lack of memory ends with one sentence and code 1. Ctrl-C, or a reader of
+    the output that has gone, ends with code 130. Every other error shows its traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # support/start.py has set another one
     script = Path(sys.argv[0]).name
     for output in (sys.stdout, sys.stderr):  # a character that the terminal lacks must not end a run
@@ -64,7 +64,7 @@ def run_script(main):
             dist.destroy_process_group()
     except UserError as error:
         # An error of a DataLoader worker arrives as text, with the worker's traceback above it.
-        sentence = re.split(r"support\.errors\.(?:UserError|BadRecord): ", str(error))[-1].strip()
+        sentence = str(error).rpartition("support.errors.UserError: ")[2].strip()
         sys.exit(f"{script}: {printable(sentence)}")
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not is_out_of_memory(error):

@@ -22,10 +22,10 @@ def find_file(name):
     for path in (Path(name), REPOSITORY / name, Path(folder), REPOSITORY / folder):
         if os.path.exists(path):  # Path.exists() raises an error if the name is too long
             return path
-    makers = {"data/small/": ": python -m tools.small writes it",
+    hints = {"data/small/": ": python -m tools.small writes it",
               "data/": ": python -m tools.download fetches a part of it, and tools/download.sh all",
               "toy/data/": ": delete toy/data, so that it is drawn again"}
-    hint = next((hint for start, hint in makers.items() if str(name).startswith(start)), "")
+    hint = next((hint for start, hint in hints.items() if str(name).startswith(start)), "")
     raise UserError(f"{name} does not exist{hint}")
 
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from support.errors import BadRecord, UserError, explain_errors
 
 # Formats that Pillow decodes by itself. (EPS, for example, would start Ghostscript.)
-PILLOW_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO"]
+PILLOW_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO"]
 
 
 def decode_image(content, name):
@@ -94,4 +94,5 @@ class ImageStore:
                 content = found.read_bytes() if self.root.is_dir() else self.zip_file().read(found)
             return decode_image(content, f"{name} in {self.root}")
         except UserError as error:
-            raise BadRecord(record, "image cannot be decoded", str(error)) from error
+            detail = str(error).removeprefix("cannot decode ")
+            raise BadRecord(record, "image cannot be decoded", detail) from error

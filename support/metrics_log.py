@@ -4,7 +4,6 @@ import json
 import math
 import sys
 import time
-from math import ceil
 
 import torch
 from tqdm import tqdm
@@ -29,9 +28,9 @@ class MetricsLog:
         self.bar = tqdm(total=total_steps, initial=progress.step, unit="step", dynamic_ncols=True,
                         disable=True if self.processes.rank > 0 else None)
         self.total_steps = total_steps
-        self.eval_every = args.eval_every or max(1, ceil(total_steps / 10))
-        self.save_every = args.save_every or max(1, min(100, ceil(total_steps / 20)))
-        self.last_generated, self.line_printed = None, 0.0
+        self.eval_every = args.eval_every or max(1, math.ceil(total_steps / 10))
+        self.save_every = args.save_every or max(1, min(100, math.ceil(total_steps / 20)))
+        self.last_generated, self.line_printed_at = None, 0.0
         self.started, self.first_step = time.time(), progress.step
         self._start_interval()
 
@@ -63,17 +62,17 @@ class MetricsLog:
             "tokens_per_s": self.processes.sum(self.interval_tokens) / seconds,
             "waiting": self.interval_waiting / seconds,
             "seconds_left": (now - self.started) / (step - self.first_step) * (self.total_steps - step)}
-        state = (f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:,.0f} tokens/s, waiting for data "
+        text = (f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:,.0f} tokens/s, waiting for data "
                  f"{metrics['waiting']:.0%}")
         if self.processes.device.type == "cuda":
             metrics["gpu_gib"] = torch.cuda.max_memory_allocated(self.processes.device) / 2**30
-            state += f", GPU memory {metrics['gpu_gib']:.1f} GiB"
+            text += f", GPU memory {metrics['gpu_gib']:.1f} GiB"
         self._write(step, **metrics)
-        self.bar.set_postfix_str(state, refresh=False)
-        if self.bar.disable and now - self.line_printed > 60:  # in place of the bar, once a minute
-            self.line_printed = now
+        self.bar.set_postfix_str(text, refresh=False)
+        if self.bar.disable and now - self.line_printed_at > 60:  # in place of the bar, once a minute
+            self.line_printed_at = now
             left = tqdm.format_interval(metrics["seconds_left"])
-            print(f"step {step} of {self.total_steps}: {state}, {left} left", flush=True)
+            print(f"step {step} of {self.total_steps}: {text}, {left} left", flush=True)
         self._start_interval()
 
     def log_heldout(self, step, image_use, generated, reference, nearest):

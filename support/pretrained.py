@@ -9,6 +9,7 @@ import os
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import transformers
 from huggingface_hub import snapshot_download
@@ -25,9 +26,8 @@ from support.images import decode_image
 transformers.logging.disable_progress_bar()  # the bar of loading weights
 # peft 0.21 asks transformers 5 for an attribute by its old name. The user can do nothing about it.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-# Older versions of transformers 5 lack the new names activation_checkpointing_enable and cache.
+# Older versions of transformers 5 lack the new name activation_checkpointing_enable.
 warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
-warnings.filterwarnings("ignore", "`past_key_values` is deprecated.*Use `cache`", FutureWarning)
 
 # Each entry is the "model_type" in config.json. Other language models may have layers that LoRA would leave
 # out, or may change their logits after the head (Gemma 2 does), so that Llava.forward() would be wrong.
@@ -144,11 +144,18 @@ def load_language_model(name, dtype, device):
     return llm
 
 
+class LoadedTokenizer(NamedTuple):
+    tokenizer: object
+    start_token_id: int | None
+    end_token_ids: list  # all that generation should stop at
+    context_length: int  # number of tokens that the LLM can read, prompt and answer together
+    num_embeddings: int  # rows of its embedding table
+
+
 def load_tokenizer(name):
-    """Returns (tokenizer, id of the start token or None, ids of all end tokens, number of tokens that the
-    model can read, prompt and answer together, number of rows of its embedding table)."""
+    """Returns the LoadedTokenizer of an LLM. Raises UserError if the LLM or its tokenizer cannot be used."""
     folder, config = find_pretrained(name), load_config(name)
-    if config.model_type not in LANGUAGE_MODELS:
+    if config.model_type not in LANGUAGE_MODELS or getattr(config, "final_logit_softcapping", None):
         raise UserError(f"{name} is a '{config.model_type}'; --llm must name a model of the type "
                         f"{', '.join(LANGUAGE_MODELS)}")
     with explain_errors(f"load the tokenizer in {folder}"):
@@ -165,8 +172,8 @@ def load_tokenizer(name):
     end_token_ids = []
     for ids in (file.get("eos_token_id") for file in files[1:]):  # a number, a list or nothing
         end_token_ids += ids if isinstance(ids, list) else [ids]
-    return (tokenizer, start_token_id, [i for i in end_token_ids if i is not None],
-            config.max_position_embeddings, config.vocab_size)
+    return LoadedTokenizer(tokenizer, start_token_id, [i for i in end_token_ids if i is not None],
+                           config.max_position_embeddings, config.vocab_size)
 
 
 def _load_strictly(model_class, name, dtype, **kwargs):

@@ -1,10 +1,11 @@
-"""Reads the records of a JSON file, and splits off the held-out records."""
+"""Reads the records of a JSON file, splits off the held-out records, and checks all of them."""
 
 import hashlib
 import json
 import re
 
 import numpy as np
+from tqdm import tqdm
 
 from support.errors import BadRecord, UserError, explain_errors
 from support.files import find_file
@@ -106,7 +107,10 @@ def split_records(records, heldout, limit, seed):
 
 def load_records(settings):
     """Returns the (training, held-out) Records that the settings name. Without --heldout-data, records of
-    --data are held out."""
+    --data are held out. The toy's pictures are drawn before its first run (about 10 s)."""
+    if settings.data.startswith("toy/data/"):
+        import toy.world  # nothing else here depends on the toy
+        toy.world.draw_if_missing()
     data, images = find_file(settings.data), find_file(settings.images)
     heldout_data, heldout_images = (find_file(name) if name else None for name in
                                     (settings.heldout_data, settings.heldout_images))
@@ -139,7 +143,7 @@ def image_name(record):
     return name
 
 
-def check_turns(record):
+def read_turns(record):
     """Returns the texts of a record's turns: question, answer, question, answer, … Raises BadRecord if its
     conversation is malformed."""
     has_image = image_name(record) is not None
@@ -176,3 +180,50 @@ def check_turns(record):
         raise BadRecord(record, "more <image> in its human turns than images",
                         f"{count} <image>, {int(has_image)} images")
     return texts[:len(texts) // 2 * 2]  # without a last question that has no answer
+
+
+def drop_unusable_records(dataset, allow_bad=1.0, open_images=False, quiet=False):
+    """Checks every record of a ChatDataset, prints why records cannot be used, and leaves them out of
+    dataset.records, so that a missing image does not stop the run hours later. Returns the approximate number
+    of tokens of each other sample: (samples,). If quiet, prints nothing when all records are usable.
+
+    Without open_images, images are only looked up, because opening 595,375 of them takes long. Raises
+    UserError if more than the fraction `allow_bad` is unusable, or if the dataset's max_length is more
+    than the LLM can read."""
+    records, template = dataset.records, dataset.template
+    if dataset.max_length > template.context_length:
+        raise UserError(f"--max-length {dataset.max_length} is more than the LLM can read: pass --max-length "
+                        f"{template.context_length} or less")
+    # What the template adds to a question and its answer, in bytes. It is more than it adds to one message.
+    empty_turn = template.render([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}])
+    overhead = len(empty_turn.encode())
+    usable, lengths, failures = [], [], {}  # failures: {reason: [one sentence per unusable record]}
+    for i in tqdm(range(len(records)), "checking the data", unit="record", leave=False, disable=None):
+        record = records[i]
+        try:
+            name, messages = image_name(record), template.to_messages(record)
+            if name is not None:
+                (records.images.open if open_images else records.images.check)(record, name)
+            num_bytes = sum(len(message["content"].encode()) + overhead for message in messages)
+            # A token nearly always stands for at least one byte, so a shorter text need not be tokenized now.
+            if num_bytes > dataset.max_length - template.num_image_tokens:
+                dataset.encode_record(record)
+        except BadRecord as error:
+            failures.setdefault(error.reason, []).append(str(error))
+            continue
+        usable.append(i)
+        # English text has about four bytes per token.
+        lengths.append((name is not None) * template.num_image_tokens + num_bytes // 4)
+    if failures or not quiet:
+        print(f"checked {len(records):,} records of {records.path}: {len(usable):,} usable")
+    for reason, sentences in failures.items():
+        print(f"  {len(sentences):,} unusable: {reason}")
+        print("\n".join(f"    {sentence}" for sentence in sentences[:10]))
+    bad = len(records) - len(usable)
+    if bad > allow_bad * len(records) or not usable:
+        missing = len(failures.get("image missing", ()))
+        hint = " (is --images wrong?)" if missing > len(records) / 2 else ""
+        raise UserError(f"{bad:,} of {len(records):,} records of {records.path} cannot be used{hint}; "
+                        "--allow-bad says how many may be left out")
+    dataset.records = records.subset(usable)
+    return np.array(lengths)

@@ -3,7 +3,9 @@
 import argparse
 import math
 import shlex
+from pathlib import Path
 
+from support.devices import DTYPES
 from support.errors import UserError
 
 
@@ -53,7 +55,7 @@ FLAGS = {  # name: (type or choices, help)
     "max_steps": (INT_FROM_0, "optimizer steps, instead of --epochs; 0 trains nothing"),
     "warmup": (FRACTION, "fraction of the steps in which the learning rate rises"),
     "max_grad_norm": (FLOAT_FROM_0, "gradients with a larger norm are scaled down to it; 0: no clipping"),
-    "precision": (("auto", "fp32", "bf16", "fp16"), "of frozen weights and matrix products"),
+    "precision": (("auto", *DTYPES), "of frozen weights and matrix products"),
     "device": (str, "auto, cpu, cuda, cuda:1, mps, …"),
     "seed": (INT_FROM_0, "seed of all random numbers"),
     "eval_every": (INT_FROM_1, "optimizer steps between two evaluations on the held-out records; if not "
@@ -113,17 +115,28 @@ def changed_settings(settings, preset):
 def next_command(script, settings, preset):
     """Returns the command that continues with the run of these settings: with the same models and data, if
     they are not those of the preset."""
-    names = ["run", "vision_tower", "vision_layer", "llm", "projector", "limit", "heldout", "max_length",
+    if script == "sanity_check.py":  # it reads all other settings from run.json
+        return shlex.join(["python", script, "--run", str(settings.run)])
+    words = ["python", script, *(["--preset", settings.preset] if settings.preset != "toy" else []),
+             "--run", str(settings.run)]
+    names = ["vision_tower", "vision_layer", "llm", "projector", "limit", "heldout", "max_length",
              "allow_bad", "precision", "device"]
     changed = changed_settings(settings, preset)
     if "data" in changed:  # else the next stage of the preset has data and images of its own
         names += ["data", "images", "heldout_data", "heldout_images"]
-    words = ["python", script]
-    if script == "sanity_check.py":  # it reads all other settings from run.json
-        names = ["run"]
-    elif settings.preset != "toy":
-        words += ["--preset", settings.preset]
     for name in names:
-        if name == "run" or changed.get(name) is not None:
-            words += ["--" + name.replace("_", "-"), str(vars(settings)[name])]
+        if changed.get(name) is not None:
+            words += ["--" + name.replace("_", "-"), str(changed[name])]
     return shlex.join(words)
+
+
+def add_run_flags(parser, precision=None):
+    """Adds the flags that all tools share: --run, --stage, --device, and --precision unless it is given."""
+    parser.add_argument("--run", type=Path, default="runs/toy", help="folder of the run (default: runs/toy)")
+    parser.add_argument("--stage", type=int, choices=(1, 2), help="default: 2 if it is finished, else 1")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, … (default: auto)")
+    if precision:
+        parser.set_defaults(precision=precision)
+    else:
+        parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto",
+                            help="of frozen weights and matrix products (default: auto)")

@@ -12,7 +12,7 @@ PROBE = [{"role": role, "content": 'Is it 2 × "Größe"  (10%)?\nNo. , yes !'}
          for role in ("user", "assistant")] * 3
 
 
-def check_chat_template(template):
+def probe_chat_template(template):
     """Returns (answer prefixes, id of the end token) of a ChatTemplate.
 
     The answer prefixes are what the template writes between a prompt and its answer, the longest first:
@@ -38,7 +38,7 @@ def check_chat_template(template):
 
     _, labels = template.encode(PROBE)
     answer = labels[len(prompt_ids):]  # of the last prompt; the labels behind the end token are ignored
-    end = next((t for t, i in enumerate(answer) if i in template.special_ids), None)
+    end = next((t for t, i in enumerate(answer) if i in template.end_marker_ids), None)
     if end is None or labels.count(answer[end]) != 3:
         refuse("it writes no end token after an answer, so the model would never learn to stop")
     decoded = template.tokenizer.decode(answer[:end], clean_up_tokenization_spaces=False)

@@ -9,14 +9,13 @@ from safetensors.torch import load
 
 from data import ChatDataset, ChatTemplate
 from model import Llava, count_patches
-from support.check_records import drop_unusable_records
-from support.devices import DTYPES, choose_device, choose_dtype
+from support.devices import choose_device, choose_dtype
 from support.errors import UserError, explain_errors
 from support.files import find_file, read_json
 from support.images import ImageStore
 from support.pretrained import (load_image_processor, load_language_model, load_vision_config,
                                 load_vision_tower)
-from support.records import read_records
+from support.records import drop_unusable_records, read_records
 from support.results import load_projector, read_result
 
 
@@ -74,18 +73,6 @@ def load_heldout_dataset(folder, template, image_processor, count=None):
     dataset = ChatDataset(records, template, image_processor, settings["max_length"])
     drop_unusable_records(dataset, open_images=True, quiet=True)
     return dataset
-
-
-def add_run_flags(parser, precision=None):
-    """Adds the flags that all tools share: --run, --stage, --device, and --precision unless it is given."""
-    parser.add_argument("--run", type=Path, default="runs/toy", help="folder of the run (default: runs/toy)")
-    parser.add_argument("--stage", type=int, choices=(1, 2), help="default: 2 if it is finished, else 1")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, … (default: auto)")
-    if precision:
-        parser.set_defaults(precision=precision)
-    else:
-        parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto",
-                            help="of frozen weights and matrix products (default: auto)")
 
 
 def load_run(args):

@@ -97,7 +97,7 @@ def test_loader_workers_share_a_zip_without_disturbing_each_other(drawn, templat
 NOISE = Image.effect_noise((99, 99), 90)
 DECODE, MISSING, OUTSIDE = "image cannot be decoded", "image missing", "image outside the image folder"
 UNUSABLE = {  # name: (content, reason, what the sentence says)
-    "half.jpg": (saved(NOISE, "JPEG")[:900], DECODE, "cannot decode"),
+    "half.jpg": (saved(NOISE, "JPEG")[:900], DECODE, "truncated"),
     "text.jpg": (b"<html>404 Not Found</html>", DECODE, "is not an image in a supported format"),
     "lfs.jpg": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 211000000\n", DECODE,
                 "is a Git LFS pointer instead of the image: run git lfs pull"),

@@ -6,9 +6,8 @@ import pickle
 import pytest
 from conftest import N, record_of
 
-from support.check_records import drop_unusable_records
 from support.errors import UserError
-from support.records import Records, read_records, split_records
+from support.records import Records, drop_unusable_records, read_records, split_records
 
 
 def contents(records):
@@ -104,5 +103,7 @@ def test_the_check_names_unusable_records_by_their_reason_and_leaves_them_out(da
     for words in ("2 unusable: an empty answer\n    record 'two'", "\n    record 'four'",
                   "1 unusable: too long", "\n    record 'five'", "1 unusable: image missing\n"):
         assert words in out
-    with pytest.raises(UserError, match=r"4 of 7 records .* cannot be used \(is --images wrong"):
-        drop_unusable_records(dataset_of(records), allow_bad=0.5)
+    for chosen, message in ((records, "4 of 7 records .* cannot be used;"),
+                            (records[-1:], r"1 of 1 records .* cannot be used \(is --images wrong")):
+        with pytest.raises(UserError, match=message):
+            drop_unusable_records(dataset_of(chosen), allow_bad=0.5)

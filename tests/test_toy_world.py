@@ -12,7 +12,7 @@ from conftest import REPOSITORY
 from PIL import Image
 from transformers import AutoTokenizer
 
-from support.records import check_turns
+from support.records import read_turns
 from toy import pretrain, world
 from toy.world import BRIEF, PLACES, draw, heldout_scenes, objects_in, random_scene
 
@@ -77,7 +77,7 @@ def test_records_have_llava_format(drawn, name, turns):
     places = set()
     for record in records:
         assert record["image"] == record["id"] + ".jpg"
-        assert 2 * turns[0] <= len(check_turns(record)) == len(record["conversations"]) <= 2 * turns[1]
+        assert 2 * turns[0] <= len(read_turns(record)) == len(record["conversations"]) <= 2 * turns[1]
         first, *others = [turn["value"] for turn in record["conversations"]]
         places.add((first.startswith("<image>\n"), first.endswith("\n<image>")))
         assert first.count("<image>") == 1 and not any("<image>" in value for value in others)

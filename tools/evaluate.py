@@ -55,15 +55,14 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data import IMAGE_TOKEN, ChatDataset
-from support.check_records import drop_unusable_records
 from support.errors import UserError, printable, run_script
 from support.evaluation import (generate_answers, make_heldout_batches, measure_image_use,
                                 records_with_other_images)
 from support.files import find_file, write_json
 from support.images import ImageStore
-from support.records import read_records
-from support.settings import INT_FROM_0, INT_FROM_1
-from support.trained import add_run_flags, load_heldout_dataset, load_run
+from support.records import drop_unusable_records, read_records
+from support.settings import INT_FROM_0, INT_FROM_1, add_run_flags
+from support.trained import load_heldout_dataset, load_run
 from toy.world import PLACES, caption_of, objects_in
 
 

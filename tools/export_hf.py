@@ -35,7 +35,8 @@ from support.errors import UserError, run_script
 from support.evaluation import prompt_batch
 from support.files import atomic_write
 from support.pretrained import find_pretrained
-from support.trained import add_run_flags, load_heldout_dataset, load_run
+from support.settings import add_run_flags
+from support.trained import load_heldout_dataset, load_run
 from tools.model_card import write_model_card
 
 # Largest allowed difference of logits and of pixel values. The order of summation changes logits by about

@@ -38,8 +38,8 @@ from support.evaluation import generate_answers, prompt_batch, records_with_othe
 from support.files import atomic_write
 from support.records import image_name
 from support.results import read_result
-from support.settings import INT_FROM_1
-from support.trained import add_run_flags, load_heldout_dataset, load_run
+from support.settings import INT_FROM_1, add_run_flags
+from support.trained import load_heldout_dataset, load_run
 from tools.evaluate import answer_questions, evenly_spaced, is_toy_caption, list_questions
 from tools.loss_picture import read_lines
 from toy.world import PLACES, answer_to, objects_in
