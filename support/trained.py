@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load
 
@@ -37,7 +38,7 @@ def load_adapter(model, folder):
                         f"or unexpected, for example {wrong[0]}")
 
 
-def load_trained(folder, device, dtype):
+def load_trained(folder, device=torch.device("cpu"), dtype=torch.float32):
     """Returns (model, template, image_processor, content of run.json) of a finished stage."""
     folder, saved = Path(folder), read_result(folder)
     num_image_tokens = count_patches(load_vision_config(saved["vision_tower"]))

@@ -198,7 +198,8 @@ def make_table(result):
             rows.append((printable(f"    {kind} ({count})"), f"{fraction:.3f}",
                          f"{result[f'{key}_different_by_kind'][kind]:.3f}"))
     if "yes_no" in result:
-        rows.append((f"answers to {result['counts']['yes_no']} yes/no questions",))
+        rows.append((f"answers to {result['counts']['yes_no']} yes/no questions, counted as POPE does "
+                     '(all without "no" or "not" are "yes")',))
         rows += [(f"    {'answered with yes' if name == 'yes' else name}", f"{value:.3f}",
                   f"{result['yes_no_different'][name]:.3f}") for name, value in result["yes_no"].items()]
     if shares := result.get("most_frequent_by_kind"):

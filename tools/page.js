@@ -194,8 +194,8 @@ function summary(verb, answers, unchanged) {
   const changed = answers.filter(([answer]) => answer !== unchanged).length;
   const known = answers.filter(([, expected]) => expected);
   const equal = known.filter(([answer, expected]) => answer === expected).length;
-  return `${verb} one patch changes the answer for ${changed} of ${answers.length} patches` +
-    (known.length ? ` (expected answers: ${equal} of ${known.length}). ` : ". ");
+  return `Each of the ${answers.length} patches was ${verb} alone: ${changed} of these changes gave another answer` +
+    (known.length ? `, and ${equal} of ${known.length} answers were the expected ones. ` : ". ");
 }
 
 function showBreak(asked) {
@@ -225,7 +225,7 @@ function showBreak(asked) {
   find("#break .second").src = asked.second;
   const largest = Math.max(...sizes);
   find("#break .summary").textContent =
-    summary("Erasing", asked.erased, asked.answer[0]) + summary("Copying", asked.copied, asked.answer[0]) +
+    summary("erased", asked.erased, asked.answer[0]) + summary("copied", asked.copied, asked.answer[0]) +
     (largest > 1 ? "In parts 3 and 4, the patch that you choose is a region of up to " +
       `${largest} × ${largest} patches of the model.` : "");
   undo();
