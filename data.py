@@ -40,7 +40,7 @@ is labeled (here in [[ ]]), because each answers a question, with all earlier tu
     [[The back of the bus features an advertisement.</s>]]
 
 Three rules:
-  * The first token is the tokenizer's start token, here <s>, unless its files forbid it.
+  * The first token is the tokenizer's start token, here <s>, if it has one and its files do not forbid it.
   * No code looks for padding by its id, because TinyLlama's padding token is also its end token.
   * labels[t] belongs to the token at position t. Llava.forward() shifts by one.
 
@@ -88,7 +88,7 @@ class ChatTemplate:
                    if token.special or i >= self.num_embeddings}
         self.reserved_pattern = re.compile("|".join(map(re.escape, reserved.values())))
         # encode() labels up to the first of these after an answer.
-        self.end_marker_ids = reserved.keys() - {self.image_token_id}
+        self.reserved_ids = reserved.keys() - {self.image_token_id}
         # Any token of the LLM will do as padding, because padding is known by its position.
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = pad if pad is not None and pad < self.num_embeddings else 0
@@ -153,9 +153,9 @@ class ChatTemplate:
             # From the first token of the answer to the next special token, which ends it.
             first_token = next((t for t in range(last_token, len(ids)) if offsets[t][0] >= start),
                                len(ids) - 1)
-            last_token = next((t for t in range(first_token, len(ids)) if ids[t] in self.end_marker_ids),
+            last_token = next((t for t in range(first_token, len(ids)) if ids[t] in self.reserved_ids),
                               len(ids) - 1)
-            end = offsets[last_token][0] if ids[last_token] in self.end_marker_ids else len(text)
+            end = offsets[last_token][0] if ids[last_token] in self.reserved_ids else len(text)
             if found < 0 or not text[start:end].strip().endswith(answer["content"]):
                 raise UserError(f"the chat template in {self.tokenizer.name_or_path} changes a text")
             labels[first_token:last_token + 1] = ids[first_token:last_token + 1]
@@ -239,7 +239,7 @@ class ChatDataset(Dataset):
         try:
             ids, labels = self.template.encode(messages)
         except UserError as error:
-            raise BadRecord(record, str(error)) from error
+            raise BadRecord(record, "the chat template cannot render it", str(error)) from error
         if len(ids) > self.max_length:
             has_image = self.template.image_token_id in ids
             # The last labeled token of an answer is followed by one without a label.
@@ -302,8 +302,8 @@ def collate(samples, pad_token_id, padding_side="right"):
         batch["labels"] = torch.tensor([pad(sample["labels"], IGNORE_INDEX) for sample in samples])
         batch["skipped"] = [sentence for sample in samples for sentence in sample.get("skipped", [])]
     if get_worker_info():
-        # A worker passes its batches on in shared memory. share_memory_() raises an error if there is too
-        # little of it. Without this call, the worker would hang when it sends the batch.
+        # A worker passes its batches on in shared memory. If there is too little, share_memory_() raises an
+        # error. Without this call, the batch would be lost, and the training would wait for it forever.
         for value in filter(torch.is_tensor, batch.values()):
             value.share_memory_()
     return batch

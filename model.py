@@ -100,7 +100,7 @@ class Llava(nn.Module):
         A and B are fp32. If W is in half precision, the model must be called under autocast.
         """
         self.llm = get_peft_model(self.llm, config)
-        # Otherwise peft would cast x to fp32 and autocast back, which costs time and memory.
+        # Otherwise peft would cast x to fp32, and autocast would cast it back, which costs time and memory.
         for module in self.llm.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = False
@@ -187,7 +187,7 @@ class Llava(nn.Module):
             input_ids, labels: (B, T) int64, padded on the right. labels is IGNORE_INDEX except on answers
                 and their end tokens, see ChatTemplate.encode().
             pixel_values: (I, 3, S, S).
-            attention_mask: (B, T), ignored, see below. It is for generate() and for the log.
+            attention_mask: (B, T), not used, see below. The log counts tokens with it.
         """
         # The output at position t predicts the token at t + 1, so the targets are the labels, shifted by one.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # (B, T) -> (B·T,)

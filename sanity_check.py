@@ -54,8 +54,7 @@ def print_every_stage(args):
     """Prints the answers to one question: without the image, with an untrained projector, after stage 1, and
     after stage 2, if that is finished."""
     last = 2 if (args.run / "stage2" / "run.json").exists() else 1
-    for stage in range(1, last + 1):
-        args.stage = stage
+    for args.stage in range(1, last + 1):
         model, template, image_processor, _ = load_run(args)
         if args.image is not None:
             question, pixel_values = args.question, load_image(args.image, image_processor)  # (3, S, S)
@@ -66,21 +65,22 @@ def print_every_stage(args):
             pixel_values = dataset.load_pixel_values(record)
         if pixel_values is None:
             raise UserError(f"held-out record {args.sample} has no image: choose another one")
-
-        def show(title, pixel_values):
-            print(f"\n{title}")
-            prompt = make_image_prompt(template, question, pixel_values)
-            stream_answer(model, template, prompt, AnswerPrinter(template), args.max_new_tokens)
-
-        if stage == 1:
+        if args.stage == 1:
             print(printable(f"QUESTION\n{question}", keep="\n"))
-            show("WITHOUT AN IMAGE", None)
+            print_image_answer("WITHOUT AN IMAGE", model, template, question, None, args)
             with untrained_projector(model):
-                show("UNTRAINED PROJECTOR", pixel_values)
-        show(f"AFTER STAGE {stage}", pixel_values)
+                print_image_answer("UNTRAINED PROJECTOR", model, template, question, pixel_values, args)
+        print_image_answer(f"AFTER STAGE {args.stage}", model, template, question, pixel_values, args)
         del model  # so that two large models need not fit into the memory
     if last == 1:
         print("\nStage 2 is not finished.")
+
+
+def print_image_answer(title, model, template, question, pixel_values, args):
+    """Prints a title and the answer to a question about an image, (3, S, S), or about none."""
+    print(f"\n{title}")
+    prompt = make_image_prompt(template, question, pixel_values)
+    stream_answer(model, template, prompt, AnswerPrinter(template), args.max_new_tokens)
 
 
 def make_image_prompt(template, question, pixel_values):

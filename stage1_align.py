@@ -94,9 +94,8 @@ def main(argv=None):
     processes = Processes(args.device, args.precision)
     device, dtype = processes.device, processes.dtype
     # Locks the folder, and looks for an earlier run and its checkpoint.
-    folder = checkpoints.StageFolder(args, 1, processes)
-    folder.open(args)
-    # The projector starts with random weights, which are the same in every run and in all processes.
+    folder = checkpoints.open_folder(args, 1, processes)
+    # The projector starts with random weights, the same in all processes and in every run with this seed.
     torch.manual_seed(args.seed)
 
     # -- 2. data -------------------------------------------------------------------------------------------
@@ -114,10 +113,11 @@ def main(argv=None):
     # unusable ones. approx_lengths[i]: about how many tokens sample i has.
     approx_lengths = drop_unusable_records(train_dataset, args.allow_bad)
     drop_unusable_records(heldout_dataset, open_images=True)
-    # The held-out images are decoded once and stay in memory.
+    # The held-out batches are made once and stay in memory.
     heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
     evaluation.print_labels(train_dataset)
-    if args.check_data:  # ends here, before any model is loaded
+    # --check-data ends here, before any model is loaded.
+    if args.check_data:
         return None
 
     # -- 3. model ------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def main(argv=None):
     # than about 1/500 of the weight would always be rounded away.
     model.projector.requires_grad_(True)
     if args.activation_checkpointing:
-        # "Gradient checkpointing" is an older name. PyTorch recommends the variant use_reentrant=False.
+        # Recomputes activations in the backward pass. "Gradient checkpointing" is an older name for it.
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     # Only the projector: Llava.train() keeps CLIP and the LLM in eval mode.
     model.train()
@@ -168,13 +168,12 @@ def main(argv=None):
                         **step_batches.loader_options(plan, args.workers, device))
     log = MetricsLog(folder, args, progress, total_steps)
 
-    # Logs the held-out loss with the correct and with a different image, an answer, and nearest tokens.
     def evaluate():
+        """Measures and logs the held-out loss with the correct and with a different image, and one answer."""
         with autocast():
-            image_use, generated, reference, nearest = evaluation.evaluate_heldout(
-                model, heldout_dataset, heldout_batches, device)
-        log.log_heldout(progress.step, image_use, generated, reference, nearest)
-        return image_use
+            measured = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches, device)
+        log.log_heldout(progress.step, **measured)
+        return measured["image_use"]
 
     # -- 6. the loop ---------------------------------------------------------------------------------------
 
@@ -183,7 +182,7 @@ def main(argv=None):
         if progress.step == 0:
             progress.first_image_use = evaluate()
         batches = iter(loader)
-        for step_indices, num_samples in zip(plan, step_sizes):
+        for micro_batch_indices, num_samples in zip(plan, step_sizes):
             # Linear warm-up, because Adam's first updates are about as large as lr however small the gradient
             # is. Then half a cosine, towards zero, while `decay` grows from 0 to almost 1.
             decay = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -192,7 +191,7 @@ def main(argv=None):
                 group["lr"] = group["peak_lr"] * lr_factor
 
             micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(
-                batches, len(step_indices))
+                batches, len(micro_batch_indices))
             folder.record_skipped(progress, skipped, len(train_dataset))
 
             # The loss is the mean over all n labeled tokens of the effective batch (n is num_labeled below):
@@ -223,7 +222,7 @@ def main(argv=None):
             # Scales down gradients whose norm is too large. 0 sets no limit, and the norm is only logged.
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
             checkpoints.stop_if_diverged(progress, loss, grad_norm, scaler, train_dataset.records,
-                                         step_indices)
+                                         micro_batch_indices)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -232,7 +231,7 @@ def main(argv=None):
             progress.samples += num_samples
             log.log_step(progress, optimizer, micro_batches, seconds_waiting,
                          loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
-            # Otherwise the micro-batches of two steps would be in memory while the next ones are taken.
+            # Frees the micro-batches of this step before those of the next one are taken.
             del micro_batches
             if log.evaluation_is_due(progress.step):
                 evaluate()

@@ -105,8 +105,7 @@ def main(argv=None):
     device, dtype = processes.device, processes.dtype
     # New: stage 1 must be finished, and trained with the same models.
     stage1_folder, projector_hash = results.read_stage1(args)
-    folder = checkpoints.StageFolder(args, 2, processes, stage1_projector=projector_hash)
-    folder.open(args)
+    folder = checkpoints.open_folder(args, 2, processes, stage1_projector=projector_hash)
     torch.manual_seed(args.seed)
 
     # -- 2. data -------------------------------------------------------------------------------------------
@@ -149,10 +148,11 @@ def main(argv=None):
     # -- 4. optimizer --------------------------------------------------------------------------------------
 
     adapter_parameters = [parameter for parameter in model.llm.parameters() if parameter.requires_grad]
-    parameters = [*adapter_parameters, *model.projector.parameters()]
+    projector_parameters = list(model.projector.parameters())
+    parameters = adapter_parameters + projector_parameters
     # New: two learning rates. The projector has been trained before, and the adapter is new.
     optimizer = torch.optim.AdamW([{"params": adapter_parameters, "peak_lr": args.lr},
-                                   {"params": model.projector.parameters(), "peak_lr": args.projector_lr}],
+                                   {"params": projector_parameters, "peak_lr": args.projector_lr}],
                                   weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -172,10 +172,9 @@ def main(argv=None):
 
     def evaluate():
         with autocast():
-            image_use, generated, reference, nearest = evaluation.evaluate_heldout(
-                model, heldout_dataset, heldout_batches, device)
-        log.log_heldout(progress.step, image_use, generated, reference, nearest)
-        return image_use
+            measured = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches, device)
+        log.log_heldout(progress.step, **measured)
+        return measured["image_use"]
 
     # -- 6. the loop ---------------------------------------------------------------------------------------
 
@@ -185,14 +184,14 @@ def main(argv=None):
         if progress.step == 0:
             progress.first_image_use = evaluate()
         batches = iter(loader)
-        for step_indices, num_samples in zip(plan, step_sizes):
+        for micro_batch_indices, num_samples in zip(plan, step_sizes):
             decay = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
             lr_factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * decay))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
 
             micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(
-                batches, len(step_indices))
+                batches, len(micro_batch_indices))
             folder.record_skipped(progress, skipped, len(train_dataset))
 
             labeled_here = sum(count_labeled(batch).sum().item() for batch in micro_batches)
@@ -213,7 +212,7 @@ def main(argv=None):
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
             checkpoints.stop_if_diverged(progress, loss, grad_norm, scaler, train_dataset.records,
-                                         step_indices)
+                                         micro_batch_indices)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()

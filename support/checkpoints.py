@@ -42,6 +42,17 @@ class Progress:
     records_hash: str = ""  # of the training records
 
 
+def open_folder(args, stage, processes, **more_settings):
+    """Locks the folder of a stage and looks for an earlier run in it, see look_for_earlier_run(). Returns a
+    StageFolder. With --check-data, it touches nothing."""
+    folder = StageFolder(args, stage, processes, **more_settings)
+    if not args.check_data:
+        if processes.rank == 0:
+            lock_folder(folder.path)
+        folder.look_for_earlier_run(args)
+    return folder
+
+
 class StageFolder:
     """The folder of one stage of a run, locked for this process. Rank 0 writes.
 
@@ -55,16 +66,11 @@ class StageFolder:
         self.settings = {**vars(args), "precision": precision, **more_settings, "samples_per_step":
                          args.batch_size * args.grad_accum * processes.world_size}
 
-    def open(self, args):
-        """Locks the folder and reads the checkpoint of an earlier run. Ends the process if --resume finds a
-        finished run. Raises UserError if the run cannot begin or continue here. With --check-data, it does
-        nothing."""
-        if args.check_data:
-            return
+    def look_for_earlier_run(self, args):
+        """Reads the checkpoint of an earlier run. Ends the process if --resume finds a finished run. Raises
+        UserError if the run cannot begin or continue here."""
         if self.path.parent.name in ("stage1", "stage2"):
             raise UserError(f"pass --run {shlex.quote(str(self.path.parents[1]))}, the folder of the run")
-        if self.processes.rank == 0:
-            lock_folder(self.path)
         path, finished = self.path / "checkpoint.pt", read_json(self.path / "run.json")
         if args.restart:
             return
@@ -82,7 +88,7 @@ class StageFolder:
             if args.resume:
                 print(f"{self.path} has no checkpoint, so this run begins at step 0")
             return
-        with explain_errors(f"resume from {path}, which is damaged; start again with --restart"):
+        with explain_errors(f"read {path} (if it is damaged, start again with --restart)"):
             if damaged := zipfile.ZipFile(path).testzip():  # torch.load() ignores the checksums
                 raise ValueError(f"{damaged} has a wrong checksum")
             self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -109,8 +115,7 @@ class StageFolder:
                     delete(self.path / name)
                 for path in self.path.glob("eval*.json"):
                     delete(path)
-                write_json(self.path / "heldout.json",
-                           [heldout_records[i] for i in range(len(heldout_records))])
+                write_json(self.path / "heldout.json", list(heldout_records))
             return Progress(records_hash=train_records.fingerprint())
         progress = Progress(**checkpoint["progress"])
         if progress.records_hash != train_records.fingerprint():
@@ -186,4 +191,5 @@ class StopSignal:
         if self.number:
             os._exit(128 + number)
         self.number = number
-        print("\nfinishing this step, then saving (press again to stop at once)", file=sys.stderr)
+        # print() could interrupt another print(), which is an error.
+        os.write(2, b"\nfinishing this step, then saving (press again to stop at once)\n")

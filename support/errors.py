@@ -67,6 +67,9 @@ def run_script(main):
         sentence = str(error).rpartition("support.errors.UserError: ")[2].strip()
         sys.exit(f"{script}: {printable(sentence)}")
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if "unable to allocate shared memory" in str(error):
+            sys.exit(f"{script}: /dev/shm is too small for the workers: pass --workers 0, or enlarge it "
+                     "(docker run --shm-size=1g)")
         if not is_out_of_memory(error):
             raise
         sys.exit(f"{script}: out of memory ({str(error).partition(chr(10))[0]}). Lower --batch-size, and "

@@ -110,12 +110,13 @@ def records_with_other_images(records, i, count=1):
 
 
 def evaluate_heldout(model, dataset, batches, device):
-    """Returns what measure_image_use() returns for all held-out batches and, for the first record, the
-    generated answer, the reference answer and the nearest tokens. Each of several processes evaluates all."""
+    """Returns a dict: image_use, which is what measure_image_use() returns for all held-out batches, and for
+    the first record generated, reference and nearest_tokens. Each of several processes evaluates all."""
     prompt, reference = dataset.make_prompt(0)
     image_use = measure_image_use(model, batches, device)
     [generated] = generate_answers(model, dataset.template, [prompt], device, max_new_tokens=64)
-    return image_use, generated, reference, nearest_tokens(model, dataset.template, prompt["pixel_values"])
+    return {"image_use": image_use, "generated": generated, "reference": reference,
+            "nearest_tokens": nearest_tokens(model, dataset.template, prompt["pixel_values"])}
 
 
 def prompt_batch(template, prompts, device):

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from support.errors import UserError, explain_errors, is_out_of_memory
+from support.errors import UserError, explain_errors
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -51,8 +51,8 @@ def folder_lock(path):
 @contextmanager
 def atomic_write(path):
     """Yields a temporary path beside `path`; what is written there, a file or a folder, then replaces `path`.
-    A run killed at any moment leaves the old or the new version, never half of one. (An old folder is deleted
-    first, so a kill in between leaves none.) If `path` is a link, the file that it points to is replaced.
+    A kill leaves the old or the new file, never half of one. An old folder is deleted first, so a kill can
+    leave none or a part of it. If `path` is a link, the file that it points to is replaced.
     Raises UserError if `path` is a device, or a folder that a file would replace."""
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.tmp")
@@ -73,11 +73,11 @@ def atomic_write(path):
     except BaseException as error:  # also Ctrl-C
         with suppress(OSError):
             delete(temporary)
-        # torch and safetensors report a full disk by errors of their own.
-        if is_out_of_memory(error) or not isinstance(error, (OSError, RuntimeError, SafetensorError)):
+        # torch reports a full disk by an error of its own while it handles the OSError.
+        reasons = [each.strerror for each in (error, error.__context__) if isinstance(each, OSError)]
+        if not reasons and not isinstance(error, SafetensorError):
             raise
-        reasons = [getattr(each, "strerror", None) for each in (error, error.__context__)]
-        raise UserError(f"cannot write {path}: {reasons[0] or reasons[1] or error}") from error
+        raise UserError(f"cannot write {path}: {reasons[0] if reasons else error}") from error
 
 
 def delete(path):

@@ -24,7 +24,9 @@ def decode_image(content, name):
             image = Image.open(io.BytesIO(content), formats=PILLOW_FORMATS)
         except UnidentifiedImageError as error:
             raise UserError(f"{name} is not an image in a supported format") from error
-        image.getexif()  # parses the EXIF data and keeps them, although the raw bytes are dropped below
+        if image.mode.startswith(("I", "F")):  # Pillow would clip the values instead of scaling them
+            raise UserError(f"{name} has more than 8 bits per channel: convert it to 8 bits")
+        image.getexif()  # parses the EXIF data, so that the orientation is known without the raw bytes
         image.load()
         image.info.pop("exif", None)  # else exif_transpose() would write it again, which fails for odd tags
         ImageOps.exif_transpose(image, in_place=True)

@@ -75,11 +75,10 @@ class MetricsLog:
             print(f"step {step} of {self.total_steps}: {text}, {left} left", flush=True)
         self._start_interval()
 
-    def log_heldout(self, step, image_use, generated, reference, nearest):
-        """Logs an evaluation: what measure_image_use() returned, one answer beside its reference answer, and
-        what nearest_tokens() returned. tools/page.py shows the latter."""
+    def log_heldout(self, step, image_use, generated, reference, nearest_tokens):
+        """Logs what evaluate_heldout() returned. tools/page.py shows the nearest tokens."""
         values = {f"heldout_{name}": value for name, value in image_use.items()}
-        self._write(step, **values, generated=generated, nearest_tokens=nearest)
+        self._write(step, **values, generated=generated, nearest_tokens=nearest_tokens)
         text = f"step {step}: {format_image_use(image_use)}"
         if generated != self.last_generated or step == self.total_steps:  # else it was shown before
             text += printable(f"\n    generated: {generated}\n    reference: {reference}", keep="\n")

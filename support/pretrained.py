@@ -42,8 +42,8 @@ FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "p
 
 def find_pretrained(name):
     """Returns the folder of a pretrained model: `name` itself if it is a folder, else the files of the hub's
-    model `name`. They are fetched on first use, as transformers does, and then stay in the hub's cache, which
-    HF_HOME moves. HF_HUB_OFFLINE=1 forbids every request."""
+    model `name`. They are downloaded at first use to the hub's cache, as in transformers. HF_HOME sets its
+    place, and HF_HUB_OFFLINE=1 forbids every request."""
     folder = next((folder for folder in (Path(name), REPOSITORY / name) if os.path.isdir(folder)), None)
     if folder is None:
         with suppress(OSError, ValueError):  # without a request, if the files are in the cache

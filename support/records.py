@@ -85,8 +85,8 @@ def read_records(path, images=None):
 def split_records(records, heldout, limit, seed):
     """Returns (training, held-out) Records.
 
-    The images are put into a seeded random order. The first `heldout` of them are held out, with one
-    record each, and no other record of these images is trained on. A record without an image is never held
+    The images are put into a seeded random order. Of the first `heldout` images, one record each is held out,
+    and none of their records is trained on. A record without an image is never held
     out. The other records are put into a seeded random order, too, and the first `limit` of them are
     trained on (0: all).
     """
@@ -121,7 +121,8 @@ def load_records(settings):
     train = records.subset(order[:settings.limit or None])
     heldout = read_records(heldout_data, ImageStore(heldout_images)).subset(slice(settings.heldout))
     if heldout_images == images:
-        shared = {*map(image_field, heldout)} & {*map(image_field, train)} - {None}
+        shared = {str(image_field(record)) for record in heldout if image_field(record)} & {
+            str(image_field(record)) for record in train}
         if shared:
             print(f"WARNING: {len(shared)} held-out images are also trained on: pass other --heldout-data")
     return train, heldout
@@ -185,7 +186,7 @@ def read_turns(record):
 def drop_unusable_records(dataset, allow_bad=1.0, open_images=False, quiet=False):
     """Checks every record of a ChatDataset, prints why records cannot be used, and leaves them out of
     dataset.records, so that a missing image does not stop the run hours later. Returns the approximate number
-    of tokens of each other sample: (samples,). If quiet, prints nothing when all records are usable.
+    of tokens of each usable sample: (samples,). If quiet, prints nothing when all records are usable.
 
     Without open_images, images are only looked up, because opening 595,375 of them takes long. Raises
     UserError if more than the fraction `allow_bad` is unusable, or if the dataset's max_length is more
@@ -194,7 +195,7 @@ def drop_unusable_records(dataset, allow_bad=1.0, open_images=False, quiet=False
     if dataset.max_length > template.context_length:
         raise UserError(f"--max-length {dataset.max_length} is more than the LLM can read: pass --max-length "
                         f"{template.context_length} or less")
-    # What the template adds to a question and its answer, in bytes. It is more than it adds to one message.
+    # What the template adds to a question and its answer, in bytes: an upper bound for one message.
     empty_turn = template.render([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}])
     overhead = len(empty_turn.encode())
     usable, lengths, failures = [], [], {}  # failures: {reason: [one sentence per unusable record]}
@@ -205,15 +206,17 @@ def drop_unusable_records(dataset, allow_bad=1.0, open_images=False, quiet=False
             if name is not None:
                 (records.images.open if open_images else records.images.check)(record, name)
             num_bytes = sum(len(message["content"].encode()) + overhead for message in messages)
+            # English text has about four bytes per token.
+            text_bytes = num_bytes - overhead * (len(messages) // 2)
+            length = (name is not None) * template.num_image_tokens + text_bytes // 4
             # A token nearly always stands for at least one byte, so a shorter text need not be tokenized now.
             if num_bytes > dataset.max_length - template.num_image_tokens:
-                dataset.encode_record(record)
+                length = len(dataset.encode_record(record)[0])  # exact, and after the cut
         except BadRecord as error:
             failures.setdefault(error.reason, []).append(str(error))
             continue
         usable.append(i)
-        # English text has about four bytes per token.
-        lengths.append((name is not None) * template.num_image_tokens + num_bytes // 4)
+        lengths.append(length)
     if failures or not quiet:
         print(f"checked {len(records):,} records of {records.path}: {len(usable):,} usable")
     for reason, sentences in failures.items():

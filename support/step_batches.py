@@ -51,7 +51,7 @@ def loader_options(steps, workers, device):
     # resumed run of stage 2 would then draw different dropout masks.
     options = {"num_workers": workers, "generator": torch.Generator(), "pin_memory": device.type == "cuda"}
     if workers:
-        # While the GPU computes a step, the workers prepare the next one, but at most 64 micro-batches.
+        # While the GPU computes a step, the workers prepare the next one, or about 64 micro-batches of it.
         longest = min(max([2, *map(len, steps)]), 64)
         options |= {"prefetch_factor": 1 + ceil(longest / workers),
                     "worker_init_fn": ignore_signals_in_worker}

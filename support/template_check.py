@@ -38,7 +38,7 @@ def probe_chat_template(template):
 
     _, labels = template.encode(PROBE)
     answer = labels[len(prompt_ids):]  # of the last prompt; the labels behind the end token are ignored
-    end = next((t for t, i in enumerate(answer) if i in template.end_marker_ids), None)
+    end = next((t for t, i in enumerate(answer) if i in template.reserved_ids), None)
     if end is None or labels.count(answer[end]) != 3:
         refuse("it writes no end token after an answer, so the model would never learn to stop")
     decoded = template.tokenizer.decode(answer[:end], clean_up_tokenization_spaces=False)

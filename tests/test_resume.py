@@ -261,7 +261,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(interrupted, refusal):
     flipped = content[:at] + bytes([content[at] ^ 1]) + content[at + 1:]
     for damaged in (flipped, content[:len(content) // 2], b"", b"<html>404</html>"):
         checkpoint.write_bytes(damaged)
-        assert "checkpoint.pt, which is damaged" in refusal("stage1_align", *arguments, "--resume")
+        assert "checkpoint.pt (if it is damaged" in refusal("stage1_align", *arguments, "--resume")
 
 
 def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_one_before(interrupted, tmp_path):
