@@ -43,8 +43,7 @@ SAMPLES = {1: 595_375, 2: 157_712}
 # (GeForce cards are twice as fast if they add up in fp16. Their advertisements often name that number.)
 # The utilization is the fraction of it that a training reaches. It was estimated from the matrix products and
 # from the bytes that all other kernels move, and can be wrong by a factor of two.
-CARDS = {"T4": (65, 0.22), "RTX 3060": (25.5, 0.5), "RTX 3090": (71, 0.5), "L4": (121, 0.2),
-         "RTX 4090": (165, 0.4), "A100": (312, 0.35), "H100": (989, 0.25)}
+CARDS = {"T4": (65, 0.22), "RTX 3060": (25.5, 0.5), "RTX 3090": (71, 0.5), "RTX 4090": (165, 0.4)}
 
 
 def linear_layers(text):
