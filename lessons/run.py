@@ -77,10 +77,8 @@ def make_contents(results):
 
     Args: results: {lesson: {"commit": its version, "conditions": what run_lesson() returned}}.
     """
-    rows = ["| lesson | question | minutes |", "|--|--|--|"]
-    for name in results:
-        rows.append(f"| [{name}](#{name}) | {QUESTIONS[name]} | {load_lesson(name).MINUTES} |")
-    return "\n".join(rows) + "\n"
+    rows = [f"| [{name}](#{name}) | {QUESTIONS[name]} | {load_lesson(name).MINUTES} |" for name in results]
+    return "\n".join(["| lesson | question | minutes |", "|--|--|--|", *rows]) + "\n"
 
 
 def name_commits(results):
@@ -88,7 +86,8 @@ def name_commits(results):
     commits = {name: result["commit"] for name, result in results.items()}
     most = mode(commits.values())
     others = ", ".join(f"{name} ({commit})" for name, commit in commits.items() if commit != most)
-    return f"The results were measured at commit {most}{others and f', except for {others}'}.\n"
+    exception = f", except for {others}" if others else ""
+    return f"The results were measured at commit {most}{exception}.\n"
 
 
 def fold(title, text):
