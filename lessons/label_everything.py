@@ -1,5 +1,5 @@
 """Stage 2 computes the loss on more than the answers. One run labels all text, including questions, role
-markers and newlines, and another labels the padding, too."""
+markers and newlines, and the other labels the answers and the padding."""
 
 import stage2_instruct
 from data import collate

@@ -13,10 +13,10 @@ from model import Llava
 
 MINUTES, DIFFICULTY, CHANGE = 20, "medium", ["train_outer_blocks", "train_all_of_the_llm"]
 EXPECTED = """The more of the language model is trained, the more answers are correct after the same number of
-steps, but the more of the captions it forgets, because stage 2 only asks questions. With the projector alone,
-the language model cannot learn the new kind of question, "Is there a shape at the top left?". Training CLIP
-gains nothing in the toy, because its features already show color, shape and place, and a high learning rate
-can spoil them."""
+steps, and the more of the captions are forgotten, because stage 2 only asks questions. With the projector
+alone, the language model cannot learn the new kind of question, "Is there a shape at the top left?". Training
+CLIP gains nothing in the toy, because its features already show color, shape and place, and a high learning
+rate can spoil them."""
 MEASURES = """The captions are measured after stage 2, except in the first row. All trained parameters are
 counted, and each takes 12 bytes in fp32 for its gradient and AdamW's two numbers."""
 MEANING = """The projector alone gains little, because the language model itself has to learn the new kind of
