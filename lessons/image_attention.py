@@ -16,9 +16,8 @@ comes after the image, so it can read every patch with either mask. In stage 1, 
 worse, because the frozen language model was pretrained with the causal mask. For the same reason, a model
 that is trained with the causal mask should lose some answers if only the questions get the new one."""
 MEANING = """Training with the new mask changes the scores by less than the seeds differ. If the causal model
-gets it only for the questions, the captions lose a little with every seed, from 0.85 to 0.83 on average,
-while the answers stay at 0.88. So the toy shows no improvement either, and the causal mask needs no extra
-code."""
+gets it only for the questions, the captions lose a little with every seed, from 0.85 to 0.83 on average, and
+the answers stay at 0.88. So the toy shows no improvement either, and the causal mask is simpler."""
 
 embed, forward = Llava.embed, LlamaModel.forward
 
