@@ -1,14 +1,14 @@
-"""Neighboring patches are averaged: each becomes the mean of its row, or of the whole image."""
+"""Neighboring patches are averaged, so that each becomes the mean of its row or of the whole image."""
 
 from lessons.experiment import measure, replaced, train, train_baseline
 from model import Llava
 
 MINUTES, DIFFICULTY, CHANGE = 10, "medium", ["mean_of_rows", "mean_of_image"]
-EXPECTED = """Worse captions. If a row shows one object, its mean still contains that object and its place.
-If it shows two, the model has to take apart the sum of two vectors."""
-MEANING = """Much worse. With row means, the captions still name some objects and their places. With the mean
-of the whole image, they get almost none right. One reason is peculiar to the toy: in its pretraining, the
-LLM read vectors with at most one object each, and never their mean."""
+EXPECTED = """The captions get worse. If a row shows one object, its mean still contains that object and its
+place, but if it shows two, the model has to take apart the sum of two vectors."""
+MEANING = """The captions get much worse. With row means they still name some objects and their places, while
+with the mean of the whole image they get almost none right. One reason is peculiar to the toy: in its
+pretraining, the LLM read vectors with at most one object each, and never their mean."""
 
 encode_images = Llava.encode_images
 

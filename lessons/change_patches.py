@@ -12,15 +12,15 @@ from tools.page import mean_feature
 from toy.world import DATA, PLACES, answer_to, objects_in
 
 MINUTES, DIFFICULTY, CHANGE = 8, "medium", ["replace_patches"]
-EXPECTED = """Erasing the patch that a question asks about changes the answer. Erasing another one does not.
-After copying, the answer names the object in the copied patch. Shuffling changes few answers if the model
-reads a patch's place from its vector and not from its position in the sequence."""
+EXPECTED = """Erasing the patch that a question asks about changes the answer, while erasing another one does
+not. After copying, the answer names the object in the copied patch. Shuffling changes few answers if the
+model reads a patch's place from its vector and not from its position in the sequence."""
 MEASURES = """All columns are fractions of the answers after the change. An erased patch has the mean feature
 of held-out images. Stage 1 takes 376 steps here instead of 250."""
-MEANING = """If the patch in question is erased, no answer is right. If another object's patch is erased,
-every answer still is. The model mostly reads an erased patch as an empty cell ("Nothing."), and it reads a
-copied patch as if it belonged to the picture. Shuffling changes few answers, so the model reads the place
-mostly from the vector and hardly from the order."""
+MEANING = """If the patch in question is erased, no answer is right, whereas every answer stays right if
+another object's patch is erased. The model mostly reads an erased patch as an empty cell ("Nothing."), and it
+reads a copied patch as if it belonged to the picture. Shuffling changes few answers, so the model reads the
+place mostly from the vector and hardly from the order."""
 
 STAGE1_STEPS = 376  # more than in the other lessons, because only correct answers can be made wrong
 

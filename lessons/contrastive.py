@@ -1,10 +1,10 @@
-"""A CLIP with random weights learns from pictures with captions, as toy/clip-vit did. Each step reads B = 64
-pictures and their captions. Each picture has to choose its caption among B, and each caption its picture:
+"""A CLIP with random weights learns from pictures with captions, as toy/clip-vit did. In each step,
+every one of B = 64 pictures has to choose its caption among B, and every caption its picture:
 
     s_ij = exp(t) · cos(u_i, v_j)        similarity of picture i (u_i) and caption j (v_j)
     loss = mean over i of  −½ (log softmax_j(s_ij) + log softmax_j(s_ji))  at j = i
 
-u and v are the outputs of the two towers. The number t is trained, too."""
+u and v are the outputs of the two towers, and the number t is trained, too."""
 
 import random
 
@@ -21,18 +21,18 @@ from toy.world import COLORS, PLACES, SHAPES, heldout_scenes, random_scene
 MINUTES, DIFFICULTY, CHANGE = 4, "hard", ["probe"]
 EXPECTED = """At first a picture finds its caption by chance, and after the training most do. The loss reads
 only the class token, so the patches are trained only through attention. Even so, their colors and shapes
-become easier to read. A linear classifier that is fitted to many pictures, however, reads them nearly as
-well from random weights, because a random tower loses little of what the pixels contain."""
-MEASURES = """No LLaVA is trained here, only a CLIP, for 150 steps of 64 pairs. (toy/clip-vit took 700 steps
-of 192.) There are 240 held-out pictures. "finds its caption" is the fraction whose own caption has the
-highest similarity among all 240. Chance is 0.004. A probe is a linear classifier that reads the color (or
-shape) of an object from the feature of its patch. It is fitted to 100 or 1,000 training pictures, and its
-accuracy is measured on held-out ones. Chance is 0.17."""
-MEANING = """After 150 steps, more than half of the pictures find their caption among 240. After the 700
+become easier to read. A linear classifier that is fitted to many pictures, however, reads them nearly as well
+from random weights, because a random tower loses little of what the pixels contain."""
+MEASURES = """Only a CLIP is trained here and no LLaVA, for 150 steps of 64 pairs, while toy/clip-vit took 700
+steps of 192. "finds its caption" is the fraction of the 240 held-out pictures whose correct caption has the
+highest similarity among all 240, where chance is 0.004. A probe is a linear classifier that reads the color
+(or shape) of an object from the feature of its patch. It is fitted to 100 or 1,000 training pictures, and its
+accuracy is measured on held-out ones, where chance is 0.17."""
+MEANING = """After 150 steps, more than half of the pictures find their caption among 240, and after the 700
 steps of toy/clip-vit, nearly all do. The training makes color easier to read from a patch, so that 100
-pictures are enough for a classifier. Shape needs the longer training. But if they are fitted to 1,000
-pictures, the classifiers are right in about nine of ten cases even on random weights. So a good score of a
-linear classifier shows that a feature contains the information, not that training has put it there."""
+pictures are enough for a classifier, while shape needs the longer training. If they are fitted to 1,000
+pictures, however, the classifiers are right in about nine of ten cases even on random weights. So a good
+score of a classifier shows that a feature contains the information, not that training put it there."""
 
 HELDOUT = 240  # pictures
 PICTURES = 4000

@@ -1,5 +1,5 @@
-"""The labels are shifted twice, so position t learns to predict the token at t + 2. `Llava.forward` shifts
-them once already; a script that passes shifted labels shifts them again."""
+"""The labels are shifted twice, so position t learns to predict the token at t + 2. This happens if a script
+shifts the labels and passes them to `Llava.forward`, which shifts them itself."""
 
 import torch.nn.functional as F
 
@@ -7,12 +7,12 @@ from lessons.experiment import measure, replaced, train, training_loss, train_ba
 from model import IGNORE_INDEX, Llava
 
 MINUTES, DIFFICULTY, CHANGE = 8, "easy", ["shift_twice"]
-EXPECTED = """The training loss falls, and nothing raises an error. But the model now always generates the
-token after the next one, so its answers skip tokens and come out wrong."""
-MEASURES = """The "training loss" is the mean of the last five logged steps. Every fifth step is logged."""
-MEANING = """No error is raised, but the training loss stays far above that of the baseline, and not a single
-answer is right. The models of transformers shift the labels, too, so the same happens if you pass them
-shifted labels."""
+EXPECTED = """The training loss falls, but the model now always generates the token after the next one, so its
+answers skip tokens and come out wrong."""
+MEASURES = """The "training loss" is the mean of the last five logged steps, and every fifth step is
+logged."""
+MEANING = """The training loss stays far above that of the baseline, and not a single answer is right. The
+models of transformers shift the labels, too, so do not pass them shifted labels."""
 
 forward = Llava.forward
 

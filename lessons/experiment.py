@@ -1,4 +1,4 @@
-"""Functions that all lessons use: to train a short run of the toy, to replace a function, and to measure.
+"""Trains short runs of the toy, replaces functions, and measures, for all lessons.
 
 A lesson trains fewer steps than the toy's presets (250 of 376 in stage 1, 50 of 188 in stage 2) and evaluates
 120 held-out pictures, so that a lesson with three seeds takes minutes.
@@ -89,7 +89,7 @@ def measure(trained, different_image=False):
     "captions" (stage 1): F1 of color, shape and place in the generated captions.
     "answers" (stage 2): fraction of the generated answers that equal the reference answer.
     "loss": held-out loss with the correct image, in nats per token.
-    "loss with a different image": the same with a different image, only if it is asked for.
+    "loss with a different image": held-out loss with a different image, only if it is asked for.
     """
     model, dataset, measured = trained.model, trained.heldout_dataset, {}
     questions = list_questions(dataset)

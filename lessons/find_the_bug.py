@@ -1,4 +1,4 @@
-"""Six bugs that real projects had, each in a copy of a function of this project (the second: of its loop).
+"""Shows six bugs that real projects had, each as one wrong line in a copy of the code of this project.
 
     python -m lessons.find_the_bug 1               prints the copy without comments, and what the bug does
     python -m lessons.find_the_bug 1 --solution    also the wrong line, the right one, and who reported it

@@ -1,8 +1,8 @@
-"""Every patch attends to all patches of its image, and not only to those before it. PaliGemma, Gemma 3 and
-Molmo 2 work this way. In LLaVA, the language model reads patches as it reads words, so each attends only to
-earlier positions. Readers of LLaVA's code ask why (haotian-liu/LLaVA issue 1529). Asked a similar question,
-an author of BLIP-2 answered in one sentence: they tried it and "found no improvement" (salesforce/LAVIS
-issue 393)."""
+"""Every patch attends to all patches of its image, and not only to those before it, as in PaliGemma, Gemma 3
+and Molmo 2. In LLaVA, the language model reads patches as it reads words, so each attends only to earlier
+positions. Readers of LLaVA's code ask why (haotian-liu/LLaVA issue 1529). An author of BLIP-2, who was asked
+a similar question, answered in one sentence that they had tried it and "found no improvement"
+(salesforce/LAVIS issue 393)."""
 
 import torch
 from transformers import LlamaModel
@@ -11,13 +11,13 @@ from lessons.experiment import measure, replaced, train, train_baseline
 from model import Llava
 
 MINUTES, DIFFICULTY, CHANGE = 12, "hard", ["allowed_attention"]
-EXPECTED = """No gain. CLIP's vectors have already attended to the whole image, and the question comes after
-the image, so it can read every patch with either mask. In stage 1, the captions may even get worse, because
-the frozen language model was pretrained with the causal mask. For the same reason, some answers should be
-lost if a model is trained with the causal mask and gets the new one only for the questions."""
-MEANING = """Training with the new mask changes the scores by less than the seeds differ. Switching to it
-only for the questions costs the captions a little with every seed (from 0.85 to 0.83 on average), while the
-answers stay at 0.88. So the toy shows no improvement either, and the causal mask needs no extra code."""
+EXPECTED = """There is no gain. CLIP's vectors have already attended to the whole image, and the question
+comes after the image, so it can read every patch with either mask. In stage 1, the captions may even get
+worse, because the frozen language model was pretrained with the causal mask. For the same reason, a model
+that is trained with the causal mask should lose some answers if only the questions get the new one."""
+MEANING = """Training with the new mask changes the scores by less than the seeds differ. If the causal model
+gets it only for the questions, the captions lose a little with every seed, from 0.85 to 0.83 on average, and
+the answers stay at 0.88. So the toy shows no improvement either, and the causal mask is simpler."""
 
 embed, forward = Llava.embed, LlamaModel.forward
 

@@ -1,5 +1,5 @@
-"""Stage 2 computes the loss on more than the answers: on all text (questions, role markers and newlines
-too), or on the padding too."""
+"""Stage 2 computes the loss on more than the answers. One run labels all text, including questions, role
+markers and newlines, and the other labels the answers and the padding."""
 
 import stage2_instruct
 from data import collate
@@ -7,9 +7,9 @@ from lessons.experiment import labels_changed, measure, replaced, train, train_b
 from model import IGNORE_INDEX
 
 MINUTES, DIFFICULTY, CHANGE = 10, "medium", ["label_all_text", "collate_with_labeled_padding"]
-EXPECTED = """Somewhat worse answers, because a part of every gradient comes from tokens outside the answers.
-The model never has to write a question, and padding is easy to predict after its first token."""
-MEANING = """Labels on all text do no harm here. They even help a little, perhaps because each step then has
+EXPECTED = """The answers get somewhat worse, because a part of every gradient comes from tokens outside of
+them. The model never has to write a question, and padding is easy to predict after its first token."""
+MEANING = """Labels on all text do no harm here and even help a little, perhaps because each step then has
 more labeled tokens about places and colors. Labels on the padding cost a little. The paper trains on the
 answers only."""
 

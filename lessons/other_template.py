@@ -4,11 +4,10 @@ from data import ChatTemplate
 from lessons.experiment import measure, replaced, train_baseline
 
 MINUTES, DIFFICULTY, CHANGE = 6, "easy", ["encode_vicuna_prompt"]
-EXPECTED = """Worse answers, although the picture and the question are the same, because the model was
+EXPECTED = """The answers get worse, although the picture and the question are the same, because the model was
 trained with other role markers."""
-MEANING = """Almost no answer is right, although the picture and the question are the same. If a model
-trained well but answers badly, check this first: print the prompt, and compare it with a training sample
-(`--check-data`)."""
+MEANING = """Almost no answer is right. If a model trained well but answers badly, check this first: print the
+prompt, and compare it with a training sample, which `--check-data` prints."""
 
 
 # Replaces ChatTemplate.encode_prompt.

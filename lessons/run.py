@@ -13,6 +13,7 @@ import json
 import subprocess
 import time
 from pathlib import Path
+from statistics import mode
 
 from lessons import experiment
 from support.errors import UserError, run_script
@@ -23,10 +24,25 @@ from toy.world import draw_if_missing
 FOLDER = Path(__file__).parent
 SEEDS = [0, 1, 2]
 # In the order of lessons/README.md: those to begin with, stage 1, image features, stage 2, evaluation, CLIP.
-NAMES = ["double_shift", "wrong_images", "class_token", "skip_stage1", "less_data", "learning_rate",
-         "vision_layer", "average_patches", "image_attention", "change_patches", "lora_rank",
-         "what_to_unfreeze", "label_everything", "tokenize_pieces", "other_template", "temperature",
-         "contrastive"]
+QUESTIONS = {
+    "double_shift": "What if the labels are shifted twice?",
+    "wrong_images": "What if every record gets the image of another record?",
+    "class_token": "What if the class token is kept and the last patch is lost?",
+    "skip_stage1": "What if stage 1 is skipped?",
+    "less_data": "How many different records does stage 1 need?",
+    "learning_rate": "What do a high learning rate, warm-up and clipping do in stage 1?",
+    "vision_layer": "Which layer of CLIP should the projector read?",
+    "average_patches": "What if neighboring patches are averaged?",
+    "image_attention": "Should a patch attend to the patches after it, too?",
+    "change_patches": "What if a patch is erased or comes from another picture?",
+    "lora_rank": "Which rank does the adapter need?",
+    "what_to_unfreeze": "Which components should stage 2 train?",
+    "label_everything": "What if the questions or the padding are labeled, too?",
+    "tokenize_pieces": "What if each question and each answer is tokenized alone?",
+    "other_template": "What if a model is prompted with another chat template?",
+    "temperature": "How does the temperature change the captions?",
+    "contrastive": "What does CLIP learn from pictures and their captions?"}
+NAMES = list(QUESTIONS)
 START = "<!-- All that follows is written by python -m lessons.run page -->\n"
 
 
@@ -44,11 +60,6 @@ def run_lesson(name, seeds):
     return results
 
 
-def format_result(measured):
-    """Returns {measure: [numbers]} as text."""
-    return ", ".join(f"{key} {format_numbers(values)}" for key, values in measured.items())
-
-
 def format_numbers(values):
     """Returns the mean of the numbers and, if they differ, the smallest and the largest."""
     mean, low, high = (f"{value:.2f}" for value in (sum(values) / len(values), min(values), max(values)))
@@ -56,7 +67,7 @@ def format_numbers(values):
 
 
 def to_markdown(text):
-    """Returns a text with one line per paragraph, except for indented ones, which Markdown shows as code."""
+    """Returns a text with one line per paragraph. Indented paragraphs stay, because they show as code."""
     return "\n\n".join(paragraph if paragraph.startswith("    ") else " ".join(paragraph.split())
                        for paragraph in text.strip("\n").split("\n\n"))
 
@@ -66,28 +77,17 @@ def make_contents(results):
 
     Args: results: {lesson: {"commit": its version, "conditions": what run_lesson() returned}}.
     """
-    rows = ["| lesson | change | difficulty | minutes |", "|--|--|--|--|"]
-    for name in results:
-        lesson = load_lesson(name)
-        change = " ".join(lesson.__doc__.split()).split(". ")[0].rstrip(".")
-        rows.append(f"| [{name}](#{name}) | {change} | {lesson.DIFFICULTY} | {lesson.MINUTES} |")
-    return "\n".join(rows) + "\n"
+    rows = [f"| [{name}](#{name}) | {QUESTIONS[name]} | {load_lesson(name).MINUTES} |" for name in results]
+    return "\n".join(["| lesson | question | minutes |", "|--|--|--|", *rows]) + "\n"
 
 
-def make_overview(results):
-    """Returns the table with one score of each lesson, as a mean over the seeds."""
-    rows = ["| lesson | baseline | changed | measured at commit |", "|--|--|--|--|"]
-    for name, result in results.items():
-        cells = {False: [], True: []}
-        for condition, measured in result["conditions"].items():
-            key = next((key for key in measured if key in ("captions", "answers")), next(iter(measured)))
-            values = measured[key]
-            is_baseline = "baseline" in condition
-            label = "" if is_baseline else f"{condition}: "
-            cells[is_baseline].append(f"{label}{key} {sum(values) / len(values):.2f}")
-        baseline, changed = '<br>'.join(cells[True]) or '–', '<br>'.join(cells[False])
-        rows.append(f"| [{name}](#{name}) | {baseline} | {changed} | {result['commit']} |")
-    return "\n".join(rows) + "\n"
+def name_commits(results):
+    """Returns a sentence that names the commit of most results, and the lessons that have another one."""
+    commits = {name: result["commit"] for name, result in results.items()}
+    most = mode(commits.values())
+    others = ", ".join(f"{name} ({commit})" for name, commit in commits.items() if commit != most)
+    exception = f", except for {others}" if others else ""
+    return f"The results were measured at commit {most}{exception}.\n"
 
 
 def fold(title, text):
@@ -113,16 +113,16 @@ def make_section(name, result):
     parts = [to_markdown(getattr(lesson, "MEASURES", "")), "\n".join(rows),
              f"**What it means.** {to_markdown(lesson.MEANING)}\n"]
     return "\n".join([f"### {name}\n", to_markdown(lesson.__doc__) + "\n", show_code(lesson),
-                      f"[{name}.py]({name}.py), {lesson.DIFFICULTY}, about {lesson.MINUTES} minutes\n",
+                      f"[{name}.py]({name}.py), {lesson.DIFFICULTY}\n",
                       fold("Our guess", to_markdown(lesson.EXPECTED) + "\n"),
                       fold("Result", "\n\n".join(part for part in parts if part))])
 
 
 def make_report(results):
-    """Returns the generated part of lessons/README.md: the table of contents, the overview of the results,
-    and a section for each lesson that has been measured."""
+    """Returns the generated part of lessons/README.md: the table of contents, the commits, and a section
+    for each lesson that has been measured."""
     results = {name: results[name] for name in NAMES if name in results}
-    return "\n".join([make_contents(results), fold("All results (guess first)", make_overview(results)),
+    return "\n".join([make_contents(results), name_commits(results),
                       *(make_section(*item) for item in results.items())])
 
 
@@ -161,7 +161,8 @@ def main():
         conditions = run_lesson(name, args.seeds)
         print(f"Our guess: {lesson.EXPECTED}\n\nMeasured: {getattr(lesson, 'MEASURES', '')}")
         for condition, measured in conditions.items():
-            print(f"  {condition}: {format_result(measured)}")
+            scores = (f"{key} {format_numbers(values)}" for key, values in measured.items())
+            print(f"  {condition}: {', '.join(scores)}")
         print(f"\nWhat it means, with our three seeds: {lesson.MEANING}\n"
               f"({(time.time() - started) / 60:.1f} minutes)\n", flush=True)
         write_json(experiment.RUNS / f"{name}.json", {"seeds": args.seeds, "conditions": conditions})

@@ -3,11 +3,11 @@
 from lessons.experiment import measure, train, train_baseline
 
 MINUTES, DIFFICULTY, CHANGE = 10, "easy", ["run"]
-EXPECTED = """Worse answers, because the adapter has to make sense of vectors that mean nothing to the LLM.
-In the paper, skipping stage 1 costs 5.11 points on ScienceQA, while Prismatic VLMs (arXiv:2402.07865) even
-improve without it. Both train the whole LLM and no adapter."""
-MEANING = """Stage 1 matters here. Without it, most answers are wrong after the same number of steps in stage
-2. Giving the projector the learning rate of stage 1 helps clearly with one seed, helps a little with
+EXPECTED = """The answers get worse, because the adapter has to make sense of vectors that mean nothing to the
+LLM. In the paper, skipping stage 1 costs 5.11 points on ScienceQA, while Prismatic VLMs (arXiv:2402.07865)
+even improve without it. Both train the whole LLM and no adapter."""
+MEANING = """Stage 1 matters here, because without it most answers are wrong after the same number of steps in
+stage 2. Giving the projector the learning rate of stage 1 helps clearly with one seed, helps a little with
 another, and hurts with the third. We did not measure whether a longer stage 2 would catch up."""
 
 

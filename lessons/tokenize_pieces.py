@@ -5,10 +5,10 @@ from lessons.experiment import measure, replaced, train, train_baseline
 from model import IGNORE_INDEX
 
 MINUTES, DIFFICULTY, CHANGE = 8, "medium", ["encode_in_pieces"]
-EXPECTED = """The tokenizer puts an extra space token in front of each answer that is tokenized alone, and
-the model learns to write it. The held-out answers do not have this token, so they become less likely.
-Between two turns, the newline is lost and the next question begins with an extra space token. These tokens
-are not labeled, so the model reads this but does not learn to write it."""
+EXPECTED = """The tokenizer puts an extra space token in front of each answer that is tokenized alone, and the
+model learns to write it. The held-out answers do not have this token, so they become less likely. Between two
+turns, the newline is lost and the next question begins with an extra space token. The model reads this change
+but does not learn to write it, because only answers are labeled."""
 MEANING = """The answers are only a little worse, because the extra space token is invisible in the text. The
 loss of correctly tokenized answers reveals the damage: their first token has become almost impossible. So
 when you check a sample, look at its token ids and not only at its text."""

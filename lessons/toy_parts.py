@@ -1,4 +1,4 @@
-"""The toy's models and data for the exercises, built as the stages build them. No finished run is needed."""
+"""Builds the toy's models and data for the exercises, as the stages do. No finished run is needed."""
 
 from argparse import Namespace
 

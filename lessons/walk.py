@@ -5,8 +5,8 @@
     python -m lessons.walk --stage 2              a record of stage 2, a conversation
     python -m lessons.walk --run runs/tinyllama
 
-It takes a few seconds for the toy. Each line names the function that makes the step, so it is a guide to
-model.py and data.py: keep both open.
+It takes a few seconds for the toy. Each heading names the function that makes the step, so keep data.py and
+model.py open while you read.
 """
 
 import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
@@ -30,11 +30,11 @@ from support.settings import INT_FROM_0
 NO_LABEL = """The sign - stands for the label {ignored}. Image positions are never labeled, because their
 id, {id}, {reason}: the LLM has the ids 0 to {last}. In the original code, the id of the image is −200
 (IMAGE_TOKEN_INDEX)."""
-READING_ORDER = """The LLM reads the {n} patches as it reads {n} words. They come in reading order, row by
-row. RoPE gives them the consecutive positions {first} to {last}, so the patch below another one is {side}
-positions later. RoPE does not say that it is below, but CLIP has added a position embedding of its own.
-Attention is causal, so each patch sees the text and the patches before it, and no later one. Question and
-answer come after the image, so they see all patches. The lesson image_attention tries another mask."""
+READING_ORDER = """The LLM reads the {n} patches as it reads {n} words, row by row. RoPE gives them the
+consecutive positions {first} to {last}, so a patch comes {side} positions after the one above it. RoPE does
+not say that it is below, but CLIP has added a position embedding of its own. Attention is causal, so each
+patch sees only the text and the patches before it, while question and answer, which come after the image, see
+all patches. The lesson image_attention tries another mask."""
 COMPARE = """Compare the words that any caption contains with those that only the image can tell."""
 FROZEN = """The LLM is frozen, so no gradient is stored for its weights. But the loss is a function of H_v
 through all of its blocks, so by the chain rule the gradient passes through them to H_v, and from there to W
@@ -127,7 +127,7 @@ def main():
     if len(rows) > 40:
         rows = [*rows[:8], "…", *rows[-30:]]
     image_id, table_size = template.image_token_id, len(model.llm.get_input_embeddings().weight)
-    reason = "has no logit" if image_id >= table_size else "has a logit that nobody has trained"
+    reason = "has no logit" if image_id >= table_size else "has a logit that was never trained"
     show(f"data.py, ChatTemplate.encode: {len(ids)} tokens, of which {len(labeled)} are labeled",
          "\n".join(["    t      id   label  token", *rows, "",
                     explain(NO_LABEL, ignored=IGNORE_INDEX, id=image_id, reason=reason,
@@ -192,7 +192,7 @@ def main():
          f"labels {targets.tolist()!s:<18} {F.cross_entropy(logits[:3], targets):.3f}\n"
          f"labels {ignored.tolist()!s:<18} {F.cross_entropy(logits[:3], ignored):.3f}\n"
          f"labels {targets[:-1].tolist()!s:<18} {F.cross_entropy(logits[:2], targets[:-1]):.3f}"
-         "   the same, so the third position does not count")
+         "   no change, so the third position does not count")
 
     rows = [f"{name:<20}{shape(tensor):<18}{tensor.grad.norm():>12.2e}" +
             (f"{tensor.grad[0, first:first + n].norm():>22.2e}" if name.startswith("input of") else "")

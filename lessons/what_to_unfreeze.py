@@ -12,21 +12,21 @@ from lessons.experiment import measure, replaced, train, train_baseline
 from model import Llava
 
 MINUTES, DIFFICULTY, CHANGE = 20, "medium", ["train_outer_blocks", "train_all_of_the_llm"]
-EXPECTED = """The more of the language model is trained, the more answers are correct after the same number
-of steps. It also forgets more of the captions, because stage 2 only asks questions. With the projector
-alone, the language model cannot learn the new kind of question, "Is there a shape at the top left?".
-Training CLIP gains nothing in the toy, because its features already show color, shape and place, and a high
-learning rate can spoil them."""
-MEASURES = """The captions are measured after stage 2, except in the first row. The trained parameters of all
-components are counted. In fp32, each takes 12 bytes for its gradient and AdamW's two numbers."""
+EXPECTED = """The more of the language model is trained, the more answers are correct after the same number of
+steps, and the more of the captions are forgotten, because stage 2 only asks questions. With the projector
+alone, the language model cannot learn the new kind of question, "Is there a shape at the top left?". Training
+CLIP gains nothing in the toy, because its features already show color, shape and place, and a high learning
+rate can spoil them."""
+MEASURES = """The captions are measured after stage 2, except in the first row. All trained parameters are
+counted, and each takes 12 bytes in fp32 for its gradient and AdamW's two numbers."""
 MEANING = """The projector alone gains little, because the language model itself has to learn the new kind of
 question. If two of its four blocks are trained, or all of it, it learns more in 50 steps than with LoRA. We
-did not measure why. LoRA starts at zero and has less than half as many weights, with the same learning rate.
-Training the whole language model also makes it forget a little more of the captions.
+did not measure why, but LoRA starts at zero and has less than half as many weights, with the same learning
+rate. Training the whole language model also makes it forget a little more of the captions.
 
 Training half of CLIP gains nothing here. With the adapter's learning rate, it changes the features that the
-projector has learned to read, and the captions fall from 0.85 to 0.33. That agrees with Prismatic. The toy
-cannot show the gain that TinyLLaVA found, because its features already show color, shape and place."""
+projector has learned to read, and the captions fall from 0.85 to 0.33, which agrees with Prismatic. The toy
+cannot show the gain that TinyLLaVA found, because its CLIP already shows color, shape and place."""
 
 add_lora, AdamW = Llava.add_lora, torch.optim.AdamW
 

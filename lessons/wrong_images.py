@@ -7,10 +7,10 @@ MINUTES, DIFFICULTY, CHANGE = 6, "easy", ["load_another_image"]
 EXPECTED = """The training loss still falls, because the style of the captions can be learned without the
 image. Since the model then ignores the image, its held-out loss is about as high with a different image as
 with the correct one."""
-MEASURES = """The "training loss" is the mean of the last five logged steps. Every fifth step is logged. In
-the last column, each held-out caption is scored with a different image."""
-MEANING = """The model learned the style of the captions and nothing else. A falling training loss cannot
-tell you this. The comparison with a different image can, so both stages print it at every evaluation."""
+MEASURES = """The "training loss" is the mean of the last five logged steps, and every fifth step is logged.
+In the last column, each held-out caption is scored with a different image."""
+MEANING = """The model learned the style of the captions and nothing else. A falling training loss cannot tell
+you this, but the comparison with a different image can, so both stages print it at every evaluation."""
 
 load_pixel_values = ChatDataset.load_pixel_values
 
