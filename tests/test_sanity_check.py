@@ -86,6 +86,6 @@ def test_every_stage_answers_the_same_question(script, flags, tmp_path, capsys, 
     assert "without --every-stage" in refusal("sanity_check", "--every-stage", "--probabilities")
     # The Python code of the README gives the same answer as the command.
     code = re.search("```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)[1]
-    exec(code.replace("toy/data/images/000000000617.jpg", "mine.png")
+    exec(code.replace("docs/sample.png", "mine.png")
          .replace("Describe the image concisely.", "What?"), {})
     assert answers[3].strip()[:10] in capsys.readouterr().out
