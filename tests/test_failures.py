@@ -130,6 +130,9 @@ def test_a_file_never_replaces_a_folder_or_a_pipe_and_a_link_stays(tmp_path):
     with atomic_write(tmp_path / "link") as temporary:
         temporary.write_text("new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
+    with pytest.raises(RuntimeError, match="a bug"), atomic_write(tmp_path / "file") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("a bug")  # shows its traceback, unlike an error of writing
     assert not list(tmp_path.glob(".*"))  # no temporary file is left
 
 

@@ -98,6 +98,7 @@ NOISE = Image.effect_noise((99, 99), 90)
 DECODE, MISSING, OUTSIDE = "image cannot be decoded", "image missing", "image outside the image folder"
 UNUSABLE = {  # name: (content, reason, what the sentence says)
     "half.jpg": (saved(NOISE, "JPEG")[:900], DECODE, "truncated"),
+    "deep.png": (saved(Image.new("I;16", (5, 5)), "PNG"), DECODE, "more than 8 bits"),
     "text.jpg": (b"<html>404 Not Found</html>", DECODE, "is not an image in a supported format"),
     "lfs.jpg": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 211000000\n", DECODE,
                 "is a Git LFS pointer instead of the image: run git lfs pull"),

@@ -107,3 +107,11 @@ def test_the_check_names_unusable_records_by_their_reason_and_leaves_them_out(da
                             (records[-1:], r"1 of 1 records .* cannot be used \(is --images wrong")):
         with pytest.raises(UserError, match=message):
             drop_unusable_records(dataset_of(chosen), allow_bad=0.5)
+
+
+def test_the_length_of_a_record_that_is_cut_is_that_after_the_cut(dataset_of):
+    """Otherwise it would be taken for the longest, and a long micro-batch would run out of memory later."""
+    cut = record_of("Who?", "A .", "And?", "A . " * 400)
+    dataset = dataset_of([cut, record_of("Who?", "A . " * 40)], max_length=200)
+    lengths = drop_unusable_records(dataset)
+    assert lengths[0] == len(dataset[0]["input_ids"]) < lengths[1]

@@ -67,8 +67,10 @@ def test_token_probabilities_are_those_that_generation_chose_from(tiny):
 
 def test_every_stage_answers_the_same_question(script, flags, tmp_path, capsys, refusal):
     script("stage1_align", *flags(1, max_steps=2))
-    script("stage2_instruct", *flags(2, max_steps=2, lr=0.1))
     draw("red").save("mine.png")
+    script("sanity_check", "--image", "mine.png", "--every-stage", "--max-new-tokens", 5)
+    assert "Stage 2 is not finished" in capsys.readouterr().out
+    script("stage2_instruct", *flags(2, max_steps=2, lr=0.1))
     capsys.readouterr()
 
     def printed(*words):
