@@ -234,7 +234,7 @@ class ChatDataset(Dataset):
 
     def encode_record(self, record):
         """Returns (input_ids, labels), cut after the last answer that fits into max_length tokens. (The
-        original code cuts at max_length, inside of an answer.) Raises BadRecord if no answer fits."""
+        original code cuts at max_length, inside an answer.) Raises BadRecord if no answer fits."""
         messages = self.template.to_messages(record)
         try:
             ids, labels = self.template.encode(messages)

@@ -6,9 +6,9 @@ r"""The model of "Visual Instruction Tuning" (Liu et al., 2023, arXiv:2304.08485
 
 CLIP cuts the image into patches and returns one vector per patch (Z_v). The projector, one linear layer, maps
 each of these vectors into the space of the LLM's token embeddings (H_v). From there on the LLM reads the
-image like text, whose embeddings are H_q. Nothing marks these positions as an image. They have consecutive
-positions, in reading order, and attention is causal, so patch k sees itself and what comes before it. The
-features themselves tell where a patch is, because CLIP has added position embeddings.
+image like text, whose embeddings are H_q. Nothing marks these positions as an image. They are numbered like
+those of a text, in reading order, and attention is causal, so patch k sees itself and what comes before it.
+The features themselves tell where a patch is, because CLIP has added position embeddings.
 
 Sizes used in the comments:                                          CLIP ViT-L/14 + TinyLlama       toy
     B    samples in the batch

@@ -54,8 +54,8 @@ def print_every_stage(args):
     """Prints the answers to one question: without the image, with an untrained projector, after stage 1, and
     after stage 2, if that is finished."""
     last = 2 if (args.run / "stage2" / "run.json").exists() else 1
-    for args.stage in range(1, last + 1):
-        model, template, image_processor, _ = load_run(args)
+    for stage in range(1, last + 1):
+        model, template, image_processor, _ = load_run(args, stage)
         if args.image is not None:
             question, pixel_values = args.question, load_image(args.image, image_processor)  # (3, S, S)
         else:
@@ -65,12 +65,12 @@ def print_every_stage(args):
             pixel_values = dataset.load_pixel_values(record)
         if pixel_values is None:
             raise UserError(f"held-out record {args.sample} has no image: choose another one")
-        if args.stage == 1:
+        if stage == 1:
             print(printable(f"QUESTION\n{question}", keep="\n"))
             print_image_answer("WITHOUT AN IMAGE", model, template, question, None, args)
             with untrained_projector(model):
                 print_image_answer("UNTRAINED PROJECTOR", model, template, question, pixel_values, args)
-        print_image_answer(f"AFTER STAGE {args.stage}", model, template, question, pixel_values, args)
+        print_image_answer(f"AFTER STAGE {stage}", model, template, question, pixel_values, args)
         del model  # so that two large models need not fit into the memory
     if last == 1:
         print("\nStage 2 is not finished.")

@@ -36,7 +36,7 @@ from support.pretrained import (load_image_processor, load_language_model, load_
 from support.processes import Processes
 from support.records import drop_unusable_records, load_records
 
-# Each setting is also a flag, see --help. support/settings.py has those that hardly anybody changes.
+# Each setting is also a flag, see --help. support/settings.py has those that are the same in most presets.
 PRESETS = {
     "toy": dict(
         run="runs/toy",                       # the results go to runs/toy/stage1
@@ -94,9 +94,7 @@ def main(argv=None):
     processes = Processes(args.device, args.precision)
     device, dtype = processes.device, processes.dtype
     # Locks the folder, and looks for an earlier run and its checkpoint.
-    folder = checkpoints.open_folder(args, 1, processes)
-    # The projector starts with random weights, the same in all processes and in every run with this seed.
-    torch.manual_seed(args.seed)
+    folder = checkpoints.open_folder(args, stage=1, processes=processes)
 
     # -- 2. data -------------------------------------------------------------------------------------------
 
@@ -125,6 +123,8 @@ def main(argv=None):
     # Frozen weights are never updated, so half precision is enough on a GPU, and halves their memory.
     vision_tower = load_vision_tower(args.vision_tower, dtype)
     llm = load_language_model(args.llm, dtype, device)
+    # The projector starts with random weights, the same in all processes and in every run with this seed.
+    torch.manual_seed(args.seed)
     model = Llava(vision_tower, llm, template.image_token_id, args.projector, args.vision_layer)
     model.to(device)
     # The projector was created in fp32 and stays in fp32. bf16 has 8 significant bits, so an update smaller
@@ -146,6 +146,7 @@ def main(argv=None):
     # fp16 rounds numbers below 3e-8 to zero. So the scaler multiplies the loss, and with it every gradient,
     # by a large number, and unscale_() divides by it before clipping. In bf16 and fp32 it does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler.scale(torch.zeros((), device=device))  # creates the scale, also in a process without samples
     # A context: matrix products run in half precision, and sensitive operations such as the loss in fp32.
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
@@ -168,8 +169,8 @@ def main(argv=None):
                         **step_batches.loader_options(plan, args.workers, device))
     log = MetricsLog(folder, args, progress, total_steps)
 
+    # Measures and logs the held-out loss with the correct and with a different image, and one answer.
     def evaluate():
-        """Measures and logs the held-out loss with the correct and with a different image, and one answer."""
         with autocast():
             measured = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches, device)
         log.log_heldout(progress.step, **measured)
@@ -235,7 +236,7 @@ def main(argv=None):
             del micro_batches
             if log.evaluation_is_due(progress.step):
                 evaluate()
-            # The number of the signal, or 0. If any process has got Ctrl-C or SIGTERM, all save and stop.
+            # The number of the signal, or 0. If a process has received Ctrl-C or SIGTERM, all save and stop.
             stop = processes.max(stop_signal.number)
             if stop or log.checkpoint_is_due(progress.step):
                 folder.save_checkpoint(progress, model, optimizer, scaler)
@@ -246,7 +247,7 @@ def main(argv=None):
 
     image_use = evaluate()
     log.close()
-    results.save_result(folder, 1, model, progress, image_use)
+    results.save_result(folder, model, progress, image_use)
     print("next:", settings.next_command("stage2_instruct.py", args, PRESETS[args.preset]))
     return model
 

@@ -42,7 +42,7 @@ PRESETS = {
         vision_tower="toy/clip-vit",
         llm="toy/llama-chat",
         data="toy/data/instruct.json",        # records: an image and a conversation about it
-        images="toy/data/images",             # other images than those of stage 1
+        images="toy/data/images",             # not the images of stage 1
         heldout_data="toy/data/heldout_instruct.json",
         heldout_images="toy/data/heldout.zip",
         heldout=240,
@@ -91,8 +91,8 @@ PRESETS = {
         epochs=1,                             # also there; the paper has 3 epochs of steps of 32 samples
         lr=2e-4,                              # also there; the paper has 2e-5 for all weights of the LLM
         projector_lr=2e-5,                    # also there; low, so that it keeps what stage 1 has taught it
-        lora_r=16,                            # there 128, an adapter of eight times the size
-        lora_alpha=32,                        # there 256, so alpha / r is the same
+        lora_r=16,                            # in that script 128, an adapter eight times as large
+        lora_alpha=32,                        # in that script 256, so alpha / r is the same
         lora_dropout=0.05),
 }
 
@@ -105,8 +105,7 @@ def main(argv=None):
     device, dtype = processes.device, processes.dtype
     # New: stage 1 must be finished, and trained with the same models.
     stage1_folder, projector_hash = results.read_stage1(args)
-    folder = checkpoints.open_folder(args, 2, processes, stage1_projector=projector_hash)
-    torch.manual_seed(args.seed)
+    folder = checkpoints.open_folder(args, stage=2, processes=processes, stage1_projector=projector_hash)
 
     # -- 2. data -------------------------------------------------------------------------------------------
 
@@ -127,6 +126,7 @@ def main(argv=None):
 
     vision_tower = load_vision_tower(args.vision_tower, dtype)
     llm = load_language_model(args.llm, dtype, device)
+    torch.manual_seed(args.seed)
     model = Llava(vision_tower, llm, template.image_token_id, args.projector, args.vision_layer)
     model.to(device)
     model.projector.requires_grad_(True)
@@ -155,6 +155,7 @@ def main(argv=None):
                                    {"params": projector_parameters, "peak_lr": args.projector_lr}],
                                   weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler.scale(torch.zeros((), device=device))
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     if device.type == "cuda":
@@ -178,7 +179,7 @@ def main(argv=None):
 
     # -- 6. the loop ---------------------------------------------------------------------------------------
 
-    # New: nothing. This is the loop of stage 1, line by line.
+    # This is the loop of stage 1, line by line.
     warmup_steps = max(1, round(args.warmup * total_steps))
     with checkpoints.StopSignal() as stop_signal:
         if progress.step == 0:
@@ -234,7 +235,7 @@ def main(argv=None):
 
     image_use = evaluate()
     log.close()
-    results.save_result(folder, 2, model, progress, image_use)
+    results.save_result(folder, model, progress, image_use)
     print("next:", settings.next_command("sanity_check.py", args, PRESETS[args.preset]))
     return model
 

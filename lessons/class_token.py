@@ -11,10 +11,10 @@ EXPECTED = """Every patch comes one position late, and the bottom right patch is
 name the objects there. The other objects are named as often as before if the model reads a patch's place
 from its vector and not from its position in the sequence."""
 MEASURES = """The captions name these fractions of the objects at the bottom right and of those elsewhere."""
-MEANING = """Most captions are still good. Only the scores by place reveal the bug, because hardly any object
-at the bottom right is found. Objects elsewhere are found a little less often, too. We think the reason is
-that every patch now comes one position late, while in 60% of the toy LLM's pretraining examples with vectors,
-the vectors came in the order of the places."""
+MEANING = """Without a baseline, a score of 0.70 would not look suspicious. The scores by place reveal the
+bug, because hardly any object at the bottom right is found. Objects elsewhere are found a little less often,
+too. We think the reason is that every patch now comes one position late, while in 60% of the toy LLM's
+pretraining examples with vectors, the vectors came in the order of the places."""
 
 
 # Replaces Llava.encode_images, which keeps the last N vectors.

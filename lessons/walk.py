@@ -1,6 +1,6 @@
 """Prints every step of one held-out record, from its JSON to the loss and back to the projector's gradient.
 
-    python -m lessons.walk                        the record of the README: runs/toy, stage 1, record 0
+    python -m lessons.walk                        runs/toy, stage 1, record 0: the caption that stage 1 prints
     python -m lessons.walk --record 3
     python -m lessons.walk --stage 2              a record of stage 2, a conversation
     python -m lessons.walk --run runs/tinyllama

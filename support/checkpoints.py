@@ -2,7 +2,7 @@
 
     <run>/stage1/heldout.json            the held-out records, in the format of the data
     <run>/stage1/metrics.jsonl           one line per logged step and per evaluation
-    <run>/stage1/checkpoint.pt           all that the next step depends on; deleted at the end
+    <run>/stage1/checkpoint.pt           all that changes while training; deleted at the end
     <run>/stage1/.lock                   keeps a second process out of the folder
     <run>/stage1/projector.safetensors   the result (stage 2 also writes adapter/), written at the end
     <run>/stage1/run.json                how it was trained, written last
@@ -36,7 +36,7 @@ class Progress:
     """How far a run has come."""
     step: int = 0  # optimizer steps taken
     samples: int = 0  # samples seen, over all processes
-    first_image_use: dict = None  # what measure_image_use() returned before the first step
+    first_image_use: dict | None = None  # what measure_image_use() returned before the first step
     bad_steps: int = 0  # steps in a row whose loss or gradient was not finite
     skipped: list = field(default_factory=list)  # sentences about images that could not be decoded
     records_hash: str = ""  # of the training records
@@ -54,14 +54,15 @@ def open_folder(args, stage, processes, **more_settings):
 
 
 class StageFolder:
-    """The folder of one stage of a run, locked for this process. Rank 0 writes.
+    """The folder of one stage of a run. open_folder() has locked it, in rank 0, which alone writes.
 
-    Attributes: path. settings: all settings, for run.json and checkpoints. checkpoint: what an unfinished run
-    has saved, or None.
+    Attributes: path, stage. settings: all settings, for run.json and checkpoints. checkpoint: what an
+    unfinished run has saved, or None.
     """
 
     def __init__(self, args, stage, processes, **more_settings):
-        self.path, self.processes, self.checkpoint = Path(args.run) / f"stage{stage}", processes, None
+        self.path, self.stage = Path(args.run) / f"stage{stage}", stage
+        self.processes, self.checkpoint = processes, None
         precision = next(name for name, dtype in DTYPES.items() if dtype == processes.dtype)
         self.settings = {**vars(args), "precision": precision, **more_settings, "samples_per_step":
                          args.batch_size * args.grad_accum * processes.world_size}
@@ -106,8 +107,6 @@ class StageFolder:
         """Begins the run at step 0, or where its checkpoint was saved: restores weights, optimizer, scaler
         and random numbers. Returns the Progress."""
         processes, checkpoint = self.processes, self.checkpoint
-        # Without this, scaler.unscale_() would fail in a process without samples.
-        scaler.scale(torch.zeros((), device=processes.device))
         if checkpoint is None:
             if processes.rank == 0:  # run.json first: without it, whatever a kill leaves is not finished
                 for name in ("run.json", "checkpoint.pt", "projector.safetensors", "adapter",

@@ -36,9 +36,10 @@ class BadRecord(UserError):
 
 @contextmanager
 def explain_errors(action):
-    """Turns every exception into the UserError "cannot <action>: …". Put it only around calls of a library
-    that read or write a file, because these can raise almost anything if the file is damaged or the disk
-    is full. Around code of this project it would hide the line of a bug."""
+    """Turns every exception into the UserError "cannot <action>: …", except a UserError and a lack of memory.
+    Put it only around calls of a library that read or write a file, because these can raise almost anything
+    if the file is damaged or the disk is full. Around code of this project it would hide the line of a bug.
+    """
     try:
         yield
     except UserError:

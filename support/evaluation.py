@@ -65,32 +65,32 @@ def measure_image_use(model, batches, device, blank=False):
         not_finite: image names of the records that are left out, because one of their losses is not a finite
             number, if there are any. fp16 can overflow.
     """
-    def measure(previous, batch):
-        pixel_values, names = batch["pixel_values"], batch["image_names"]  # (B, 3, S, S)
-        different = torch.cat([previous["pixel_values"][-1:], pixel_values[:-1]])  # record i gets image i - 1
-        images = [pixel_values, different]
-        if blank:  # zero is the mean color, which the preprocessing subtracts
-            images.append(torch.zeros_like(pixel_values))
-        losses = [record_losses(model, {**batch, "pixel_values": pixels}, device) for pixels in images]
-        before = [previous["image_names"][-1], *names[:-1]]
-        differs = torch.tensor([name != other for name, other in zip(names, before)])  # (B,)
-        return torch.stack([*losses, count_labeled(batch), differs])  # (4 or 5, B)
-
     was_training = model.training
     model.eval()
-    pairs = tqdm(list(zip([batches[-1], *batches], batches)), "evaluating", leave=False, disable=None)
-    rows = torch.cat([measure(previous, batch) for previous, batch in pairs], dim=1)  # (4 or 5, records)
+    correct, different, blanks, tokens = [], [], [], []
+    for i, batch in enumerate(tqdm(batches, "evaluating", leave=False, disable=None)):
+        pixels = batch["pixel_values"]  # (B, 3, S, S)
+        # Record k of the batch gets the image of record k - 1.
+        previous = torch.cat([batches[i - 1]["pixel_values"][-1:], pixels[:-1]])  # (B, 3, S, S)
+        correct.append(record_losses(model, batch, device))
+        different.append(record_losses(model, batch | {"pixel_values": previous}, device))
+        if blank:  # zero is the mean color, which the preprocessing subtracts
+            blanks.append(record_losses(model, batch | {"pixel_values": torch.zeros_like(pixels)}, device))
+        tokens.append(count_labeled(batch))
     model.train(was_training)
-    finite = rows.isfinite().all(dim=0)  # (records,)
     names = [name for batch in batches for name in batch["image_names"]]
-    correct, different, *blanks, tokens, differs = rows[:, finite]
-    differs = differs.bool()
+    differs = torch.tensor([name != names[i - 1] for i, name in enumerate(names)])
+    lists = correct, different, blanks or correct, tokens
+    correct, different, blanks, tokens = map(torch.cat, lists)  # (records,) each
+    finite = (correct + different + blanks).isfinite()
+    correct, different, blanks, tokens, differs = (
+        part[finite] for part in (correct, different, blanks, tokens, differs))
     correct_wins = ((correct < different).float() + 0.5 * (correct == different))[differs]
     image_use = {"loss": (correct.sum() / tokens.sum()).item(),
                  "loss_different": (different[differs].sum() / tokens[differs].sum()).item(),
                  "correct_more_likely": correct_wins.mean().item()}
     if blank:
-        image_use["loss_blank"] = (blanks[0].sum() / tokens.sum()).item()
+        image_use["loss_blank"] = (blanks.sum() / tokens.sum()).item()
     if not differs.all():
         image_use["same_image"] = (~differs).sum().item()
     if not finite.all():
@@ -99,8 +99,8 @@ def measure_image_use(model, batches, device, blank=False):
 
 
 def records_with_other_images(records, i, count=1):
-    """Returns the next `count` records after record i that have a different image. After the last record
-    follows the first. Raises UserError if there is none."""
+    """Returns the next `count` records after record i that have a different image. The first record
+    follows the last. Raises UserError if there is none."""
     following = (records[j % len(records)] for j in range(i + 1, i + len(records)))
     excluded_names = (None, image_name(records[i]))
     found = list(islice((record for record in following if image_name(record) not in excluded_names), count))
@@ -129,8 +129,9 @@ def generate_answers(model, template, prompts, device, max_new_tokens=128):
     """Returns the model's answers to a list of prompts, as texts."""
     was_training = model.training
     model.eval()
+    room = template.context_length - max(len(prompt["input_ids"]) for prompt in prompts)
     ids = model.generate(**prompt_batch(template, prompts, device), end_token_ids=template.end_token_ids,
-                         max_new_tokens=max_new_tokens)
+                         max_new_tokens=max(1, min(max_new_tokens, room)))
     model.train(was_training)
     return [template.decode(row) for row in ids]
 

@@ -1,4 +1,4 @@
-"""Files: where the inputs are, and writing outputs so that a killed run never leaves half a file."""
+"""Files: where the inputs are, and writing results so that a kill leaves the old or the new file."""
 
 import errno
 import json
@@ -53,7 +53,7 @@ def atomic_write(path):
     """Yields a temporary path beside `path`; what is written there, a file or a folder, then replaces `path`.
     A kill leaves the old or the new file, never half of one. An old folder is deleted first, so a kill can
     leave none or a part of it. If `path` is a link, the file that it points to is replaced.
-    Raises UserError if `path` is a device, or a folder that a file would replace."""
+    Raises UserError if the file cannot be written (a full disk), or would replace a folder or a device."""
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -73,11 +73,11 @@ def atomic_write(path):
     except BaseException as error:  # also Ctrl-C
         with suppress(OSError):
             delete(temporary)
-        # torch reports a full disk by an error of its own while it handles the OSError.
-        reasons = [each.strerror for each in (error, error.__context__) if isinstance(each, OSError)]
-        if not reasons and not isinstance(error, SafetensorError):
+        # torch reports a full disk by a RuntimeError of its own, while it handles the OSError.
+        cause = error.__context__ if type(error) is RuntimeError else error
+        if not isinstance(cause, (OSError, SafetensorError)):
             raise
-        raise UserError(f"cannot write {path}: {reasons[0] if reasons else error}") from error
+        raise UserError(f"cannot write {path}: {getattr(cause, 'strerror', None) or cause}") from error
 
 
 def delete(path):

@@ -2,7 +2,8 @@
 tokenizer.
 
 Loading is strict. A tensor that is missing or has no place in the model is an error and never a warning,
-because a model with random weights in one place still answers fluently.
+because a model with random weights in one place still answers fluently. (The text half of a CLIP or SigLIP is
+not used.)
 """
 
 import os
@@ -119,8 +120,9 @@ def load_vision_tower(name, dtype):
     vision_class = VISION_MODELS[config.model_type]
     # The files of CLIP hold its text half too. Listing its weights here keeps transformers from reporting
     # them, so that any other unexpected weight stands out.
-    vision_class._keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"projection\.", "logit_scale",
-                                                       "logit_bias", "position_ids"]
+    vision_class._keys_to_ignore_on_load_unexpected = [
+        r"^text_model\.", r"^(visual|text)_projection\.", r"^logit_(scale|bias)$",
+        r"embeddings\.position_ids$"]
     vision_tower = _load_strictly(vision_class, name, dtype, config=config)
     # Skip the last norm. hidden_states are taken before it, at every layer.
     if isinstance(vision_tower, SiglipVisionModel):
@@ -136,7 +138,7 @@ def load_language_model(name, dtype, device):
     will compute, decides the attention kernel."""
     llm = _load_strictly(AutoModelForCausalLM, name, dtype,
                          attn_implementation=choose_attention(device, dtype))
-    # peft writes this name into adapter/. Else it would be the folder of the LLM on this machine.
+    # peft writes this name into adapter/. Otherwise it would be the folder of the LLM on this machine.
     llm.name_or_path = llm.config.name_or_path = str(name)
     if device.type == "cpu" and llm.num_parameters() > 5e8:
         print(f"WARNING: on a CPU, {name} is many times slower than on a GPU. If this machine has one, "

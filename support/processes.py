@@ -70,7 +70,8 @@ class Processes:
 
 def ignore_signals_in_worker(worker):
     """Keeps stop signals away from a DataLoader worker, because the main process needs its workers to finish
-    its step. A terminal and torchrun signal a whole group of processes, so the worker leaves this group."""
+    its step. A terminal and torchrun signal a whole group of processes, so the worker leaves this group. (A
+    signal to the worker itself still ends it.)"""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     else:  # Windows

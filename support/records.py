@@ -224,9 +224,11 @@ def drop_unusable_records(dataset, allow_bad=1.0, open_images=False, quiet=False
         print("\n".join(f"    {sentence}" for sentence in sentences[:10]))
     bad = len(records) - len(usable)
     if bad > allow_bad * len(records) or not usable:
-        missing = len(failures.get("image missing", ()))
-        hint = " (is --images wrong?)" if missing > len(records) / 2 else ""
-        raise UserError(f"{bad:,} of {len(records):,} records of {records.path} cannot be used{hint}; "
-                        "--allow-bad says how many may be left out")
+        most_frequent = max(failures, key=lambda reason: len(failures[reason]))
+        advice = {"image missing": f"is {records.images.root} the right place of the images?",
+                  "too long for --max-length": "raise --max-length"}
+        advice = advice.get(most_frequent, "see the reasons above")
+        raise UserError(f"{bad:,} of {len(records):,} records of {records.path} cannot be used: {advice}"
+                        + "; --allow-bad says how many may be left out" * (allow_bad < 1))
     dataset.records = records.subset(usable)
     return np.array(lengths)

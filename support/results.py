@@ -16,7 +16,7 @@ from support.metrics_log import format_image_use
 MODEL_SETTINGS = ("vision_tower", "vision_layer", "llm", "projector")
 
 
-def save_result(folder, stage, model, progress, image_use):
+def save_result(folder, model, progress, image_use):
     """Writes projector.safetensors, adapter/ (if there is one, as plain peft writes it), and last run.json.
     Then deletes the checkpoint. Process 0 writes and the others wait for it.
 
@@ -33,7 +33,7 @@ def save_result(folder, stage, model, progress, image_use):
                 model.llm.save_pretrained(temporary, save_embedding_layers=False)
         gpu = torch.cuda.get_device_name() if folder.processes.device.type == "cuda" else None
         write_json(folder.path / "run.json", {
-            "stage": stage, **{name: folder.settings[name] for name in MODEL_SETTINGS},
+            "stage": folder.stage, **{name: folder.settings[name] for name in MODEL_SETTINGS},
             "steps": progress.step, "heldout": image_use, "settings": folder.settings,
             "skipped": progress.skipped,  # images that process 0 could not decode
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "gpu": gpu}})

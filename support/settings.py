@@ -23,7 +23,7 @@ def number(kind, minimum, maximum=math.inf):
 INT_FROM_0, INT_FROM_1, FLOAT_FROM_0 = number(int, 0, 10**6), number(int, 1, 10**6), number(float, 0.0)
 FRACTION = number(float, 0.0, 1.0)
 
-# Settings that hardly anybody changes. A preset may.
+# Settings with the same default in every preset, unless the preset sets its own.
 DEFAULTS = dict(projector="linear", vision_layer=-2, heldout_data=None, heldout_images=None, limit=0,
                 allow_bad=0.01, workers=0, max_steps=None, warmup=0.03, max_grad_norm=1.0, precision="auto",
                 device="auto", seed=0, eval_every=None, save_every=None)

@@ -7,14 +7,15 @@ import numpy as np
 import torch
 
 from data import collate
+from model import IGNORE_INDEX
 from support.errors import UserError, is_out_of_memory
 from support.processes import ignore_signals_in_worker
 
 
 def plan_steps(lengths, settings, processes, progress):
-    """Returns the rest of the training of one process as (steps, sizes). steps[k] lists the micro-batches of
-    an optimizer step, and each micro-batch lists the indices of its samples. sizes[k] is the number of
-    samples of that step over all processes. lengths[i]: approximate number of tokens of sample i.
+    """Returns the rest of the training of one process as (plan, sizes). plan[k] lists the micro-batches of an
+    optimizer step, and each micro-batch lists the indices of its samples. sizes[k] is the number of samples
+    of that step over all processes. lengths[i]: approximate number of tokens of sample i.
 
     The samples of all epochs form one long sequence, each epoch in a random order drawn from (seed, epoch). A
     step takes the next batch_size × grad_accum × world_size of them; the last step of an epoch takes what is
@@ -72,12 +73,16 @@ def next_micro_batches(batches, count):
 
 
 def try_longest_batch(model, dataset, lengths, device, autocast, settings):
-    """Takes one forward and backward pass of the micro-batch that is probably the longest, and prints the
-    peak memory. (AdamW's two numbers per trained parameter come on top, from the first step on.) Raises
-    UserError if it does not fit, so that a run does not fail hours later. Changes nothing in the run: weights
+    """Takes one forward and backward pass of the micro-batch that is probably the longest, with a label on
+    every token of text, so that hardly any micro-batch of the run needs more memory. Prints the peak.
+    (AdamW's two numbers per trained parameter come on top, from the first step on.) Raises UserError if it
+    does not fit, so that a run does not fail hours later. Changes nothing in the run: weights
     and random numbers stay, and gradients are None afterwards."""
     longest = np.argsort(-lengths, kind="stable")[:settings.batch_size].tolist()
     batch = collate([dataset[i] for i in longest], dataset.template.pad_token_id)
+    # A shorter sample can have more labels than the longest, and logits can take more memory than the blocks.
+    is_text = batch["attention_mask"] & (batch["input_ids"] != dataset.template.image_token_id)
+    batch["labels"] = batch["input_ids"].masked_fill(~is_text, IGNORE_INDEX)
     size, length = batch["input_ids"].shape
     text = f"longest micro-batch: {size} samples of up to {length:,} tokens"
     try:

@@ -76,10 +76,10 @@ def load_heldout_dataset(folder, template, image_processor, count=None):
     return dataset
 
 
-def load_run(args):
+def load_run(args, stage=None):
     """Returns what load_trained() returns of the stage that the flags name, and prints which one it is."""
     device = choose_device(args.device)
-    stage = args.stage or (2 if os.path.exists(args.run / "stage2" / "run.json") else 1)
+    stage = stage or args.stage or (2 if os.path.exists(args.run / "stage2" / "run.json") else 1)
     folder = args.run / f"stage{stage}"
     *loaded, saved = load_trained(folder, device, choose_dtype(args.precision, device))
     print(f"{folder}: {saved['projector']} projector{' and LoRA adapter' * (saved['stage'] == 2)}, after "

@@ -248,9 +248,10 @@ def saved(tiny, parts, tmp_path):
             randomize_adapter(model)
         settings = {"vision_tower": str(parts.clip), "vision_layer": -2, "llm": str(parts.llm),
                     "projector": projector}
-        folder = SimpleNamespace(path=tmp_path, processes=Processes("cpu", "fp32"), settings=settings)
+        folder = SimpleNamespace(path=tmp_path, stage=stage, processes=Processes("cpu", "fp32"),
+                                 settings=settings)
         image_use = {"loss": 1.0, "loss_different": 1.0, "correct_more_likely": 0.5}
-        save_result(folder, stage, model.eval(), Progress(first_image_use=image_use), image_use)
+        save_result(folder, model.eval(), Progress(first_image_use=image_use), image_use)
         return model, tmp_path
 
     return make

@@ -103,8 +103,8 @@ def test_the_check_names_unusable_records_by_their_reason_and_leaves_them_out(da
     for words in ("2 unusable: an empty answer\n    record 'two'", "\n    record 'four'",
                   "1 unusable: too long", "\n    record 'five'", "1 unusable: image missing\n"):
         assert words in out
-    for chosen, message in ((records, "4 of 7 records .* cannot be used;"),
-                            (records[-1:], r"1 of 1 records .* cannot be used \(is --images wrong")):
+    for chosen, message in ((records, "4 of 7 records .* cannot be used: see the reasons above; --allow-bad"),
+                            (records[-1:], "1 of 1 records .* cannot be used: is .* the right place of the images")):
         with pytest.raises(UserError, match=message):
             drop_unusable_records(dataset_of(chosen), allow_bad=0.5)
 

@@ -121,7 +121,7 @@ def test_a_longest_batch_that_does_not_fit_names_the_flags_in_numbers(batch_size
         raise RuntimeError("CUDA error: out of memory")
 
     class Samples(list):
-        template = SimpleNamespace(pad_token_id=0)
+        template = SimpleNamespace(pad_token_id=0, image_token_id=-1)
 
     samples = Samples({"input_ids": [1] * n, "labels": [1] * n, "pixel_values": None} for n in range(1, 31))
     settings = SimpleNamespace(batch_size=batch_size, grad_accum=8, activation_checkpointing=recompute)

@@ -186,7 +186,7 @@ function chooseQuestion(select, show) {
 function expectation(answer, expected, asked) {
   if (expected === null) return titled("Reference answer for the unchanged picture", asked.reference);
   if (!expected) return titled("Expected", "The question has no correct answer any more.");
-  return titled(`Expected, ${answer === expected ? "equal to" : "different from"} the answer`, expected);
+  return titled(`Expected answer (${answer === expected ? "given" : "not given"})`, expected);
 }
 
 // Says for how many patches an answer changes, and how many of the answers are the expected ones.
@@ -208,6 +208,7 @@ function showBreak(asked) {
     const color = expected ? (answer === expected ? "good" : "bad") : "";
     find("#break .output").replaceChildren(
       titled("Question", asked.question), titled("What was changed", title),
+      titled("Answer to the unchanged picture", asked.answer[0] || "(empty)"),
       titled("Answer", answer || "(empty)", `answer ${color}`), expectation(answer, expected, asked));
   }
   function click(i) {

@@ -108,7 +108,7 @@ BRIEF = [  # LLaVA's eleven prompts that ask for a short description
     "Write a terse but informative summary of the picture.",
     "Create a compact narrative representing the image presented.",
 ]
-QUESTIONS = {
+QUESTIONS = {  # "Which colour has …" is odd English, but the committed Llama was trained on it
     "count": ("How many shapes are there?", "How many shapes do you see?"),
     "colour": ("What colour is the shape at the {}?", "Which colour has the shape at the {}?"),
     "shape": ("What shape is the {} thing?", "Which shape is {}?"),
