@@ -7,8 +7,7 @@
     python sanity_check.py --nearest-tokens 0    the vocabulary tokens that are nearest to the image patches
 
 The script needs a finished stage. It loads stage 2 of the run if that is finished, else stage 1; with
---stage 1, it loads stage 1. For the toy, each command takes a few seconds. --probabilities adds the
-probability of each generated token.
+--stage 1, it loads stage 1. For the toy, each command takes a few seconds.
 
 --sample also prints the loss of the reference answers with the correct image, a different image and a blank
 image. If the three are equal for many records, the model ignores the image. --sample uses held-out records,
@@ -26,7 +25,7 @@ import torch
 from torch import nn
 
 from data import IMAGE_TOKEN, collate, count_labeled
-from support.answers import AnswerPrinter, stream_answer, token_probabilities
+from support.answers import AnswerPrinter, stream_answer
 from support.errors import UserError, printable, run_script
 from support.evaluation import nearest_tokens, record_losses, records_with_other_images, shorten_image
 from support.pretrained import load_image
@@ -42,12 +41,7 @@ def print_generation(model, template, prompt, args):
     text = printable(template.tokenizer.decode(prompt["input_ids"]), keep="\n")
     text = shorten_image(text, prompt["input_ids"].count(template.image_token_id))
     print(f"PROMPT\n{text.rstrip()}\nGENERATED")
-    printer = AnswerPrinter(template)
-    stream_answer(model, template, prompt, printer, args.max_new_tokens)
-    if args.probabilities:
-        print(f"\n{'token':<16}probability    most likely other token")
-        for token, p, other, p_other in token_probabilities(model, template, prompt, printer.ids):
-            print(f"{token:<16}{p:<15.3f}{other} ({p_other:.3f})")
+    stream_answer(model, template, prompt, AnswerPrinter(template), args.max_new_tokens)
 
 
 def print_every_stage(args):
@@ -158,14 +152,10 @@ def main():
     parser.add_argument("--question", help="question about --image; default: ask for a brief description")
     parser.add_argument("--every-stage", action="store_true", help="ask the question of --sample or --image "
                         "without the image, with an untrained projector, after stage 1 and after stage 2")
-    parser.add_argument("--probabilities", action="store_true", help="print the probability of each token of "
-                        "the answer, and of the most likely other one")
     parser.add_argument("--max-new-tokens", type=INT_FROM_1, default=128, help="longest answer in tokens")
     args = parser.parse_args()
     if args.image is None and args.question is not None:
         raise UserError("--question needs --image, because a held-out record has its own question")
-    if args.probabilities and (args.every_stage or args.nearest_tokens is not None):
-        raise UserError("--probabilities needs --sample or --image without --every-stage")
     if args.every_stage and (args.stage or args.nearest_tokens is not None):
         raise UserError("--every-stage needs --sample or --image, and no --stage, because it shows both")
     args.question = args.question or "Provide a brief description of the given image."

@@ -1,10 +1,9 @@
-"""Answers that a person reads: printed while they are generated, and how sure the model is of each token."""
+"""Answers that a person reads, printed while they are generated."""
 
-import torch
 from transformers import TextStreamer
 
 from support.errors import UserError, printable
-from support.evaluation import prompt_batch, token_text
+from support.evaluation import prompt_batch
 
 
 class AnswerPrinter(TextStreamer):
@@ -31,26 +30,3 @@ def stream_answer(model, template, prompt, printer, max_new_tokens, temperature=
     model.generate(**prompt_batch(template, [prompt], model.llm.device), end_token_ids=template.end_token_ids,
                    max_new_tokens=min(max_new_tokens, context - length), temperature=temperature,
                    streamer=printer)
-
-
-@torch.no_grad()
-def token_probabilities(model, template, prompt, answer_ids):
-    """Returns how sure the model is of each token of an answer, as a list of tuples: the token's text, its
-    probability, and text and probability of the most likely other token.
-
-    One pass over prompt and answer computes them all, because in a causal model the output at position t - 1,
-    which predicts token t, does not depend on what follows.
-    """
-    batch = prompt_batch(template, [prompt], model.llm.device)
-    answer = torch.tensor([answer_ids], device=model.llm.device)  # (1, A)
-    input_ids = torch.cat([batch["input_ids"], answer], dim=1)  # (1, T + A)
-    embeds = model.embed(input_ids, batch["pixel_values"])  # (1, T + A, D)
-    hidden = model.llm.get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state
-    logits = model.llm.get_output_embeddings()(hidden[0, -answer.shape[1] - 1:-1])  # (A, D) -> (A, V)
-    probabilities = logits.float().softmax(dim=-1)
-    rows = []
-    for i, row in zip(answer_ids, probabilities):  # row: (V,)
-        p = row[i].item()
-        row[i] = -1  # so that max() finds another token
-        rows.append((token_text(template, i), p, token_text(template, int(row.argmax())), row.max().item()))
-    return rows

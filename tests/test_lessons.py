@@ -19,7 +19,7 @@ from lessons import (change_patches, contrastive, experiment, find_the_bug, imag
                      what_to_unfreeze)
 from model import Llava
 from support.errors import UserError
-from support.answers import token_probabilities
+from tools.page import token_probabilities
 from support.evaluation import prompt_batch
 from support.pretrained import load_tokenizer
 from toy.pretrain import contrastive_loss, draw_pictures, new_clip, to_pixel_values

@@ -33,8 +33,7 @@ from PIL import Image
 from data import IMAGE_TOKEN
 from model import IGNORE_INDEX
 from support.errors import UserError, run_script
-from support.answers import token_probabilities
-from support.evaluation import generate_answers, prompt_batch, records_with_other_images
+from support.evaluation import generate_answers, prompt_batch, records_with_other_images, token_text
 from support.files import atomic_write
 from support.records import image_name
 from support.results import read_result
@@ -140,6 +139,29 @@ def generate_with(model, template, prompt, features, args):
             prompts = [prompt] * len(part)
             answers += generate_answers(model, template, prompts, features.device, args.max_new_tokens)
     return answers
+
+
+@torch.no_grad()
+def token_probabilities(model, template, prompt, answer_ids):
+    """Returns how sure the model is of each token of an answer, as a list of tuples: the token's text, its
+    probability, and text and probability of the most likely other token.
+
+    One pass over prompt and answer computes them all, because in a causal model the output at position t - 1,
+    which predicts token t, does not depend on what follows.
+    """
+    batch = prompt_batch(template, [prompt], model.llm.device)
+    answer = torch.tensor([answer_ids], device=model.llm.device)  # (1, A)
+    input_ids = torch.cat([batch["input_ids"], answer], dim=1)  # (1, T + A)
+    embeds = model.embed(input_ids, batch["pixel_values"])  # (1, T + A, D)
+    hidden = model.llm.get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    logits = model.llm.get_output_embeddings()(hidden[0, -answer.shape[1] - 1:-1])  # (A, D) -> (A, V)
+    probabilities = logits.float().softmax(dim=-1)
+    rows = []
+    for i, row in zip(answer_ids, probabilities):  # row: (V,)
+        p = row[i].item()
+        row[i] = -1  # so that max() finds another token
+        rows.append((token_text(template, i), p, token_text(template, int(row.argmax())), row.max().item()))
+    return rows
 
 
 @torch.no_grad()
