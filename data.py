@@ -163,7 +163,7 @@ class ChatTemplate:
 
     def encode_prompt(self, messages):
         """Returns the ids of a conversation that ends with a question. encode() of the same conversation with
-        an answer begins with them, which the check at the start has tried with an example."""
+        an answer begins with them. probe_chat_template() checks this on one example."""
         return self.tokenize(self.render(messages, is_prompt=True))[0]
 
     def to_messages(self, record):
@@ -220,7 +220,7 @@ class ChatDataset(Dataset):
 
     def __getitem__(self, i):
         """Returns sample i. If its image cannot be decoded, returns the next usable sample and says why in
-        sample["skipped"]. drop_unusable_records() has found missing images and malformed records before."""
+        sample["skipped"]. drop_unusable_records() has removed missing images and malformed records."""
         skipped = []
         for j in range(i, i + min(20, len(self))):  # 20 bad records in a row: the image folder is broken
             record = self.records[j % len(self)]

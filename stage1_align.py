@@ -12,16 +12,15 @@ could damage it.
 
 Writes projector.safetensors, run.json, heldout.json and metrics.jsonl to <run>/stage1/. Continue with
 stage2_instruct.py.
-This prints where main() of the two stages differs, without comments:
-    diff <(sed -n '/^def main/,$p' stage1_align.py | grep -v '^ *#') \
-         <(sed -n '/^def main/,$p' stage2_instruct.py | grep -v '^ *#')
+In bash, this prints where main() of the two stages differs, without comments:
+    diff -B <(sed -n '/^def main/,$p' stage1_align.py | grep -v '^ *#') \
+            <(sed -n '/^def main/,$p' stage2_instruct.py | grep -v '^ *#')
 """
 
 import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
 
 import math
 from functools import partial
-from itertools import chain
 
 import torch
 from torch.utils.data import DataLoader
@@ -90,7 +89,8 @@ def main(argv=None):
     # -- 1. settings, device, folder: nothing here is about LLaVA ------------------------------------------
 
     args = settings.parse_settings(__doc__, PRESETS, argv)
-    # One process, or several: torchrun --nproc_per_node=2 -- stage1_align.py (docs/several_gpus.md)
+    # One process, or several if torchrun has started them (docs/several_gpus.md). They also choose device and
+    # dtype, because all must agree.
     processes = Processes(args.device, args.precision)
     device, dtype = processes.device, processes.dtype
     # Locks the folder, and looks for an earlier run and its checkpoint.
@@ -100,15 +100,16 @@ def main(argv=None):
 
     # Without --heldout-data, the records of some images are taken out of the training data.
     train_records, heldout_records = load_records(args)
-    # The tokenizer and chat template of the LLM, which write N positions for every image.
-    vision_config = load_vision_config(args.vision_tower, args.vision_layer)
-    template = ChatTemplate(args.llm, num_image_tokens=count_patches(vision_config))
+    # N, from CLIP's configuration alone, because --check-data loads no model.
+    num_patches = count_patches(load_vision_config(args.vision_tower, args.vision_layer))
+    # The LLM's tokenizer and chat template, which write N positions for every image.
+    template = ChatTemplate(args.llm, num_image_tokens=num_patches)
     # Resizes, crops and normalizes images as the vision tower expects them.
     image_processor = load_image_processor(args.vision_tower)
     train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
     heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
     # A missing image must not stop the run hours later. So every record is checked now, and the datasets lose
-    # unusable ones. approx_lengths[i]: about how many tokens sample i has.
+    # unusable ones. approx_lengths[i]: roughly how many tokens sample i has.
     approx_lengths = drop_unusable_records(train_dataset, args.allow_bad)
     drop_unusable_records(heldout_dataset, open_images=True)
     # The held-out batches are made once and stay in memory.
@@ -146,7 +147,8 @@ def main(argv=None):
     # fp16 rounds numbers below 3e-8 to zero. So the scaler multiplies the loss, and with it every gradient,
     # by a large number, and unscale_() divides by it before clipping. In bf16 and fp32 it does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    scaler.scale(torch.zeros((), device=device))  # creates the scale, also in a process without samples
+    # Creates the scale now, because a process without samples in its first step would not.
+    scaler.scale(torch.zeros((), device=device))
     # A context: matrix products run in half precision, and sensitive operations such as the loss in fp32.
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
@@ -155,21 +157,23 @@ def main(argv=None):
     if device.type == "cuda":
         step_batches.try_longest_batch(model, train_dataset, approx_lengths, device, autocast, args)
 
-    # -- 5. batches, and the step at which the run begins or continues -------------------------------------
+    # -- 5. a new run or an earlier one, and its batches ---------------------------------------------------
 
-    # Restores weights, optimizer and random numbers from a checkpoint. Without one, deletes older results.
-    progress = folder.begin(model, optimizer, scaler, train_dataset.records, heldout_dataset.records)
-    # plan[k] lists the micro-batches of one optimizer step of this process. Each micro-batch lists the
-    # indices of its samples. step_sizes[k] is the number of samples of that step in all processes.
-    plan, step_sizes = step_batches.plan_steps(approx_lengths, args, processes, progress)
+    # So far, a mistake has left the folder as it was. From here on, it changes.
+    if folder.checkpoint is None:
+        progress = folder.start_new(train_dataset.records, heldout_dataset.records)
+    else:
+        progress = folder.restore(model, optimizer, scaler, train_dataset.records)
+    # Which samples each optimizer step uses, in which micro-batches.
+    plan = step_batches.plan_steps(approx_lengths, args, processes, progress)
     total_steps = progress.step + len(plan)
     # Yields the micro-batches of all steps, one after the other. collate() says what a micro-batch contains.
-    loader = DataLoader(train_dataset, batch_sampler=list(chain(*plan)),
+    loader = DataLoader(train_dataset, batch_sampler=[batch for step in plan for batch in step.micro_batches],
                         collate_fn=partial(collate, pad_token_id=template.pad_token_id),
-                        **step_batches.loader_options(plan, args.workers, device))
+                        **step_batches.loader_options(args.workers, args.grad_accum, device))
     log = MetricsLog(folder, args, progress, total_steps)
 
-    # Measures and logs the held-out loss with the correct and with a different image, and one answer.
+    # Measures and logs the held-out loss with the correct and with a different image, and a generated answer.
     def evaluate():
         with autocast():
             measured = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches, device)
@@ -183,7 +187,7 @@ def main(argv=None):
         if progress.step == 0:
             progress.first_image_use = evaluate()
         batches = iter(loader)
-        for micro_batch_indices, num_samples in zip(plan, step_sizes):
+        for step in plan:
             # Linear warm-up, because Adam's first updates are about as large as lr however small the gradient
             # is. Then half a cosine, towards zero, while `decay` grows from 0 to almost 1.
             decay = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -192,7 +196,7 @@ def main(argv=None):
                 group["lr"] = group["peak_lr"] * lr_factor
 
             micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(
-                batches, len(micro_batch_indices))
+                batches, len(step.micro_batches))
             folder.record_skipped(progress, skipped, len(train_dataset))
 
             # The loss is the mean over all n labeled tokens of the effective batch (n is num_labeled below):
@@ -223,13 +227,13 @@ def main(argv=None):
             # Scales down gradients whose norm is too large. 0 sets no limit, and the norm is only logged.
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
             checkpoints.stop_if_diverged(progress, loss, grad_norm, scaler, train_dataset.records,
-                                         micro_batch_indices)
+                                         step.micro_batches)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
 
             progress.step += 1
-            progress.samples += num_samples
+            progress.samples += step.num_samples
             log.log_step(progress, optimizer, micro_batches, seconds_waiting,
                          loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
             # Frees the micro-batches of this step before those of the next one are taken.

@@ -19,7 +19,6 @@ import support.start  # noqa: F401 (prints a first line, because the next import
 
 import math
 from functools import partial
-from itertools import chain
 
 import torch
 from peft import LoraConfig
@@ -110,8 +109,8 @@ def main(argv=None):
     # -- 2. data -------------------------------------------------------------------------------------------
 
     train_records, heldout_records = load_records(args)
-    vision_config = load_vision_config(args.vision_tower, args.vision_layer)
-    template = ChatTemplate(args.llm, num_image_tokens=count_patches(vision_config))
+    num_patches = count_patches(load_vision_config(args.vision_tower, args.vision_layer))
+    template = ChatTemplate(args.llm, num_image_tokens=num_patches)
     image_processor = load_image_processor(args.vision_tower)
     train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
     heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
@@ -161,14 +160,17 @@ def main(argv=None):
     if device.type == "cuda":
         step_batches.try_longest_batch(model, train_dataset, approx_lengths, device, autocast, args)
 
-    # -- 5. batches, and the step at which the run begins or continues -------------------------------------
+    # -- 5. a new run or an earlier one, and its batches ---------------------------------------------------
 
-    progress = folder.begin(model, optimizer, scaler, train_dataset.records, heldout_dataset.records)
-    plan, step_sizes = step_batches.plan_steps(approx_lengths, args, processes, progress)
+    if folder.checkpoint is None:
+        progress = folder.start_new(train_dataset.records, heldout_dataset.records)
+    else:
+        progress = folder.restore(model, optimizer, scaler, train_dataset.records)
+    plan = step_batches.plan_steps(approx_lengths, args, processes, progress)
     total_steps = progress.step + len(plan)
-    loader = DataLoader(train_dataset, batch_sampler=list(chain(*plan)),
+    loader = DataLoader(train_dataset, batch_sampler=[batch for step in plan for batch in step.micro_batches],
                         collate_fn=partial(collate, pad_token_id=template.pad_token_id),
-                        **step_batches.loader_options(plan, args.workers, device))
+                        **step_batches.loader_options(args.workers, args.grad_accum, device))
     log = MetricsLog(folder, args, progress, total_steps)
 
     def evaluate():
@@ -185,14 +187,14 @@ def main(argv=None):
         if progress.step == 0:
             progress.first_image_use = evaluate()
         batches = iter(loader)
-        for micro_batch_indices, num_samples in zip(plan, step_sizes):
+        for step in plan:
             decay = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
             lr_factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * decay))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
 
             micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(
-                batches, len(micro_batch_indices))
+                batches, len(step.micro_batches))
             folder.record_skipped(progress, skipped, len(train_dataset))
 
             labeled_here = sum(count_labeled(batch).sum().item() for batch in micro_batches)
@@ -213,13 +215,13 @@ def main(argv=None):
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
             checkpoints.stop_if_diverged(progress, loss, grad_norm, scaler, train_dataset.records,
-                                         micro_batch_indices)
+                                         step.micro_batches)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
 
             progress.step += 1
-            progress.samples += num_samples
+            progress.samples += step.num_samples
             log.log_step(progress, optimizer, micro_batches, seconds_waiting,
                          loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
             del micro_batches

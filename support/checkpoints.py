@@ -103,19 +103,19 @@ class StageFolder:
                 raise UserError(f"--resume: the run in {self.path} has {name} {before.get(name)}, not "
                                 f"{value}; use the same flags and files, or start again with --restart")
 
-    def begin(self, model, optimizer, scaler, train_records, heldout_records):
-        """Begins the run at step 0, or where its checkpoint was saved: restores weights, optimizer, scaler
-        and random numbers. Returns the Progress."""
+    def start_new(self, train_records, heldout_records):
+        """Deletes the result of an earlier run and writes heldout.json. Returns the Progress of a new run."""
+        if self.processes.rank == 0:  # run.json first: without it, whatever a kill leaves is not finished
+            for name in ("run.json", "checkpoint.pt", "projector.safetensors", "adapter", "metrics.jsonl"):
+                delete(self.path / name)
+            for path in self.path.glob("eval*.json"):
+                delete(path)
+            write_json(self.path / "heldout.json", list(heldout_records))
+        return Progress(records_hash=train_records.fingerprint())
+
+    def restore(self, model, optimizer, scaler, train_records):
+        """Restores weights, optimizer, scaler and random numbers of the checkpoint. Returns the Progress."""
         processes, checkpoint = self.processes, self.checkpoint
-        if checkpoint is None:
-            if processes.rank == 0:  # run.json first: without it, whatever a kill leaves is not finished
-                for name in ("run.json", "checkpoint.pt", "projector.safetensors", "adapter",
-                             "metrics.jsonl"):
-                    delete(self.path / name)
-                for path in self.path.glob("eval*.json"):
-                    delete(path)
-                write_json(self.path / "heldout.json", list(heldout_records))
-            return Progress(records_hash=train_records.fingerprint())
         progress = Progress(**checkpoint["progress"])
         if progress.records_hash != train_records.fingerprint():
             raise UserError("--resume: the training records have changed since the run was interrupted, so "

@@ -2,6 +2,7 @@
 
 import time
 from math import ceil
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +13,15 @@ from support.errors import UserError, is_out_of_memory
 from support.processes import ignore_signals_in_worker
 
 
+class Step(NamedTuple):
+    """One optimizer step, as one process sees it."""
+    micro_batches: list  # of this process; each lists the indices of its samples
+    num_samples: int  # of all processes
+
+
 def plan_steps(lengths, settings, processes, progress):
-    """Returns the rest of the training of one process as (plan, sizes). plan[k] lists the micro-batches of an
-    optimizer step, and each micro-batch lists the indices of its samples. sizes[k] is the number of samples
-    of that step over all processes. lengths[i]: approximate number of tokens of sample i.
+    """Returns the rest of the training of one process as a list of Steps. lengths[i]: approximate number of
+    tokens of sample i.
 
     The samples of all epochs form one long sequence, each epoch in a random order drawn from (seed, epoch). A
     step takes the next batch_size × grad_accum × world_size of them; the last step of an epoch takes what is
@@ -43,18 +49,18 @@ def plan_steps(lengths, settings, processes, progress):
         steps = [step[np.argsort(-lengths[step], kind="stable")] for step in steps]
     # Process r of P takes samples r, r + P, r + 2P, … so that all processes get samples of similar lengths.
     steps = [step[rank::world_size].tolist() for step in steps]
-    return [[step[i:i + batch_size] for i in range(0, len(step), batch_size)] for step in steps], sizes
+    return [Step([step[i:i + batch_size] for i in range(0, len(step), batch_size)], size)
+            for step, size in zip(steps, sizes)]
 
 
-def loader_options(steps, workers, device):
+def loader_options(workers, grad_accum, device):
     """Returns the arguments of the DataLoader that have nothing to do with the samples."""
     # A generator of its own, because the loader would otherwise draw a seed from the global one, and a
     # resumed run of stage 2 would then draw different dropout masks.
     options = {"num_workers": workers, "generator": torch.Generator(), "pin_memory": device.type == "cuda"}
     if workers:
         # While the GPU computes a step, the workers prepare the next one, or about 64 micro-batches of it.
-        longest = min(max([2, *map(len, steps)]), 64)
-        options |= {"prefetch_factor": 1 + ceil(longest / workers),
+        options |= {"prefetch_factor": 1 + ceil(min(max(2, grad_accum), 64) / workers),
                     "worker_init_fn": ignore_signals_in_worker}
     return options
 

@@ -19,11 +19,11 @@ def plan(length, rank=0, world_size=1, samples_done=0, steps_done=0, lengths=Non
     """Returns the steps: lists of micro-batches, which are lists of sample numbers."""
     settings = {**dict(batch_size=2, grad_accum=3, epochs=2, max_steps=None, seed=0), **changes}
     lengths = np.zeros(length) if lengths is None else np.array(lengths)
-    steps, sizes = plan_steps(lengths, SimpleNamespace(**settings),
-                              SimpleNamespace(rank=rank, world_size=world_size),
-                              Progress(step=steps_done, samples=samples_done))
-    assert len(sizes) == len(steps) and (world_size > 1 or sizes == [len(flat([step])) for step in steps])
-    return steps
+    steps = plan_steps(lengths, SimpleNamespace(**settings),
+                       SimpleNamespace(rank=rank, world_size=world_size),
+                       Progress(step=steps_done, samples=samples_done))
+    assert world_size > 1 or all(step.num_samples == len(flat([step.micro_batches])) for step in steps)
+    return [step.micro_batches for step in steps]
 
 
 def flat(steps):
@@ -134,6 +134,6 @@ def test_a_longest_batch_that_does_not_fit_names_the_flags_in_numbers(batch_size
 def test_workers_prepare_a_whole_step_but_at_most_64_micro_batches(accumulation, workers, prefetched):
     """Else the GPU would wait for half of every step of stage 2. Every tensor of a prepared micro-batch is an
     open file. One more than needed is always prepared by each worker."""
-    options = loader_options([[[0]] * accumulation] * 2, workers, torch.device("cpu"))
+    options = loader_options(workers, accumulation, torch.device("cpu"))
     assert (options["prefetch_factor"] - 1) * workers == prefetched
-    assert "prefetch_factor" not in loader_options([[[0]]], 0, torch.device("cpu"))
+    assert "prefetch_factor" not in loader_options(0, 1, torch.device("cpu"))
