@@ -20,6 +20,7 @@ In bash, this prints where main() of the two stages differs, without comments:
 import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
 
 import math
+import sys
 from functools import partial
 
 import torch
@@ -93,14 +94,14 @@ def main(argv=None):
     # dtype, because all must agree.
     processes = Processes(args.device, args.precision)
     device, dtype = processes.device, processes.dtype
-    # Locks the folder, and looks for an earlier run and its checkpoint.
+    # Locks the folder and looks for an earlier run. If --resume finds a finished one, the process ends here.
     folder = checkpoints.open_folder(args, stage=1, processes=processes)
 
     # -- 2. data -------------------------------------------------------------------------------------------
 
     # Without --heldout-data, the records of some images are taken out of the training data.
     train_records, heldout_records = load_records(args)
-    # N, from CLIP's configuration alone, because --check-data loads no model.
+    # N, from CLIP's configuration alone, because --check-data loads no model. (It checks the layer, too.)
     num_patches = count_patches(load_vision_config(args.vision_tower, args.vision_layer))
     # The LLM's tokenizer and chat template, which write N positions for every image.
     template = ChatTemplate(args.llm, num_image_tokens=num_patches)
@@ -108,8 +109,9 @@ def main(argv=None):
     image_processor = load_image_processor(args.vision_tower)
     train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
     heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
-    # A missing image must not stop the run hours later. So every record is checked now, and the datasets lose
-    # unusable ones. approx_lengths[i]: roughly how many tokens sample i has.
+    # A missing image must not stop the run hours later. So every record is checked now, and unusable ones are
+    # removed from dataset.records. Training images are only looked up, because opening 595,375 takes long.
+    # approx_lengths[i]: roughly how many tokens sample i has.
     approx_lengths = drop_unusable_records(train_dataset, args.allow_bad)
     drop_unusable_records(heldout_dataset, open_images=True)
     # The held-out batches are made once and stay in memory.
@@ -121,7 +123,8 @@ def main(argv=None):
 
     # -- 3. model ------------------------------------------------------------------------------------------
 
-    # Frozen weights are never updated, so half precision is enough on a GPU, and halves their memory.
+    # Frozen weights are never updated, so half precision is enough on a GPU, and halves their memory. The
+    # device only decides which attention kernel the LLM uses.
     vision_tower = load_vision_tower(args.vision_tower, dtype)
     llm = load_language_model(args.llm, dtype, device)
     # The projector starts with random weights, the same in all processes and in every run with this seed.
@@ -147,9 +150,9 @@ def main(argv=None):
     # fp16 rounds numbers below 3e-8 to zero. So the scaler multiplies the loss, and with it every gradient,
     # by a large number, and unscale_() divides by it before clipping. In bf16 and fp32 it does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    # Creates the scale now, because a process without samples in its first step would not.
+    # The first scale() creates the scale. A process without a sample in a step would not call it.
     scaler.scale(torch.zeros((), device=device))
-    # A context: matrix products run in half precision, and sensitive operations such as the loss in fp32.
+    # "with autocast():" runs matrix products in half precision, and operations such as the loss in fp32.
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     # The longest samples may come late in the run. If they do not fit into the GPU's memory, stop now, before
@@ -168,7 +171,7 @@ def main(argv=None):
     plan = step_batches.plan_steps(approx_lengths, args, processes, progress)
     total_steps = progress.step + len(plan)
     # Yields the micro-batches of all steps, one after the other. collate() says what a micro-batch contains.
-    loader = DataLoader(train_dataset, batch_sampler=[batch for step in plan for batch in step.micro_batches],
+    loader = DataLoader(train_dataset, batch_sampler=[indices for step in plan for indices in step.indices],
                         collate_fn=partial(collate, pad_token_id=template.pad_token_id),
                         **step_batches.loader_options(args.workers, args.grad_accum, device))
     log = MetricsLog(folder, args, progress, total_steps)
@@ -195,8 +198,7 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
 
-            micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(
-                batches, len(step.micro_batches))
+            micro_batches, skipped, waiting = step_batches.next_micro_batches(batches, len(step.indices))
             folder.record_skipped(progress, skipped, len(train_dataset))
 
             # The loss is the mean over all n labeled tokens of the effective batch (n is num_labeled below):
@@ -226,18 +228,18 @@ def main(argv=None):
             scaler.unscale_(optimizer)
             # Scales down gradients whose norm is too large. 0 sets no limit, and the norm is only logged.
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+            # A loss or gradient that is not finite would spoil all weights. In fp16 an overflow is normal, so
+            # step() then changes nothing, update() lowers the scale, and only ten in a row stop the run.
             checkpoints.stop_if_diverged(progress, loss, grad_norm, scaler, train_dataset.records,
-                                         step.micro_batches)
+                                         step.indices)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
 
             progress.step += 1
             progress.samples += step.num_samples
-            log.log_step(progress, optimizer, micro_batches, seconds_waiting,
+            log.log_step(progress, optimizer, micro_batches, waiting,
                          loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
-            # Frees the micro-batches of this step before those of the next one are taken.
-            del micro_batches
             if log.evaluation_is_due(progress.step):
                 evaluate()
             # The number of the signal, or 0. If a process has received Ctrl-C or SIGTERM, all save and stop.
@@ -245,7 +247,8 @@ def main(argv=None):
             if stop or log.checkpoint_is_due(progress.step):
                 folder.save_checkpoint(progress, model, optimizer, scaler)
             if stop:
-                log.exit_on_signal(stop, progress.step)
+                log.close_unfinished(progress.step)
+                sys.exit(128 + stop)
 
     # -- 7. save -------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ learning rates.
 import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
 
 import math
+import sys
 from functools import partial
 
 import torch
@@ -168,7 +169,7 @@ def main(argv=None):
         progress = folder.restore(model, optimizer, scaler, train_dataset.records)
     plan = step_batches.plan_steps(approx_lengths, args, processes, progress)
     total_steps = progress.step + len(plan)
-    loader = DataLoader(train_dataset, batch_sampler=[batch for step in plan for batch in step.micro_batches],
+    loader = DataLoader(train_dataset, batch_sampler=[indices for step in plan for indices in step.indices],
                         collate_fn=partial(collate, pad_token_id=template.pad_token_id),
                         **step_batches.loader_options(args.workers, args.grad_accum, device))
     log = MetricsLog(folder, args, progress, total_steps)
@@ -193,8 +194,7 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
 
-            micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(
-                batches, len(step.micro_batches))
+            micro_batches, skipped, waiting = step_batches.next_micro_batches(batches, len(step.indices))
             folder.record_skipped(progress, skipped, len(train_dataset))
 
             labeled_here = sum(count_labeled(batch).sum().item() for batch in micro_batches)
@@ -215,23 +215,23 @@ def main(argv=None):
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
             checkpoints.stop_if_diverged(progress, loss, grad_norm, scaler, train_dataset.records,
-                                         step.micro_batches)
+                                         step.indices)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
 
             progress.step += 1
             progress.samples += step.num_samples
-            log.log_step(progress, optimizer, micro_batches, seconds_waiting,
+            log.log_step(progress, optimizer, micro_batches, waiting,
                          loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
-            del micro_batches
             if log.evaluation_is_due(progress.step):
                 evaluate()
             stop = processes.max(stop_signal.number)
             if stop or log.checkpoint_is_due(progress.step):
                 folder.save_checkpoint(progress, model, optimizer, scaler)
             if stop:
-                log.exit_on_signal(stop, progress.step)
+                log.close_unfinished(progress.step)
+                sys.exit(128 + stop)
 
     # -- 7. save -------------------------------------------------------------------------------------------
 

@@ -104,12 +104,11 @@ class MetricsLog:
         if self.file:
             self.file.close()
 
-    def exit_on_signal(self, signal_number, step):
-        """Says how to continue a run that a signal has stopped, and ends the process."""
+    def close_unfinished(self, step):
+        """Closes the log of a run that a signal has stopped, and prints how to continue it."""
         self.close()
         print(f"saved {self.folder} at step {step:,} of {self.total_steps:,}: continue with the same command "
               "and --resume", file=sys.stderr)
-        sys.exit(128 + signal_number)
 
 
 def format_image_use(image_use):

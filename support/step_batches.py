@@ -15,7 +15,7 @@ from support.processes import ignore_signals_in_worker
 
 class Step(NamedTuple):
     """One optimizer step, as one process sees it."""
-    micro_batches: list  # of this process; each lists the indices of its samples
+    indices: list  # of the samples of this process, one list per micro-batch
     num_samples: int  # of all processes
 
 
