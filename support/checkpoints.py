@@ -105,7 +105,8 @@ class StageFolder:
 
     def start_new(self, train_records, heldout_records):
         """Deletes the result of an earlier run and writes heldout.json. Returns the Progress of a new run."""
-        if self.processes.rank == 0:  # run.json first: without it, whatever a kill leaves is not finished
+        if self.processes.rank == 0:
+            # run.json is deleted first, so that a run that is killed here does not count as finished.
             for name in ("run.json", "checkpoint.pt", "projector.safetensors", "adapter", "metrics.jsonl"):
                 delete(self.path / name)
             for path in self.path.glob("eval*.json"):

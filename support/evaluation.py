@@ -80,7 +80,7 @@ def measure_image_use(model, batches, device, blank=False):
     model.train(was_training)
     names = [name for batch in batches for name in batch["image_names"]]
     differs = torch.tensor([name != names[i - 1] for i, name in enumerate(names)])
-    lists = correct, different, blanks or correct, tokens
+    lists = correct, different, blanks or correct, tokens  # without blank images, correct stands in for them
     correct, different, blanks, tokens = map(torch.cat, lists)  # (records,) each
     finite = (correct + different + blanks).isfinite()
     correct, different, blanks, tokens, differs = (

@@ -86,9 +86,8 @@ def split_records(records, heldout, limit, seed):
     """Returns (training, held-out) Records.
 
     The images are put into a seeded random order. Of the first `heldout` images, one record each is held out,
-    and none of their records is trained on. A record without an image is never held
-    out. The other records are put into a seeded random order, too, and the first `limit` of them are
-    trained on (0: all).
+    and none of their records is trained on. A record without an image is never held out. The other records
+    are put into a seeded random order, too, and the first `limit` of them are trained on (0: all).
     """
     rng = np.random.default_rng(seed)
     images = rng.permutation(records.image_numbers.max() + 1)
@@ -109,7 +108,7 @@ def load_records(settings):
     """Returns the (training, held-out) Records that the settings name. Without --heldout-data, records of
     --data are held out. The toy's pictures are drawn before its first run (about 10 s)."""
     if settings.data.startswith("toy/data/"):
-        import toy.world  # nothing else here depends on the toy
+        import toy.world  # here, because real data do not need it
         toy.world.draw_if_missing()
     data, images = find_file(settings.data), find_file(settings.images)
     heldout_data, heldout_images = (find_file(name) if name else None for name in
