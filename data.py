@@ -214,6 +214,7 @@ class ChatDataset(Dataset):
     def __init__(self, records, template, image_processor, max_length):
         self.records, self.template, self.image_processor = records, template, image_processor
         self.max_length = max_length
+        self.approx_lengths = None  # about how many tokens each sample has; from drop_unusable_records()
 
     def __len__(self):
         return len(self.records)

@@ -112,7 +112,7 @@ def print_losses(model, heldout_dataset, i):
     images["blank image"] = torch.zeros_like(correct)
     tokens = count_labeled(batch).item()
     print(f"loss per token (nats) of this record's reference answers, which have {tokens} tokens:")
-    losses = {name: record_losses(model, {**batch, "pixel_values": pixels}, model.llm.device).item() / tokens
+    losses = {name: record_losses(model, {**batch, "pixel_values": pixels}).item() / tokens
               for name, pixels in images.items()}
     for name, loss in losses.items():
         print(f"  {name:<18}{loss:.3f}")

@@ -31,14 +31,21 @@ from model import Llava, count_patches
 from support import checkpoints, evaluation, results, settings, step_batches
 from support.errors import run_script
 from support.metrics_log import MetricsLog
-from support.pretrained import (load_image_processor, load_language_model, load_vision_config,
-                                load_vision_tower)
+from support.pretrained import (load_image_processor, load_language_model, load_vision_tower)
 from support.processes import Processes
 from support.records import drop_unusable_records, load_records
 
-# Each setting is also a flag, see --help. support/settings.py has those that are the same in most presets.
+# What most presets have in common. Each setting is also a flag. --help lists them, and some more, which are in
+# support/settings.py.
+COMMON = dict(
+    vision_layer=-2,                          # CLIP's output before its last block, see model.py
+    projector="linear",                       # or "mlp", as in LLaVA-1.5
+    warmup=0.03,                              # fraction of the steps in which the learning rate rises
+    max_grad_norm=1.0,                        # gradients with a larger norm are scaled down to it
+    seed=0)                                   # of the projector's first weights and the order of samples
+
 PRESETS = {
-    "toy": dict(
+    "toy": COMMON | dict(
         run="runs/toy",                       # the results go to runs/toy/stage1
         vision_tower="toy/clip-vit",          # small models, trained on drawn colored shapes
         llm="toy/llama-chat",
@@ -54,7 +61,7 @@ PRESETS = {
         epochs=2,                             # passes over the data
         eval_every=20,                        # steps between two evaluations
         save_every=100),                      # steps between two checkpoints
-    "small": dict(
+    "small": COMMON | dict(
         run="runs/small",
         vision_tower="data/small/encoder",    # DINOv2
         vision_layer=-4,                      # docs/small.md compares the layers -4, -2 and -1
@@ -70,7 +77,7 @@ PRESETS = {
         grad_accum=1,
         epochs=3,
         eval_every=100),
-    "tinyllama": dict(
+    "tinyllama": COMMON | dict(
         run="runs/tinyllama",
         vision_tower="openai/clip-vit-large-patch14",
         llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
@@ -90,43 +97,24 @@ def main(argv=None):
     # -- 1. settings, device, folder: nothing here is about LLaVA ------------------------------------------
 
     args = settings.parse_settings(__doc__, PRESETS, argv)
-    # One process, or several if torchrun has started them (docs/several_gpus.md). They also choose device and
-    # dtype, because all must agree.
+    # This process, and the others if torchrun has started several (docs/several_gpus.md). They choose device
+    # and dtype together, because all must agree.
     processes = Processes(args.device, args.precision)
     device, dtype = processes.device, processes.dtype
-    # Locks the folder and looks for an earlier run. If --resume finds a finished one, the process ends here.
+    # Locks <run>/stage1. With --resume, folder.checkpoint is what an unfinished run has saved there.
     folder = checkpoints.open_folder(args, stage=1, processes=processes)
-
-    # -- 2. data -------------------------------------------------------------------------------------------
-
-    # Without --heldout-data, the records of some images are taken out of the training data.
+    # The JSON files are read before the models, so that a wrong path is found at once. Without --heldout-data,
+    # the records of some images are taken out of the training data.
     train_records, heldout_records = load_records(args)
-    # N, from CLIP's configuration alone, because --check-data loads no model. (It checks the layer, too.)
-    num_patches = count_patches(load_vision_config(args.vision_tower, args.vision_layer))
-    # The LLM's tokenizer and chat template, which write N positions for every image.
-    template = ChatTemplate(args.llm, num_image_tokens=num_patches)
-    # Resizes, crops and normalizes images as the vision tower expects them.
-    image_processor = load_image_processor(args.vision_tower)
-    train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
-    heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
-    # A missing image must not stop the run hours later. So every record is checked now, and unusable ones are
-    # removed from dataset.records. Training images are only looked up, because opening 595,375 takes long.
-    # approx_lengths[i]: roughly how many tokens sample i has.
-    approx_lengths = drop_unusable_records(train_dataset, args.allow_bad)
-    drop_unusable_records(heldout_dataset, open_images=True)
-    # The held-out batches are made once and stay in memory.
-    heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
-    evaluation.print_labels(train_dataset)
-    # --check-data ends here, before any model is loaded.
-    if args.check_data:
-        return None
 
-    # -- 3. model ------------------------------------------------------------------------------------------
+    # -- 2. model ------------------------------------------------------------------------------------------
 
     # Frozen weights are never updated, so half precision is enough on a GPU, and halves their memory. The
     # device only decides which attention kernel the LLM uses.
-    vision_tower = load_vision_tower(args.vision_tower, dtype)
+    vision_tower = load_vision_tower(args.vision_tower, dtype, must_have_layer=args.vision_layer)
     llm = load_language_model(args.llm, dtype, device)
+    # The LLM's tokenizer and chat template. They write N positions for every image.
+    template = ChatTemplate(args.llm, num_image_tokens=count_patches(vision_tower.config))
     # The projector starts with random weights, the same in all processes and in every run with this seed.
     torch.manual_seed(args.seed)
     model = Llava(vision_tower, llm, template.image_token_id, args.projector, args.vision_layer)
@@ -141,6 +129,22 @@ def main(argv=None):
     model.train()
     print(model.parameter_table())
 
+    # -- 3. data -------------------------------------------------------------------------------------------
+
+    # Resizes, crops and normalizes images as the vision tower expects them.
+    image_processor = load_image_processor(args.vision_tower)
+    train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
+    heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
+    # A missing image must not stop the run hours later. So every record is checked now, and unusable ones are
+    # removed from dataset.records. Training images are only looked up, because opening 595,375 takes long.
+    drop_unusable_records(train_dataset, args.allow_bad)
+    drop_unusable_records(heldout_dataset, open_images=True)
+    # The held-out batches are made once and stay in memory.
+    heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
+    evaluation.print_labels(train_dataset)
+    if args.check_data:
+        return None
+
     # -- 4. optimizer --------------------------------------------------------------------------------------
 
     parameters = list(model.trainable_parameters().values())
@@ -150,25 +154,23 @@ def main(argv=None):
     # fp16 rounds numbers below 3e-8 to zero. So the scaler multiplies the loss, and with it every gradient,
     # by a large number, and unscale_() divides by it before clipping. In bf16 and fp32 it does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    # The first scale() creates the scale. A process without a sample in a step would not call it.
-    scaler.scale(torch.zeros((), device=device))
     # "with autocast():" runs matrix products in half precision, and operations such as the loss in fp32.
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     # The longest samples may come late in the run. If they do not fit into the GPU's memory, stop now, before
     # the result of an earlier run is deleted.
     if device.type == "cuda":
-        step_batches.try_longest_batch(model, train_dataset, approx_lengths, device, autocast, args)
+        step_batches.try_longest_batch(model, train_dataset, autocast, args)
 
     # -- 5. a new run or an earlier one, and its batches ---------------------------------------------------
 
     # So far, a mistake has left the folder as it was. From here on, it changes.
     if folder.checkpoint is None:
-        progress = folder.start_new(train_dataset.records, heldout_dataset.records)
+        progress = folder.start_new(train_dataset, heldout_dataset)
     else:
-        progress = folder.restore(model, optimizer, scaler, train_dataset.records)
+        progress = folder.restore(model, optimizer, scaler, train_dataset)
     # Which samples each optimizer step uses, in which micro-batches.
-    plan = step_batches.plan_steps(approx_lengths, args, processes, progress)
+    plan = step_batches.plan_steps(train_dataset.approx_lengths, args, processes, progress)
     total_steps = progress.step + len(plan)
     # Yields the micro-batches of all steps, one after the other. collate() says what a micro-batch contains.
     loader = DataLoader(train_dataset, batch_sampler=[indices for step in plan for indices in step.indices],
@@ -179,7 +181,7 @@ def main(argv=None):
     # Measures and logs the held-out loss with the correct and with a different image, and a generated answer.
     def evaluate():
         with autocast():
-            measured = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches, device)
+            measured = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches)
         log.log_heldout(progress.step, **measured)
         return measured["image_use"]
 

@@ -30,14 +30,15 @@ from model import LORA_TARGETS, Llava, count_patches
 from support import checkpoints, evaluation, results, settings, step_batches
 from support.errors import run_script
 from support.metrics_log import MetricsLog
-from support.pretrained import (load_image_processor, load_language_model, load_vision_config,
-                                load_vision_tower)
+from support.pretrained import (load_image_processor, load_language_model, load_vision_tower)
 from support.processes import Processes
 from support.records import drop_unusable_records, load_records
 
 # The settings of stage 1, with other data and schedules. New are projector_lr and lora_*.
+COMMON = dict(vision_layer=-2, projector="linear", warmup=0.03, max_grad_norm=1.0, seed=0)
+
 PRESETS = {
-    "toy": dict(
+    "toy": COMMON | dict(
         run="runs/toy",
         vision_tower="toy/clip-vit",
         llm="toy/llama-chat",
@@ -57,7 +58,7 @@ PRESETS = {
         lora_r=16,                            # rank of the adapter's matrices A and B
         lora_alpha=32,                        # their product is scaled by lora_alpha / lora_r
         lora_dropout=0.0),                    # without dropout a step is faster
-    "small": dict(
+    "small": COMMON | dict(
         run="runs/small",
         vision_tower="data/small/encoder",
         vision_layer=-4,
@@ -77,7 +78,7 @@ PRESETS = {
         lora_r=16,
         lora_alpha=32,
         lora_dropout=0.0),
-    "tinyllama": dict(
+    "tinyllama": COMMON | dict(
         run="runs/tinyllama",
         vision_tower="openai/clip-vit-large-patch14",
         llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
@@ -106,26 +107,13 @@ def main(argv=None):
     # New: stage 1 must be finished, and trained with the same models.
     stage1_folder, projector_hash = results.read_stage1(args)
     folder = checkpoints.open_folder(args, stage=2, processes=processes, stage1_projector=projector_hash)
-
-    # -- 2. data -------------------------------------------------------------------------------------------
-
     train_records, heldout_records = load_records(args)
-    num_patches = count_patches(load_vision_config(args.vision_tower, args.vision_layer))
-    template = ChatTemplate(args.llm, num_image_tokens=num_patches)
-    image_processor = load_image_processor(args.vision_tower)
-    train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
-    heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
-    approx_lengths = drop_unusable_records(train_dataset, args.allow_bad)
-    drop_unusable_records(heldout_dataset, open_images=True)
-    heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
-    evaluation.print_labels(train_dataset)
-    if args.check_data:
-        return None
 
-    # -- 3. model ------------------------------------------------------------------------------------------
+    # -- 2. model ------------------------------------------------------------------------------------------
 
-    vision_tower = load_vision_tower(args.vision_tower, dtype)
+    vision_tower = load_vision_tower(args.vision_tower, dtype, must_have_layer=args.vision_layer)
     llm = load_language_model(args.llm, dtype, device)
+    template = ChatTemplate(args.llm, num_image_tokens=count_patches(vision_tower.config))
     torch.manual_seed(args.seed)
     model = Llava(vision_tower, llm, template.image_token_id, args.projector, args.vision_layer)
     model.to(device)
@@ -145,6 +133,18 @@ def main(argv=None):
     # So far all processes have drawn the same numbers, so A is equal. From here on, dropout masks differ.
     torch.manual_seed(args.seed + processes.rank)
 
+    # -- 3. data -------------------------------------------------------------------------------------------
+
+    image_processor = load_image_processor(args.vision_tower)
+    train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
+    heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
+    drop_unusable_records(train_dataset, args.allow_bad)
+    drop_unusable_records(heldout_dataset, open_images=True)
+    heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
+    evaluation.print_labels(train_dataset)
+    if args.check_data:
+        return None
+
     # -- 4. optimizer --------------------------------------------------------------------------------------
 
     adapter_parameters = [parameter for parameter in model.llm.parameters() if parameter.requires_grad]
@@ -155,19 +155,18 @@ def main(argv=None):
                                    {"params": projector_parameters, "peak_lr": args.projector_lr}],
                                   weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    scaler.scale(torch.zeros((), device=device))
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     if device.type == "cuda":
-        step_batches.try_longest_batch(model, train_dataset, approx_lengths, device, autocast, args)
+        step_batches.try_longest_batch(model, train_dataset, autocast, args)
 
     # -- 5. a new run or an earlier one, and its batches ---------------------------------------------------
 
     if folder.checkpoint is None:
-        progress = folder.start_new(train_dataset.records, heldout_dataset.records)
+        progress = folder.start_new(train_dataset, heldout_dataset)
     else:
-        progress = folder.restore(model, optimizer, scaler, train_dataset.records)
-    plan = step_batches.plan_steps(approx_lengths, args, processes, progress)
+        progress = folder.restore(model, optimizer, scaler, train_dataset)
+    plan = step_batches.plan_steps(train_dataset.approx_lengths, args, processes, progress)
     total_steps = progress.step + len(plan)
     loader = DataLoader(train_dataset, batch_sampler=[indices for step in plan for indices in step.indices],
                         collate_fn=partial(collate, pad_token_id=template.pad_token_id),
@@ -176,7 +175,7 @@ def main(argv=None):
 
     def evaluate():
         with autocast():
-            measured = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches, device)
+            measured = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches)
         log.log_heldout(progress.step, **measured)
         return measured["image_use"]
 

@@ -80,7 +80,7 @@ def train_baseline(stage, seed):
 def answer(trained, questions):
     """Returns the generated answers to some held-out questions; see list_questions()."""
     return answer_questions(trained.model, trained.template, trained.heldout_dataset, questions,
-                            trained.model.llm.device, batch_size=60, max_new_tokens=64)
+                            batch_size=60, max_new_tokens=64)
 
 
 def measure(trained, different_image=False):
@@ -99,7 +99,7 @@ def measure(trained, different_image=False):
     else:
         measured["answers"] = score_answers(questions, answer(trained, questions))["qa_exact"]
     batches = make_heldout_batches(dataset, batch_size=40)
-    losses = measure_image_use(model, batches, model.llm.device)
+    losses = measure_image_use(model, batches)
     measured["loss"] = losses["loss"]
     if different_image:
         measured["loss with a different image"] = losses["loss_different"]

@@ -80,7 +80,7 @@ def load_into_untrained(function):
     model, template, dataset = load(1)
     forget_projector(model, seed=0)
     function(model, Path("runs/toy/stage1"))
-    [answer] = generate_answers(model, template, [dataset.make_prompt(0)[0]], "cpu", max_new_tokens=40)
+    [answer] = generate_answers(model, template, [dataset.make_prompt(0)[0]], max_new_tokens=40)
     return f"loss {model(**batch_of(dataset, range(16))).mean():.3f}, answer {answer!r}"
 
 
@@ -97,7 +97,7 @@ def train_to_stop(function):
         loss = model(**batch).mean()
         loss.backward()
         optimizer.step()
-    [answer] = generate_answers(model, template, [dataset.make_prompt(0)[0]], "cpu", max_new_tokens=24)
+    [answer] = generate_answers(model, template, [dataset.make_prompt(0)[0]], max_new_tokens=24)
     return f"an LLM that cannot stop, after 30 steps: loss {loss:.3f}, answer (24 tokens at most) {answer!r}"
 
 

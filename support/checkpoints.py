@@ -103,7 +103,7 @@ class StageFolder:
                 raise UserError(f"--resume: the run in {self.path} has {name} {before.get(name)}, not "
                                 f"{value}; use the same flags and files, or start again with --restart")
 
-    def start_new(self, train_records, heldout_records):
+    def start_new(self, train_dataset, heldout_dataset):
         """Deletes the result of an earlier run and writes heldout.json. Returns the Progress of a new run."""
         if self.processes.rank == 0:
             # run.json is deleted first, so that a run that is killed here does not count as finished.
@@ -111,14 +111,14 @@ class StageFolder:
                 delete(self.path / name)
             for path in self.path.glob("eval*.json"):
                 delete(path)
-            write_json(self.path / "heldout.json", list(heldout_records))
-        return Progress(records_hash=train_records.fingerprint())
+            write_json(self.path / "heldout.json", list(heldout_dataset.records))
+        return Progress(records_hash=train_dataset.records.fingerprint())
 
-    def restore(self, model, optimizer, scaler, train_records):
+    def restore(self, model, optimizer, scaler, train_dataset):
         """Restores weights, optimizer, scaler and random numbers of the checkpoint. Returns the Progress."""
         processes, checkpoint = self.processes, self.checkpoint
         progress = Progress(**checkpoint["progress"])
-        if progress.records_hash != train_records.fingerprint():
+        if progress.records_hash != train_dataset.records.fingerprint():
             raise UserError("--resume: the training records have changed since the run was interrupted, so "
                             "its order of samples is lost; restore the data, or start again with --restart")
         with torch.no_grad():

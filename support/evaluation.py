@@ -39,15 +39,16 @@ def make_heldout_batches(dataset, batch_size):
 
 
 @torch.no_grad()
-def record_losses(model, batch, device):
+def record_losses(model, batch):
     """Returns -log p(answers | questions, image) of each record, in nats, summed over its tokens: (B,)."""
-    tensors = {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
+    tensors = {name: value.to(model.llm.device) for name, value in batch.items()
+               if torch.is_tensor(value)}
     losses = model(**tensors)  # (K,), in the order of the records
     per_record = losses.split(count_labeled(batch).tolist())
     return torch.stack([record.sum() for record in per_record]).cpu().double()  # (B,)
 
 
-def measure_image_use(model, batches, device, blank=False):
+def measure_image_use(model, batches, blank=False):
     """Measures how much the held-out answers depend on the image.
 
     A falling loss does not show that a model uses the image, because it also falls while the model learns the
@@ -72,10 +73,10 @@ def measure_image_use(model, batches, device, blank=False):
         pixels = batch["pixel_values"]  # (B, 3, S, S)
         # Record k of the batch gets the image of record k - 1.
         previous = torch.cat([batches[i - 1]["pixel_values"][-1:], pixels[:-1]])  # (B, 3, S, S)
-        correct.append(record_losses(model, batch, device))
-        different.append(record_losses(model, batch | {"pixel_values": previous}, device))
+        correct.append(record_losses(model, batch))
+        different.append(record_losses(model, batch | {"pixel_values": previous}))
         if blank:  # zero is the mean color, which the preprocessing subtracts
-            blanks.append(record_losses(model, batch | {"pixel_values": torch.zeros_like(pixels)}, device))
+            blanks.append(record_losses(model, batch | {"pixel_values": torch.zeros_like(pixels)}))
         tokens.append(count_labeled(batch))
     model.train(was_training)
     names = [name for batch in batches for name in batch["image_names"]]
@@ -109,12 +110,12 @@ def records_with_other_images(records, i, count=1):
     return found
 
 
-def evaluate_heldout(model, dataset, batches, device):
+def evaluate_heldout(model, dataset, batches):
     """Returns a dict: image_use, which is what measure_image_use() returns for all held-out batches, and for
     the first record generated, reference and nearest_tokens. Each of several processes evaluates all."""
     prompt, reference = dataset.make_prompt(0)
-    image_use = measure_image_use(model, batches, device)
-    [generated] = generate_answers(model, dataset.template, [prompt], device, max_new_tokens=64)
+    image_use = measure_image_use(model, batches)
+    [generated] = generate_answers(model, dataset.template, [prompt], max_new_tokens=64)
     return {"image_use": image_use, "generated": generated, "reference": reference,
             "nearest_tokens": nearest_tokens(model, dataset.template, prompt["pixel_values"])}
 
@@ -125,12 +126,13 @@ def prompt_batch(template, prompts, device):
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def generate_answers(model, template, prompts, device, max_new_tokens=128):
+def generate_answers(model, template, prompts, max_new_tokens=128):
     """Returns the model's answers to a list of prompts, as texts."""
     was_training = model.training
     model.eval()
     room = template.context_length - max(len(prompt["input_ids"]) for prompt in prompts)
-    ids = model.generate(**prompt_batch(template, prompts, device), end_token_ids=template.end_token_ids,
+    batch = prompt_batch(template, prompts, model.llm.device)
+    ids = model.generate(**batch, end_token_ids=template.end_token_ids,
                          max_new_tokens=max(1, min(max_new_tokens, room)))
     model.train(was_training)
     return [template.decode(row) for row in ids]

@@ -114,9 +114,10 @@ def load_image(path, image_processor):
     return image_processor(decode_image(content, path), return_tensors="pt")["pixel_values"][0]
 
 
-def load_vision_tower(name, dtype):
-    """Returns a CLIPVisionModel, SiglipVisionModel or Dinov2Model with its pretrained weights."""
-    config = load_vision_config(name)
+def load_vision_tower(name, dtype, must_have_layer=-1):
+    """Returns a CLIPVisionModel, SiglipVisionModel or Dinov2Model with its pretrained weights. Raises
+    UserError if it has no hidden state with the number must_have_layer, counted from the end."""
+    config = load_vision_config(name, must_have_layer)
     vision_class = VISION_MODELS[config.model_type]
     # The files of CLIP hold its text half too. Listing its weights here keeps transformers from reporting
     # them, so that any other unexpected weight stands out.

@@ -184,12 +184,11 @@ def read_turns(record):
 
 def drop_unusable_records(dataset, allow_bad=1.0, open_images=False, quiet=False):
     """Checks every record of a ChatDataset, prints why records cannot be used, and leaves them out of
-    dataset.records, so that a missing image does not stop the run hours later. Returns the approximate number
-    of tokens of each usable sample: (samples,). If quiet, prints nothing when all records are usable.
+    dataset.records. Sets dataset.approx_lengths, the approximate number of tokens of each sample.
 
-    Without open_images, images are only looked up, because opening 595,375 of them takes long. Raises
-    UserError if more than the fraction `allow_bad` is unusable, or if the dataset's max_length is more
-    than the LLM can read."""
+    Args: allow_bad: the fraction of records that may be unusable. open_images: decode the images, too. Else
+    they are only looked up. quiet: print nothing when all records are usable.
+    Raises UserError if too many records are unusable, or if the LLM cannot read max_length tokens."""
     records, template = dataset.records, dataset.template
     if dataset.max_length > template.context_length:
         raise UserError(f"--max-length {dataset.max_length} is more than the LLM can read: pass --max-length "
@@ -199,23 +198,11 @@ def drop_unusable_records(dataset, allow_bad=1.0, open_images=False, quiet=False
     overhead = len(empty_turn.encode())
     usable, lengths, failures = [], [], {}  # failures: {reason: [one sentence per unusable record]}
     for i in tqdm(range(len(records)), "checking the data", unit="record", leave=False, disable=None):
-        record = records[i]
         try:
-            name, messages = image_name(record), template.to_messages(record)
-            if name is not None:
-                (records.images.open if open_images else records.images.check)(record, name)
-            num_bytes = sum(len(message["content"].encode()) + overhead for message in messages)
-            # English text has about four bytes per token.
-            text_bytes = num_bytes - overhead * (len(messages) // 2)
-            length = (name is not None) * template.num_image_tokens + text_bytes // 4
-            # A token nearly always stands for at least one byte, so a shorter text need not be tokenized now.
-            if num_bytes > dataset.max_length - template.num_image_tokens:
-                length = len(dataset.encode_record(record)[0])  # exact, and after the cut
+            lengths.append(check_record(dataset, records[i], open_images, overhead))
+            usable.append(i)
         except BadRecord as error:
             failures.setdefault(error.reason, []).append(str(error))
-            continue
-        usable.append(i)
-        lengths.append(length)
     if failures or not quiet:
         print(f"checked {len(records):,} records of {records.path}: {len(usable):,} usable")
     for reason, sentences in failures.items():
@@ -229,5 +216,20 @@ def drop_unusable_records(dataset, allow_bad=1.0, open_images=False, quiet=False
         advice = advice.get(most_frequent, "see the reasons above")
         raise UserError(f"{bad:,} of {len(records):,} records of {records.path} cannot be used: {advice}"
                         + "; --allow-bad says how many may be left out" * (allow_bad < 1))
-    dataset.records = records.subset(usable)
-    return np.array(lengths)
+    dataset.records, dataset.approx_lengths = records.subset(usable), np.array(lengths)
+
+
+def check_record(dataset, record, open_image, overhead):
+    """Returns the approximate number of tokens of a record's sample. Raises BadRecord if it cannot be used.
+    overhead: how many bytes the chat template adds to a message, at most."""
+    records, template = dataset.records, dataset.template
+    name, messages = image_name(record), template.to_messages(record)
+    if name is not None:
+        (records.images.open if open_image else records.images.check)(record, name)
+    num_bytes = sum(len(message["content"].encode()) + overhead for message in messages)
+    # A token nearly always stands for at least one byte, so a shorter text need not be tokenized now.
+    if num_bytes > dataset.max_length - template.num_image_tokens:
+        return len(dataset.encode_record(record)[0])  # exact, and after the cut
+    # English text has about four bytes per token. `overhead` was counted for both messages of a turn.
+    text_bytes = num_bytes - overhead * (len(messages) // 2)
+    return (name is not None) * template.num_image_tokens + text_bytes // 4

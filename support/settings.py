@@ -24,9 +24,8 @@ INT_FROM_0, INT_FROM_1, FLOAT_FROM_0 = number(int, 0, 10**6), number(int, 1, 10*
 FRACTION = number(float, 0.0, 1.0)
 
 # Settings with the same default in every preset, unless the preset sets its own.
-DEFAULTS = dict(projector="linear", vision_layer=-2, heldout_data=None, heldout_images=None, limit=0,
-                allow_bad=0.01, workers=0, max_steps=None, warmup=0.03, max_grad_norm=1.0, precision="auto",
-                device="auto", seed=0, eval_every=None, save_every=None)
+DEFAULTS = dict(heldout_data=None, heldout_images=None, limit=0, allow_bad=0.01, workers=0, max_steps=None,
+                precision="auto", device="auto", eval_every=None, save_every=None)
 
 FLAGS = {  # name: (type or choices, help)
     "run": (str, "folder of the run; stage1/ and stage2/ are created in it"),
@@ -66,7 +65,7 @@ FLAGS = {  # name: (type or choices, help)
 SWITCHES = {
     "resume": "continue the unfinished run in the folder from its checkpoint",
     "restart": "discard the run in the folder and train again",
-    "check_data": "check the data and stop; models are fetched but not loaded",
+    "check_data": "check all records, print one sample, and stop",
     "activation_checkpointing": "recompute activations in the backward pass: less memory, more time",
 }
 

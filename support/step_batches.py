@@ -78,13 +78,14 @@ def next_micro_batches(batches, count):
     return micro_batches, skipped, time.perf_counter() - started
 
 
-def try_longest_batch(model, dataset, lengths, device, autocast, settings):
+def try_longest_batch(model, dataset, autocast, settings):
     """Takes one forward and backward pass of the micro-batch that is probably the longest, with a label on
     every token of text, so that hardly any micro-batch of the run needs more memory. Prints the peak.
     (AdamW's two numbers per trained parameter come on top, from the first step on.) Raises UserError if it
     does not fit, so that a run does not fail hours later. Changes nothing in the run: weights
     and random numbers stay, and gradients are None afterwards."""
-    longest = np.argsort(-lengths, kind="stable")[:settings.batch_size].tolist()
+    device = model.llm.device
+    longest = np.argsort(-dataset.approx_lengths, kind="stable")[:settings.batch_size].tolist()
     batch = collate([dataset[i] for i in longest], dataset.template.pad_token_id)
     # A shorter sample can have more labels than the longest, and logits can take more memory than the blocks.
     is_text = batch["attention_mask"] & (batch["input_ids"] != dataset.template.image_token_id)

@@ -14,8 +14,7 @@ from support.devices import choose_device, choose_dtype
 from support.errors import UserError, explain_errors
 from support.files import find_file, read_json
 from support.images import ImageStore
-from support.pretrained import (load_image_processor, load_language_model, load_vision_config,
-                                load_vision_tower)
+from support.pretrained import (load_image_processor, load_language_model, load_vision_tower)
 from support.records import drop_unusable_records, read_records
 from support.results import load_projector, read_result
 
@@ -41,11 +40,10 @@ def load_adapter(model, folder):
 def load_trained(folder, device=torch.device("cpu"), dtype=torch.float32):
     """Returns (model, template, image_processor, content of run.json) of a finished stage."""
     folder, saved = Path(folder), read_result(folder)
-    num_image_tokens = count_patches(load_vision_config(saved["vision_tower"]))
-    template = ChatTemplate(saved["llm"], num_image_tokens)
-    image_processor = load_image_processor(saved["vision_tower"])
     vision_tower = load_vision_tower(saved["vision_tower"], dtype)
+    image_processor = load_image_processor(saved["vision_tower"])
     llm = load_language_model(saved["llm"], dtype, device)
+    template = ChatTemplate(saved["llm"], num_image_tokens=count_patches(vision_tower.config))
     model = Llava(vision_tower, llm, template.image_token_id, saved["projector"], saved["vision_layer"])
     load_projector(model, folder)
     if saved["stage"] == 2:

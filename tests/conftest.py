@@ -34,8 +34,7 @@ from support import metrics_log
 from support.checkpoints import STOP_SIGNALS
 from support.errors import run_script
 from support.images import ImageStore
-from support.pretrained import (load_image_processor, load_language_model, load_vision_config,
-                                load_vision_tower)
+from support.pretrained import (load_image_processor, load_language_model, load_vision_tower)
 from support.records import read_records
 
 torch.set_num_threads(1)  # models this small are slower with more threads
@@ -147,10 +146,10 @@ def batch_of(samples, template):
 
 def build(vision_tower, llm, projector="linear", vision_layer=-2):
     """Returns (model, template) from folders of pretrained models, as the stages build them."""
-    template = ChatTemplate(llm, count_patches(load_vision_config(vision_tower)))
-    model = Llava(load_vision_tower(vision_tower, torch.float32),
-                  load_language_model(llm, torch.float32, torch.device("cpu")), template.image_token_id,
-                  projector, vision_layer)
+    tower = load_vision_tower(vision_tower, torch.float32)
+    template = ChatTemplate(llm, count_patches(tower.config))
+    language_model = load_language_model(llm, torch.float32, torch.device("cpu"))
+    model = Llava(tower, language_model, template.image_token_id, projector, vision_layer)
     return model.eval(), template
 
 

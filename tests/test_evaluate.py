@@ -105,13 +105,13 @@ def test_a_different_image_is_never_the_same_one():
 def test_a_record_whose_different_image_would_be_the_same_is_left_out_and_counted(
         names, left_out, monkeypatch):
     """The model is perfect: its loss is 0 with the correct image and 1 with every other."""
-    def losses(model, batch, device):
+    def losses(model, batch):
         return (batch["pixel_values"][:, 0, 0, 0] != batch["labels"][:, 1]).double()
 
     monkeypatch.setattr(evaluation, "record_losses", losses)
     for batch_size in (1, 3, 8):  # which changes no number
         batches = make_heldout_batches(dataset_of(names), batch_size)
-        measured = measure_image_use(torch.nn.Linear(1, 1), batches, "cpu")
+        measured = measure_image_use(torch.nn.Linear(1, 1), batches)
         assert (measured["loss"], measured["loss_different"], measured["correct_more_likely"]) == (0, 1, 1)
         assert measured.get("same_image", 0) == left_out
         assert (f"without a different image: {left_out}" in format_image_use(measured)) == (left_out > 0)

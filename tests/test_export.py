@@ -71,7 +71,7 @@ def test_ids_pixels_logits_and_greedy_text_of_the_export_are_those_of_the_run(
     assert our_logits.std() > 0.3
     torch.testing.assert_close(their_logits, our_logits, atol=1e-4, rtol=0)
 
-    answers = generate_answers(model, template, prompts, CPU, max_new_tokens=32)
+    answers = generate_answers(model, template, prompts, max_new_tokens=32)
     assert len(set(answers)) > 1  # otherwise a lost image would not be noticed
     ask = pipeline("image-text-to-text", model=llava, processor=processor, device="cpu")
     for color, answer in zip(("red", "blue", "green"), answers):

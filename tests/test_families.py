@@ -234,7 +234,7 @@ def test_generation_stops_at_every_end_token_of_the_models_own_files(parts, tmp_
     edit_json(llm / "generation_config.json", eos_token_id=ends)
     template = ChatTemplate(llm, N)
     assert template.end_token_ids == [template.end_token_id, *ends, 2]  # 2 is in config.json
-    [answer] = generate_answers(model, template, [prompt], torch.device("cpu"), 12)
+    [answer] = generate_answers(model, template, [prompt], 12)
     assert answer == template.decode(free[:free.index(free[4]) + 1])
 
 

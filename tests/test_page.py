@@ -55,7 +55,7 @@ def asked(tiny, drawn):
 def test_the_answers_are_those_of_the_model_with_changed_features(asked):
     def answer(change):
         hook = asked.model.projector.register_forward_hook(lambda module, inputs, output: change(output))
-        [text] = generate_answers(asked.model, asked.template, [asked.prompt], torch.device("cpu"), 6)
+        [text] = generate_answers(asked.model, asked.template, [asked.prompt], 6)
         hook.remove()
         return text
 

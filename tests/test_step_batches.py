@@ -117,16 +117,19 @@ def test_the_line_without_a_terminal_says_loss_speed_waiting_and_time_left(tmp_p
     (9, False, "--batch-size 3 --grad-accum 24"),
     (1, False, "add --activation-checkpointing"), (1, True, "lower --max-length")])
 def test_a_longest_batch_that_does_not_fit_names_the_flags_in_numbers(batch_size, recompute, advice):
-    def model(**batch):
-        raise RuntimeError("CUDA error: out of memory")
+    class Model:
+        llm = SimpleNamespace(device=torch.device("cpu"))
+
+        def __call__(self, **batch):
+            raise RuntimeError("CUDA error: out of memory")
 
     class Samples(list):
-        template = SimpleNamespace(pad_token_id=0, image_token_id=-1)
+        template, approx_lengths = SimpleNamespace(pad_token_id=0, image_token_id=-1), np.arange(30)
 
     samples = Samples({"input_ids": [1] * n, "labels": [1] * n, "pixel_values": None} for n in range(1, 31))
     settings = SimpleNamespace(batch_size=batch_size, grad_accum=8, activation_checkpointing=recompute)
     with pytest.raises(UserError, match="up to 30 tokens") as error:
-        try_longest_batch(model, samples, np.arange(30), torch.device("cpu"), nullcontext, settings)
+        try_longest_batch(Model(), samples, nullcontext, settings)
     assert advice in str(error.value)
 
 

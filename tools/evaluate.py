@@ -105,7 +105,7 @@ def evenly_spaced(items, count):
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def answer_questions(model, template, dataset, questions, device, batch_size, max_new_tokens,
+def answer_questions(model, template, dataset, questions, batch_size, max_new_tokens,
                      different_image=False):
     """Returns the generated answers as texts. With different_image=True, each question is asked about the
     next image of the dataset."""
@@ -118,7 +118,7 @@ def answer_questions(model, template, dataset, questions, device, batch_size, ma
                 [record] = records_with_other_images(dataset.records, question.record)
                 prompt["pixel_values"] = dataset.load_pixel_values(record)
             prompts.append(prompt)
-        answers += generate_answers(model, template, prompts, device, max_new_tokens)
+        answers += generate_answers(model, template, prompts, max_new_tokens)
     return answers
 
 
@@ -212,10 +212,9 @@ def make_table(result):
 def evaluate(model, dataset, name, result, args):
     """Evaluates the model on a ChatDataset and adds the numbers to `result`. Returns a title and pairs of a
     question and its generated answer, to be printed. `name` is "captions" or "answers"."""
-    device = model.llm.device
     # 1. With the reference answers. This can be measured on any data.
     batches = make_heldout_batches(dataset, args.batch_size)
-    measured = measure_image_use(model, batches, device, blank=True)
+    measured = measure_image_use(model, batches, blank=True)
     result |= {f"{name}_{key}": value for key, value in measured.items()}
 
     # 2. With generated answers. They can be scored only if no other answer is correct.
@@ -224,7 +223,7 @@ def evaluate(model, dataset, name, result, args):
     scored = [q for q in questions if (is_toy_caption(q.reference) if is_toy else q.kind)]
     yes_no = [q for q in questions if is_yes_no(q.reference)]
     asked = scored or yes_no or evenly_spaced(questions, args.count)
-    settings = dataset, asked, device, args.batch_size, args.max_new_tokens
+    settings = dataset, asked, args.batch_size, args.max_new_tokens
     answers = answer_questions(model, dataset.template, *settings)
     result["counts"][name] = len(asked)
     if not (scored or yes_no):

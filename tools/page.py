@@ -137,7 +137,7 @@ def generate_with(model, template, prompt, features, args):
     for part in features.split(args.batch_size):
         with features_replaced(model, part):
             prompts = [prompt] * len(part)
-            answers += generate_answers(model, template, prompts, features.device, args.max_new_tokens)
+            answers += generate_answers(model, template, prompts, args.max_new_tokens)
     return answers
 
 
@@ -289,8 +289,7 @@ def describe_answers(model, template, dataset, args):
     questions = list_questions(dataset)
     scored = [q for q in questions if q.kind or is_toy_caption(q.reference)]
     asked = evenly_spaced(scored or questions, MAX_SCORED if scored else MAX_SHOWN)
-    answers = answer_questions(model, template, dataset, asked, model.llm.device, args.batch_size,
-                               args.max_new_tokens)
+    answers = answer_questions(model, template, dataset, asked, args.batch_size, args.max_new_tokens)
     pairs = list(zip(asked, answers))
     equal = [(question, answer) for question, answer in pairs if answer == question.reference]
     different = [pair for pair in pairs if pair not in equal]
