@@ -100,6 +100,37 @@ class ChatTemplate:
         self.answer_prefixes, self.end_token_id = probe_chat_template(self)
         self.end_token_ids = list(dict.fromkeys([self.end_token_id, *loaded.end_token_ids]))
 
+    def to_messages(self, record):
+        """Returns the record's turns as [{"role", "content"}], with the image at the front of its question.
+
+        The original code does the same (preprocess_multimodal()): "<image>\\n" + question, wherever <image>
+        stood. Raises BadRecord if the record is not a conversation that can be trained on.
+        """
+        texts = read_turns(record)  # [question, answer, question, answer, …]
+        # If no question contains <image>, the image is put in the first one.
+        image_turn = next((i for i in range(0, len(texts), 2) if IMAGE_TOKEN in texts[i]), 0)
+        messages = []
+        for i, text in enumerate(texts):
+            if i % 2:
+                messages.append({"role": "assistant", "content": self.escape(text)})
+            else:
+                has_image = i == image_turn and image_name(record) is not None
+                messages.append(self.make_question(text, has_image))
+        return messages
+
+    def make_question(self, text, has_image):
+        """Returns the message of a question, with the image at its front if has_image."""
+        if not has_image:
+            return {"role": "user", "content": self.escape(text)}
+        text = self.escape(text.replace(IMAGE_TOKEN, ""))
+        # The image may be the whole question. Without strip(), some templates would change it.
+        return {"role": "user", "content": f"{IMAGE_TOKEN}\n{text}".strip()}
+
+    def escape(self, text):
+        """Returns the text stripped and with special tokens broken up. "</s>" becomes "< /s>", because the
+        tokenizer would encode a literal "</s>" as the end token."""
+        return self.reserved_pattern.sub(lambda match: match[0][0] + " " + match[0][1:], text.strip())
+
     def render(self, messages, is_prompt=False):
         """Returns the conversation as one text. A prompt ends where the answer to its last
         question starts."""
@@ -161,39 +192,29 @@ class ChatTemplate:
             labels[first_token:last_token + 1] = ids[first_token:last_token + 1]
         return ids, labels
 
+    def encode_record(self, record, max_length):
+        """Returns (input_ids, labels) of a record, cut after the last answer that fits into max_length
+        tokens. (The original code cuts at max_length, inside an answer.) Raises BadRecord if none fits."""
+        messages = self.to_messages(record)
+        try:
+            ids, labels = self.encode(messages)
+        except UserError as error:
+            raise BadRecord(record, "the chat template cannot render it", str(error)) from error
+        if len(ids) > max_length:
+            has_image = self.image_token_id in ids
+            # The last labeled token of an answer is followed by one without a label.
+            ends = [t + 1 for t in range(max_length)
+                    if labels[t] != IGNORE_INDEX and labels[t + 1] == IGNORE_INDEX]
+            ids, labels = (ids[:ends[-1]], labels[:ends[-1]]) if ends else ([], [])
+            if not ids or (has_image and self.image_token_id not in ids):
+                raise BadRecord(record, "too long for --max-length",
+                                f"its first answer, or its image, does not fit into {max_length} tokens")
+        return ids, labels
+
     def encode_prompt(self, messages):
         """Returns the ids of a conversation that ends with a question. encode() of the same conversation with
         an answer begins with them. probe_chat_template() checks this on one example."""
         return self.tokenize(self.render(messages, is_prompt=True))[0]
-
-    def to_messages(self, record):
-        """Returns the record's turns as [{"role", "content"}], with the image at the front of its question.
-
-        The original code does the same (preprocess_multimodal()): "<image>\\n" + question, wherever <image>
-        stood. Raises BadRecord if the record is not a conversation that can be trained on.
-        """
-        texts = read_turns(record)  # [question, answer, question, answer, …]
-        # If no question contains <image>, the image is put in the first one.
-        image_turn = next((i for i in range(0, len(texts), 2) if IMAGE_TOKEN in texts[i]), 0)
-        messages = []
-        for i, text in enumerate(texts):
-            if i % 2:
-                messages.append({"role": "assistant", "content": self.escape(text)})
-            else:
-                has_image = i == image_turn and image_name(record) is not None
-                messages.append(self.make_question(text, has_image))
-        return messages
-
-    def make_question(self, text, has_image):
-        """Returns the message of a question, with the image at its front if has_image."""
-        text = self.escape(text.replace(IMAGE_TOKEN, "")) if has_image else self.escape(text)
-        # A question may be the image alone. Without strip(), some templates would change it.
-        return {"role": "user", "content": f"{IMAGE_TOKEN}\n{text}".strip() if has_image else text}
-
-    def escape(self, text):
-        """Returns the text stripped and with special tokens broken up. "</s>" becomes "< /s>", because the
-        tokenizer would encode a literal "</s>" as the end token."""
-        return self.reserved_pattern.sub(lambda match: match[0][0] + " " + match[0][1:], text.strip())
 
     def decode(self, ids):
         """Returns the text of an answer, without special tokens and without an answer prefix."""
@@ -214,43 +235,23 @@ class ChatDataset(Dataset):
     def __init__(self, records, template, image_processor, max_length):
         self.records, self.template, self.image_processor = records, template, image_processor
         self.max_length = max_length
-        self.approx_lengths = None  # about how many tokens each sample has; from drop_unusable_records()
 
     def __len__(self):
         return len(self.records)
 
     def __getitem__(self, i):
         """Returns sample i. If its image cannot be decoded, returns the next usable sample and says why in
-        sample["skipped"]. drop_unusable_records() has removed missing images and malformed records."""
+        sample["skipped"]. select_usable_records() has left out missing images and malformed records."""
         skipped = []
         for j in range(i, i + min(20, len(self))):  # 20 bad records in a row: the image folder is broken
             record = self.records[j % len(self)]
             try:
-                ids, labels = self.encode_record(record)
+                ids, labels = self.template.encode_record(record, self.max_length)
                 return {"input_ids": ids, "labels": labels, "pixel_values": self.load_pixel_values(record),
                         "skipped": skipped}
             except BadRecord as error:
                 skipped.append(str(error))
         raise UserError(f"{len(skipped)} records in a row cannot be used; the last: {skipped[-1]}")
-
-    def encode_record(self, record):
-        """Returns (input_ids, labels), cut after the last answer that fits into max_length tokens. (The
-        original code cuts at max_length, inside an answer.) Raises BadRecord if no answer fits."""
-        messages = self.template.to_messages(record)
-        try:
-            ids, labels = self.template.encode(messages)
-        except UserError as error:
-            raise BadRecord(record, "the chat template cannot render it", str(error)) from error
-        if len(ids) > self.max_length:
-            has_image = self.template.image_token_id in ids
-            # The last labeled token of an answer is followed by one without a label.
-            ends = [t + 1 for t in range(self.max_length)
-                    if labels[t] != IGNORE_INDEX and labels[t + 1] == IGNORE_INDEX]
-            ids, labels = (ids[:ends[-1]], labels[:ends[-1]]) if ends else ([], [])
-            if not ids or (has_image and self.template.image_token_id not in ids):
-                raise BadRecord(record, "too long for --max-length",
-                                f"its first answer, or its image, does not fit into {self.max_length} tokens")
-        return ids, labels
 
     def load_pixel_values(self, record):
         """Returns the record's image as (3, S, S) fp32, resized, cropped and normalized as the vision tower

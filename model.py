@@ -51,8 +51,6 @@ class Llava(nn.Module):
         image_token_id: the id in `input_ids` whose positions are filled with image features, one each.
         projector: "linear" (the paper) or "mlp" (LLaVA-1.5: two layers with a GELU between them).
         vision_layer: the hidden state of the vision tower to use, counted from the end. LLaVA uses -2.
-    Raises:
-        ValueError: the vision tower has no such hidden state.
     """
 
     def __init__(self, vision_tower, llm, image_token_id, projector="linear", vision_layer=-2):
@@ -67,9 +65,7 @@ class Llava(nn.Module):
         # second-to-last block. The blocks after it are deleted, so last_hidden_state is that output. (SigLIP
         # and DINOv2 also normalize all vectors at the end. load_vision_tower() has removed that.)
         kept_blocks = config.num_hidden_layers + 1 + vision_layer
-        if not 0 <= kept_blocks <= config.num_hidden_layers:
-            raise ValueError(f"vision layer {vision_layer} does not exist: this vision tower has the hidden "
-                             f"states -1 (last block) to {-1 - config.num_hidden_layers} (embeddings)")
+        assert 0 <= kept_blocks <= config.num_hidden_layers, f"no hidden state {vision_layer}"
         del vision_tower.encoder.layers[kept_blocks:]
         self.vision_tower = vision_tower
 

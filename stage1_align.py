@@ -31,18 +31,27 @@ from model import Llava, count_patches
 from support import checkpoints, evaluation, results, settings, step_batches
 from support.errors import run_script
 from support.metrics_log import MetricsLog
-from support.pretrained import (load_image_processor, load_language_model, load_vision_tower)
-from support.processes import Processes
-from support.records import drop_unusable_records, load_records
+from support.pretrained import load_image_processor, load_language_model, load_vision_tower
+from support.processes import Processes, ignore_signals_in_worker
+from support.records import load_records, select_usable_records
 
-# What most presets have in common. Each setting is also a flag. --help lists them, and some more, which are in
-# support/settings.py.
+# What the presets have in common, unless they set it themselves. Each setting is also a flag, see --help.
 COMMON = dict(
     vision_layer=-2,                          # CLIP's output before its last block, see model.py
     projector="linear",                       # or "mlp", as in LLaVA-1.5
+    heldout_data=None,                        # None: records are held out of `data`
+    heldout_images=None,
+    limit=0,                                  # train on only so many records; 0: on all
+    allow_bad=0.01,                           # a larger fraction of unusable records is an error
+    workers=0,                                # processes that load samples; 0: the main process
+    max_steps=None,                           # optimizer steps; None: all epochs
     warmup=0.03,                              # fraction of the steps in which the learning rate rises
     max_grad_norm=1.0,                        # gradients with a larger norm are scaled down to it
-    seed=0)                                   # of the projector's first weights and the order of samples
+    precision="auto",                         # bf16 or fp16 on a CUDA GPU, else fp32
+    device="auto",                            # a GPU if there is one
+    seed=0,                                   # of all random numbers
+    eval_every=None,                          # steps between two evaluations; None: a tenth of all steps
+    save_every=None)                          # steps between two checkpoints; None: a twentieth, at most 100
 
 PRESETS = {
     "toy": COMMON | dict(
@@ -53,8 +62,8 @@ PRESETS = {
         images="toy/data/images.zip",         # a .zip file, or a folder as in stage 2
         heldout_data="toy/data/heldout_chat.json",
         heldout_images="toy/data/heldout.zip",
-        heldout=240,                          # the first 240 of these records are evaluated
-        max_length=256,                       # longest sample in tokens, N image positions included
+        heldout=240,                          # how many of them are evaluated (all)
+        max_length=256,                       # longest sample in tokens, image positions included
         lr=1e-2,                              # at its peak; the small toy allows a high one
         batch_size=32,                        # samples per micro-batch
         grad_accum=1,                         # micro-batches per optimizer step
@@ -85,7 +94,7 @@ PRESETS = {
         images="data/LLaVA-CC3M-Pretrain-595K/images.zip",
         heldout=256,                          # images that are taken out of the training data and evaluated
         max_length=2048,                      # TinyLlama cannot read more
-        workers=2,                            # processes that decode images
+        workers=2,
         lr=2e-3,                              # this, one epoch and 128 samples per step are the paper's
         batch_size=4,                         # what fits on which GPU: docs/memory_and_speed.md
         grad_accum=32,                        # 4 × 32 = 128 samples per step
@@ -94,103 +103,121 @@ PRESETS = {
 
 
 def main(argv=None):
-    # -- 1. settings, device, folder: nothing here is about LLaVA ------------------------------------------
+    # -- 1. settings, processes, folder, records -----------------------------------------------------------
 
     args = settings.parse_settings(__doc__, PRESETS, argv)
-    # This process, and the others if torchrun has started several (docs/several_gpus.md). They choose device
-    # and dtype together, because all must agree.
+    # One process, or as many as torchrun has started (docs/several_gpus.md). Only rank 0 prints and writes.
     processes = Processes(args.device, args.precision)
+    # dtype is that of frozen weights and matrix products: bf16 or fp16 on a CUDA GPU, else fp32.
     device, dtype = processes.device, processes.dtype
-    # Locks <run>/stage1. With --resume, folder.checkpoint is what an unfinished run has saved there.
+    # Locks <run>/stage1. An earlier run there is an error, unless --restart discards it or --resume continues
+    # it. (If it is finished, --resume ends here.) folder.checkpoint is what an unfinished run has saved.
     folder = checkpoints.open_folder(args, stage=1, processes=processes)
-    # The JSON files are read before the models, so that a wrong path is found at once. Without --heldout-data,
-    # the records of some images are taken out of the training data.
+    # Read before the models, so that a wrong path is found at once. Held out are the first records of
+    # --heldout-data, or else the records of some images, which are taken out of the training data.
     train_records, heldout_records = load_records(args)
 
     # -- 2. model ------------------------------------------------------------------------------------------
 
-    # Frozen weights are never updated, so half precision is enough on a GPU, and halves their memory. The
-    # device only decides which attention kernel the LLM uses.
+    # Frozen weights are never updated, so half precision is enough on a GPU, and halves their memory. All
+    # weights are on the CPU until the data are checked. The LLM's attention depends on the later device.
     vision_tower = load_vision_tower(args.vision_tower, dtype, must_have_layer=args.vision_layer)
-    llm = load_language_model(args.llm, dtype, device)
-    # The LLM's tokenizer and chat template. They write N positions for every image.
+    llm = load_language_model(args.llm, dtype, for_device=device)
+    # The LLM's tokenizer and chat template. An image takes N positions in a text, one per patch of CLIP.
     template = ChatTemplate(args.llm, num_image_tokens=count_patches(vision_tower.config))
     # The projector starts with random weights, the same in all processes and in every run with this seed.
     torch.manual_seed(args.seed)
     model = Llava(vision_tower, llm, template.image_token_id, args.projector, args.vision_layer)
-    model.to(device)
-    # The projector was created in fp32 and stays in fp32. bf16 has 8 significant bits, so an update smaller
-    # than about 1/500 of the weight would always be rounded away.
+    # Llava() has frozen everything. Only the projector is trained. It is in fp32, because bf16 has 8
+    # significant bits, so an update smaller than about 1/500 of a weight would be rounded away.
     model.projector.requires_grad_(True)
     if args.activation_checkpointing:
-        # Recomputes activations in the backward pass. "Gradient checkpointing" is an older name for it.
+        # Saves memory, because the backward pass computes activations again instead of keeping them.
         llm.gradient_checkpointing_enable({"use_reentrant": False})
-    # Only the projector: Llava.train() keeps CLIP and the LLM in eval mode.
+    # Puts the projector in train mode. Llava.train() keeps CLIP and the LLM in eval mode.
     model.train()
     print(model.parameter_table())
 
     # -- 3. data -------------------------------------------------------------------------------------------
 
-    # Resizes, crops and normalizes images as the vision tower expects them.
+    # Resizes, crops and normalizes images as CLIP expects them.
     image_processor = load_image_processor(args.vision_tower)
+    # A bad record must not stop the run hours later. So every record is checked now, and unusable ones are
+    # printed and left out: of the training records at most the fraction allow_bad. Images of more than 2,000
+    # records are only looked up, because opening 595,375 takes long.
+    # lengths[i]: about how many tokens training sample i has.
+    train_records, lengths = select_usable_records(train_records, template, args.max_length, args.allow_bad)
+    heldout_records, _ = select_usable_records(heldout_records, template, args.max_length, open_images=True)
     train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
     heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
-    # A missing image must not stop the run hours later. So every record is checked now, and unusable ones are
-    # removed from dataset.records. Training images are only looked up, because opening 595,375 takes long.
-    drop_unusable_records(train_dataset, args.allow_bad)
-    drop_unusable_records(heldout_dataset, open_images=True)
-    # The held-out batches are made once and stay in memory.
+    # All held-out samples, in an order in which neighbors have different images where possible, because every
+    # record is also evaluated with the image of the one before it.
     heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
-    evaluation.print_labels(train_dataset)
+    # The first training sample, with its labeled tokens in [[ ]].
+    evaluation.print_sample(train_dataset)
     if args.check_data:
         return None
 
     # -- 4. optimizer --------------------------------------------------------------------------------------
 
+    model.to(device)
     parameters = list(model.trainable_parameters().values())
     # No weight decay, as in the original code. "peak_lr" is not PyTorch's: the loop multiplies it by the
-    # schedule. fused=True updates all tensors in a few kernels.
+    # schedule.
     optimizer = torch.optim.AdamW([{"params": parameters, "peak_lr": args.lr}], weight_decay=0.0, fused=True)
     # fp16 rounds numbers below 3e-8 to zero. So the scaler multiplies the loss, and with it every gradient,
     # by a large number, and unscale_() divides by it before clipping. In bf16 and fp32 it does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    # The first scale() creates the scale. A process that gets no sample of its first step would lack it.
+    scaler.scale(torch.zeros((), device=device))
     # "with autocast():" runs matrix products in half precision, and operations such as the loss in fp32.
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     # The longest samples may come late in the run. If they do not fit into the GPU's memory, stop now, before
     # the result of an earlier run is deleted.
     if device.type == "cuda":
-        step_batches.try_longest_batch(model, train_dataset, autocast, args)
+        step_batches.try_longest_batch(model, train_dataset, lengths, autocast, args)
 
-    # -- 5. a new run or an earlier one, and its batches ---------------------------------------------------
+    # -- 5. begin or resume, and the batches ---------------------------------------------------------------
 
-    # So far, a mistake has left the folder as it was. From here on, it changes.
+    # An error above leaves the folder as it was. From here on, it changes.
+    # progress.step counts the optimizer steps taken so far, and progress.samples the samples seen.
     if folder.checkpoint is None:
-        progress = folder.start_new(train_dataset, heldout_dataset)
+        # Deletes an earlier result, if there is one, and writes heldout.json.
+        progress = folder.start_new(train_records, heldout_records)
     else:
-        progress = folder.restore(model, optimizer, scaler, train_dataset)
-    # Which samples each optimizer step uses, in which micro-batches.
-    plan = step_batches.plan_steps(train_dataset.approx_lengths, args, processes, progress)
+        progress = folder.restore(model, optimizer, scaler, train_records, heldout_records)
+    # The remaining steps. step.micro_batches holds the numbers of the samples, one list per micro-batch. The
+    # order is random, but depends only on seed and epoch, so a resumed run continues it. Within a step,
+    # samples of similar length share a micro-batch, which saves padding.
+    plan = step_batches.plan_steps(lengths, args, processes, progress)
     total_steps = progress.step + len(plan)
-    # Yields the micro-batches of all steps, one after the other. collate() says what a micro-batch contains.
-    loader = DataLoader(train_dataset, batch_sampler=[indices for step in plan for indices in step.indices],
-                        collate_fn=partial(collate, pad_token_id=template.pad_token_id),
-                        **step_batches.loader_options(args.workers, args.grad_accum, device))
-    log = MetricsLog(folder, args, progress, total_steps)
+    eval_every = args.eval_every or math.ceil(total_steps / 10)
+    save_every = args.save_every or min(100, math.ceil(total_steps / 20))
+    # Without a generator of its own, the loader would draw a number from the global one when it starts, and a
+    # resumed stage 2 would draw other dropout masks.
+    loader = DataLoader(
+        train_dataset, batch_sampler=[micro_batch for step in plan for micro_batch in step.micro_batches],
+        collate_fn=partial(collate, pad_token_id=template.pad_token_id),
+        num_workers=args.workers, worker_init_fn=ignore_signals_in_worker,
+        prefetch_factor=step_batches.prefetch_factor(args.workers, args.grad_accum),
+        pin_memory=device.type == "cuda", generator=torch.Generator())
+    # The progress bar, and the file metrics.jsonl.
+    log = MetricsLog(folder, progress, total_steps)
 
     # Measures and logs the held-out loss with the correct and with a different image, and a generated answer.
     def evaluate():
         with autocast():
             measured = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches)
         log.log_heldout(progress.step, **measured)
-        return measured["image_use"]
+        return measured["metrics"]
 
     # -- 6. the loop ---------------------------------------------------------------------------------------
 
     warmup_steps = max(1, round(args.warmup * total_steps))
     with checkpoints.StopSignal() as stop_signal:
         if progress.step == 0:
-            progress.first_image_use = evaluate()
+            progress.first_metrics = evaluate()
         batches = iter(loader)
         for step in plan:
             # Linear warm-up, because Adam's first updates are about as large as lr however small the gradient
@@ -200,8 +227,9 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
 
-            micro_batches, skipped, waiting = step_batches.next_micro_batches(batches, len(step.indices))
-            folder.record_skipped(progress, skipped, len(train_dataset))
+            micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(batches, step)
+            # Prints images that could not be decoded. Too many of them end the run.
+            folder.report_skipped(progress, skipped, len(train_dataset))
 
             # The loss is the mean over all n labeled tokens of the effective batch (n is num_labeled below):
             #
@@ -232,21 +260,20 @@ def main(argv=None):
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
             # A loss or gradient that is not finite would spoil all weights. In fp16 an overflow is normal, so
             # step() then changes nothing, update() lowers the scale, and only ten in a row stop the run.
-            checkpoints.stop_if_diverged(progress, loss, grad_norm, scaler, train_dataset.records,
-                                         step.indices)
+            step_batches.stop_if_diverged(progress, loss, grad_norm, scaler, train_records, step)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
 
             progress.step += 1
             progress.samples += step.num_samples
-            log.log_step(progress, optimizer, micro_batches, waiting,
+            log.log_step(progress, optimizer, micro_batches, seconds_waiting,
                          loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
-            if log.evaluation_is_due(progress.step):
+            if progress.step % eval_every == 0 and progress.step < total_steps:
                 evaluate()
             # The number of the signal, or 0. If a process has received Ctrl-C or SIGTERM, all save and stop.
             stop = processes.max(stop_signal.number)
-            if stop or log.checkpoint_is_due(progress.step):
+            if stop or progress.step % save_every == 0 or progress.step == total_steps:
                 folder.save_checkpoint(progress, model, optimizer, scaler)
             if stop:
                 log.close_unfinished(progress.step)
@@ -254,10 +281,10 @@ def main(argv=None):
 
     # -- 7. save -------------------------------------------------------------------------------------------
 
-    image_use = evaluate()
+    metrics = evaluate()
     log.close()
-    results.save_result(folder, model, progress, image_use)
-    print("next:", settings.next_command("stage2_instruct.py", args, PRESETS[args.preset]))
+    results.save_result(folder, model, progress, metrics)
+    print("next:", settings.stage2_command(args, PRESETS[args.preset]))
     return model
 
 

@@ -18,6 +18,7 @@ learning rates.
 import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
 
 import math
+import shlex
 import sys
 from functools import partial
 
@@ -30,12 +31,14 @@ from model import LORA_TARGETS, Llava, count_patches
 from support import checkpoints, evaluation, results, settings, step_batches
 from support.errors import run_script
 from support.metrics_log import MetricsLog
-from support.pretrained import (load_image_processor, load_language_model, load_vision_tower)
-from support.processes import Processes
-from support.records import drop_unusable_records, load_records
+from support.pretrained import load_image_processor, load_language_model, load_vision_tower
+from support.processes import Processes, ignore_signals_in_worker
+from support.records import load_records, select_usable_records
 
 # The settings of stage 1, with other data and schedules. New are projector_lr and lora_*.
-COMMON = dict(vision_layer=-2, projector="linear", warmup=0.03, max_grad_norm=1.0, seed=0)
+COMMON = dict(vision_layer=-2, projector="linear", heldout_data=None, heldout_images=None, limit=0,
+              allow_bad=0.01, workers=0, max_steps=None, warmup=0.03, max_grad_norm=1.0, precision="auto",
+              device="auto", seed=0, eval_every=None, save_every=None)
 
 PRESETS = {
     "toy": COMMON | dict(
@@ -99,12 +102,13 @@ PRESETS = {
 
 
 def main(argv=None):
-    # -- 1. settings, device, folder: nothing here is about LLaVA ------------------------------------------
+    # -- 1. settings, processes, folder, records -----------------------------------------------------------
 
     args = settings.parse_settings(__doc__, PRESETS, argv)
     processes = Processes(args.device, args.precision)
     device, dtype = processes.device, processes.dtype
-    # New: stage 1 must be finished, and trained with the same models.
+    # New: stage 1 must be finished, and trained with the same models. The hash of its projector becomes a
+    # setting, so that --resume refuses to continue after another stage 1.
     stage1_folder, projector_hash = results.read_stage1(args)
     folder = checkpoints.open_folder(args, stage=2, processes=processes, stage1_projector=projector_hash)
     train_records, heldout_records = load_records(args)
@@ -112,72 +116,79 @@ def main(argv=None):
     # -- 2. model ------------------------------------------------------------------------------------------
 
     vision_tower = load_vision_tower(args.vision_tower, dtype, must_have_layer=args.vision_layer)
-    llm = load_language_model(args.llm, dtype, device)
+    llm = load_language_model(args.llm, dtype, for_device=device)
     template = ChatTemplate(args.llm, num_image_tokens=count_patches(vision_tower.config))
     torch.manual_seed(args.seed)
     model = Llava(vision_tower, llm, template.image_token_id, args.projector, args.vision_layer)
-    model.to(device)
     model.projector.requires_grad_(True)
     if args.activation_checkpointing:
         llm.gradient_checkpointing_enable({"use_reentrant": False})
 
-    # -- new in stage 2 ------------------------------------------------------------------------------------
+    # -- 2b. new in stage 2: the projector of stage 1, and LoRA --------------------------------------------
 
-    # The projector continues from stage 1.
     results.load_projector(model, stage1_folder)
     # peft creates LoRA's A and B. They are trainable, and in fp32 even if W is in half precision.
     model.add_lora(LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
                               target_modules=LORA_TARGETS, task_type="CAUSAL_LM"))
-    model.train()
-    print(model.parameter_table())
     # So far all processes have drawn the same numbers, so A is equal. From here on, dropout masks differ.
     torch.manual_seed(args.seed + processes.rank)
+
+    # Puts projector and adapter in train mode.
+    model.train()
+    print(model.parameter_table())
 
     # -- 3. data -------------------------------------------------------------------------------------------
 
     image_processor = load_image_processor(args.vision_tower)
+    train_records, lengths = select_usable_records(train_records, template, args.max_length, args.allow_bad)
+    heldout_records, _ = select_usable_records(heldout_records, template, args.max_length, open_images=True)
     train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
     heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
-    drop_unusable_records(train_dataset, args.allow_bad)
-    drop_unusable_records(heldout_dataset, open_images=True)
     heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
-    evaluation.print_labels(train_dataset)
+    evaluation.print_sample(train_dataset)
     if args.check_data:
         return None
 
     # -- 4. optimizer --------------------------------------------------------------------------------------
 
+    model.to(device)
+    # New: two learning rates. The projector has been trained before, and the adapter is new.
     adapter_parameters = [parameter for parameter in model.llm.parameters() if parameter.requires_grad]
     projector_parameters = list(model.projector.parameters())
     parameters = adapter_parameters + projector_parameters
-    # New: two learning rates. The projector has been trained before, and the adapter is new.
     optimizer = torch.optim.AdamW([{"params": adapter_parameters, "peak_lr": args.lr},
                                    {"params": projector_parameters, "peak_lr": args.projector_lr}],
                                   weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler.scale(torch.zeros((), device=device))
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     if device.type == "cuda":
-        step_batches.try_longest_batch(model, train_dataset, autocast, args)
+        step_batches.try_longest_batch(model, train_dataset, lengths, autocast, args)
 
-    # -- 5. a new run or an earlier one, and its batches ---------------------------------------------------
+    # -- 5. begin or resume, and the batches ---------------------------------------------------------------
 
     if folder.checkpoint is None:
-        progress = folder.start_new(train_dataset, heldout_dataset)
+        progress = folder.start_new(train_records, heldout_records)
     else:
-        progress = folder.restore(model, optimizer, scaler, train_dataset)
-    plan = step_batches.plan_steps(train_dataset.approx_lengths, args, processes, progress)
+        progress = folder.restore(model, optimizer, scaler, train_records, heldout_records)
+    plan = step_batches.plan_steps(lengths, args, processes, progress)
     total_steps = progress.step + len(plan)
-    loader = DataLoader(train_dataset, batch_sampler=[indices for step in plan for indices in step.indices],
-                        collate_fn=partial(collate, pad_token_id=template.pad_token_id),
-                        **step_batches.loader_options(args.workers, args.grad_accum, device))
-    log = MetricsLog(folder, args, progress, total_steps)
+    eval_every = args.eval_every or math.ceil(total_steps / 10)
+    save_every = args.save_every or min(100, math.ceil(total_steps / 20))
+    loader = DataLoader(
+        train_dataset, batch_sampler=[micro_batch for step in plan for micro_batch in step.micro_batches],
+        collate_fn=partial(collate, pad_token_id=template.pad_token_id),
+        num_workers=args.workers, worker_init_fn=ignore_signals_in_worker,
+        prefetch_factor=step_batches.prefetch_factor(args.workers, args.grad_accum),
+        pin_memory=device.type == "cuda", generator=torch.Generator())
+    log = MetricsLog(folder, progress, total_steps)
 
     def evaluate():
         with autocast():
             measured = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches)
         log.log_heldout(progress.step, **measured)
-        return measured["image_use"]
+        return measured["metrics"]
 
     # -- 6. the loop ---------------------------------------------------------------------------------------
 
@@ -185,7 +196,7 @@ def main(argv=None):
     warmup_steps = max(1, round(args.warmup * total_steps))
     with checkpoints.StopSignal() as stop_signal:
         if progress.step == 0:
-            progress.first_image_use = evaluate()
+            progress.first_metrics = evaluate()
         batches = iter(loader)
         for step in plan:
             decay = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -193,8 +204,8 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
 
-            micro_batches, skipped, waiting = step_batches.next_micro_batches(batches, len(step.indices))
-            folder.record_skipped(progress, skipped, len(train_dataset))
+            micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(batches, step)
+            folder.report_skipped(progress, skipped, len(train_dataset))
 
             labeled_here = sum(count_labeled(batch).sum().item() for batch in micro_batches)
             num_labeled = processes.sum(labeled_here)
@@ -213,20 +224,19 @@ def main(argv=None):
             loss = processes.sum(loss)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-            checkpoints.stop_if_diverged(progress, loss, grad_norm, scaler, train_dataset.records,
-                                         step.indices)
+            step_batches.stop_if_diverged(progress, loss, grad_norm, scaler, train_records, step)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
 
             progress.step += 1
             progress.samples += step.num_samples
-            log.log_step(progress, optimizer, micro_batches, waiting,
+            log.log_step(progress, optimizer, micro_batches, seconds_waiting,
                          loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
-            if log.evaluation_is_due(progress.step):
+            if progress.step % eval_every == 0 and progress.step < total_steps:
                 evaluate()
             stop = processes.max(stop_signal.number)
-            if stop or log.checkpoint_is_due(progress.step):
+            if stop or progress.step % save_every == 0 or progress.step == total_steps:
                 folder.save_checkpoint(progress, model, optimizer, scaler)
             if stop:
                 log.close_unfinished(progress.step)
@@ -234,10 +244,10 @@ def main(argv=None):
 
     # -- 7. save -------------------------------------------------------------------------------------------
 
-    image_use = evaluate()
+    metrics = evaluate()
     log.close()
-    results.save_result(folder, model, progress, image_use)
-    print("next:", settings.next_command("sanity_check.py", args, PRESETS[args.preset]))
+    results.save_result(folder, model, progress, metrics)
+    print("next: python sanity_check.py --run", shlex.quote(str(args.run)))
     return model
 
 

@@ -15,7 +15,7 @@ import stage1_align
 import stage2_instruct
 from data import ChatDataset, ChatTemplate
 from model import Llava
-from support.evaluation import make_heldout_batches, measure_image_use
+from support.evaluation import make_heldout_batches, measure_heldout
 from support.pretrained import load_image_processor
 from support.results import read_result
 from support.trained import load_heldout_dataset
@@ -99,7 +99,7 @@ def measure(trained, different_image=False):
     else:
         measured["answers"] = score_answers(questions, answer(trained, questions))["qa_exact"]
     batches = make_heldout_batches(dataset, batch_size=40)
-    losses = measure_image_use(model, batches)
+    losses = measure_heldout(model, batches)
     measured["loss"] = losses["loss"]
     if different_image:
         measured["loss with a different image"] = losses["loss_different"]
@@ -114,9 +114,9 @@ def training_loss(trained):
 
 def labels_changed(function):
     """Returns a context manager. In it, the labels of each sample are function(template, ids, labels)."""
-    encode = ChatDataset.encode_record
+    encode = ChatTemplate.encode_record
 
-    def encode_with_other_labels(self, record):
-        ids, labels = encode(self, record)
-        return ids, function(self.template, ids, labels)
-    return replaced(ChatDataset, encode_record=encode_with_other_labels)
+    def encode_with_other_labels(template, record, max_length):
+        ids, labels = encode(template, record, max_length)
+        return ids, function(template, ids, labels)
+    return replaced(ChatTemplate, encode_record=encode_with_other_labels)

@@ -14,7 +14,7 @@ more labeled tokens about places and colors. Labels on the padding cost a little
 answers only."""
 
 
-# Makes the labels of a record, in place of ChatDataset.encode_record.
+# Makes the labels of a record, in place of ChatTemplate.encode_record.
 def label_all_text(template, ids, labels):
     return [IGNORE_INDEX if i == template.image_token_id else i for i in ids]
 

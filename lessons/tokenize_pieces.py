@@ -1,6 +1,6 @@
 """Each question and each answer is tokenized alone, and the pieces are joined."""
 
-from data import ChatDataset
+from data import ChatTemplate
 from lessons.experiment import measure, replaced, train, train_baseline
 from model import IGNORE_INDEX
 
@@ -14,9 +14,9 @@ loss of correctly tokenized answers reveals the damage: their first token has be
 when you check a sample, look at its token ids and not only at its text."""
 
 
-# Replaces ChatDataset.encode_record.
-def encode_in_pieces(self, record):
-    template, messages, ids, labels = self.template, self.template.to_messages(record), [], []
+# Replaces ChatTemplate.encode_record.
+def encode_in_pieces(template, record, max_length):
+    messages, ids, labels = template.to_messages(record), [], []
     for question, reply in zip(messages[::2], messages[1::2]):
         prompt = template.encode_prompt([question])
         prompt = prompt[1:] if ids else prompt  # <s> only at the start
@@ -29,6 +29,6 @@ def encode_in_pieces(self, record):
 
 def run(seed):
     after = train_baseline(1, seed)  # before anything is replaced
-    with replaced(ChatDataset, encode_record=encode_in_pieces):
+    with replaced(ChatTemplate, encode_record=encode_in_pieces):
         pieces = train(2, seed, "pieces", after=after)
     return {"baseline": measure(train_baseline(2, seed)), "tokenized in pieces": measure(pieces)}

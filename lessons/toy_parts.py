@@ -11,9 +11,8 @@ from data import ChatDataset, ChatTemplate
 from model import Llava, count_patches
 from support.pretrained import load_image_processor, load_language_model, load_vision_tower
 from support.records import load_records
-from support.settings import DEFAULTS
 
-PRESETS = {1: DEFAULTS | stage1_align.PRESETS["toy"], 2: DEFAULTS | stage2_instruct.PRESETS["toy"]}
+PRESETS = {1: stage1_align.PRESETS["toy"], 2: stage2_instruct.PRESETS["toy"]}
 
 
 def load_model(model_class=Llava, seed=0):

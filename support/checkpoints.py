@@ -8,13 +8,13 @@
     <run>/stage1/run.json                how it was trained, written last
 """
 
-import math
 import os
 import shlex
 import signal
 import sys
 import zipfile
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -36,20 +36,20 @@ class Progress:
     """How far a run has come."""
     step: int = 0  # optimizer steps taken
     samples: int = 0  # samples seen, over all processes
-    first_image_use: dict | None = None  # what measure_image_use() returned before the first step
+    first_metrics: dict | None = None  # what measure_heldout() returned before the first step
     bad_steps: int = 0  # steps in a row whose loss or gradient was not finite
     skipped: list = field(default_factory=list)  # sentences about images that could not be decoded
-    records_hash: str = ""  # of the training records
+    records_hash: str = ""  # of the training and held-out records
 
 
 def open_folder(args, stage, processes, **more_settings):
-    """Locks the folder of a stage and looks for an earlier run in it, see look_for_earlier_run(). Returns a
-    StageFolder. With --check-data, it touches nothing."""
+    """Locks the folder of a stage and reads the checkpoint of an earlier run. Returns a StageFolder. Ends the
+    process if --resume finds a finished run. With --check-data, it touches nothing."""
     folder = StageFolder(args, stage, processes, **more_settings)
     if not args.check_data:
         if processes.rank == 0:
             lock_folder(folder.path)
-        folder.look_for_earlier_run(args)
+        folder.read_earlier_run(args.resume, args.restart)
     return folder
 
 
@@ -63,19 +63,19 @@ class StageFolder:
     def __init__(self, args, stage, processes, **more_settings):
         self.path, self.stage = Path(args.run) / f"stage{stage}", stage
         self.processes, self.checkpoint = processes, None
+        if self.path.parent.name in ("stage1", "stage2"):
+            raise UserError(f"pass --run {shlex.quote(str(self.path.parents[1]))}, the folder of the run")
         precision = next(name for name, dtype in DTYPES.items() if dtype == processes.dtype)
         self.settings = {**vars(args), "precision": precision, **more_settings, "samples_per_step":
                          args.batch_size * args.grad_accum * processes.world_size}
 
-    def look_for_earlier_run(self, args):
-        """Reads the checkpoint of an earlier run. Ends the process if --resume finds a finished run. Raises
-        UserError if the run cannot begin or continue here."""
-        if self.path.parent.name in ("stage1", "stage2"):
-            raise UserError(f"pass --run {shlex.quote(str(self.path.parents[1]))}, the folder of the run")
+    def read_earlier_run(self, resume, restart):
+        """Raises UserError if a run can neither begin nor continue here. With resume, reads the checkpoint,
+        or ends the process if the run is finished."""
         path, finished = self.path / "checkpoint.pt", read_json(self.path / "run.json")
-        if args.restart:
+        if restart:
             return
-        if not args.resume and (finished or path.exists()):
+        if not resume and (finished or path.exists()):
             way = "discard it" if finished else "continue it with --resume, discard it"
             raise UserError(f"{self.path} holds {'a finished' if finished else 'an unfinished'} run: {way} "
                             "with --restart, or choose another folder with --run")
@@ -86,7 +86,7 @@ class StageFolder:
             print(f"{self.path} holds a finished run, so there is nothing to resume", file=sys.stderr)
             sys.exit(0)
         if not path.exists():
-            if args.resume:
+            if resume:
                 print(f"{self.path} has no checkpoint, so this run begins at step 0")
             return
         with explain_errors(f"read {path} (if it is damaged, start again with --restart)"):
@@ -103,7 +103,7 @@ class StageFolder:
                 raise UserError(f"--resume: the run in {self.path} has {name} {before.get(name)}, not "
                                 f"{value}; use the same flags and files, or start again with --restart")
 
-    def start_new(self, train_dataset, heldout_dataset):
+    def start_new(self, train_records, heldout_records):
         """Deletes the result of an earlier run and writes heldout.json. Returns the Progress of a new run."""
         if self.processes.rank == 0:
             # run.json is deleted first, so that a run that is killed here does not count as finished.
@@ -111,16 +111,16 @@ class StageFolder:
                 delete(self.path / name)
             for path in self.path.glob("eval*.json"):
                 delete(path)
-            write_json(self.path / "heldout.json", list(heldout_dataset.records))
-        return Progress(records_hash=train_dataset.records.fingerprint())
+            write_json(self.path / "heldout.json", list(heldout_records))
+        return Progress(records_hash=hash_records(train_records, heldout_records))
 
-    def restore(self, model, optimizer, scaler, train_dataset):
+    def restore(self, model, optimizer, scaler, train_records, heldout_records):
         """Restores weights, optimizer, scaler and random numbers of the checkpoint. Returns the Progress."""
         processes, checkpoint = self.processes, self.checkpoint
         progress = Progress(**checkpoint["progress"])
-        if progress.records_hash != train_dataset.records.fingerprint():
-            raise UserError("--resume: the training records have changed since the run was interrupted, so "
-                            "its order of samples is lost; restore the data, or start again with --restart")
+        if progress.records_hash != hash_records(train_records, heldout_records):
+            raise UserError("--resume: the records have changed since the run was interrupted, so it cannot "
+                            "continue; restore the data, or start again with --restart")
         with torch.no_grad():
             for name, parameter in model.trainable_parameters().items():
                 parameter.copy_(checkpoint["weights"][name])
@@ -150,10 +150,10 @@ class StageFolder:
                             "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0}, file)
         self.processes.barrier()
 
-    def record_skipped(self, progress, sentences, num_samples):
-        """Prints sentences about images that could not be decoded, each once, and adds them to
-        progress.skipped. Raises UserError if they are more than the fraction --allow-bad of `num_samples`."""
-        for sentence in dict.fromkeys(sentences):
+    def report_skipped(self, progress, sentences, num_samples):
+        """Prints sentences about images that could not be decoded, of all processes, each once, and adds
+        them to progress.skipped. Raises UserError if they are more than --allow-bad allows."""
+        for sentence in dict.fromkeys(chain(*self.processes.gather(sentences))):
             if sentence not in progress.skipped:
                 progress.skipped.append(sentence)
                 tqdm.write(f"left out: {sentence}")
@@ -162,16 +162,8 @@ class StageFolder:
                             f"--allow-bad allows; the last: {progress.skipped[-1]}")
 
 
-def stop_if_diverged(progress, loss, grad_norm, scaler, records, indices):
-    """Raises UserError if the loss or the gradient is not finite, because the step would spoil all weights.
-    In fp16 it allows nine such steps in a row, because scaler.step() skips them and scaler.update() lowers
-    the scale. `indices` lists the micro-batches of the step, whose records are named."""
-    progress.bad_steps = 0 if math.isfinite(loss + grad_norm) else progress.bad_steps + 1
-    if progress.bad_steps >= (10 if scaler.is_enabled() else 1):
-        ids = [str(records[i].get("id")) for micro_batch in indices for i in micro_batch]
-        advice = "--precision fp32, " if scaler.is_enabled() else ""
-        raise UserError(f"step {progress.step + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try {advice}"
-                        f"a lower --lr, or look at the records of this step: {', '.join(ids[:16])}")
+def hash_records(train_records, heldout_records):
+    return train_records.fingerprint() + heldout_records.fingerprint()
 
 
 class StopSignal:

@@ -21,7 +21,7 @@ from support.records import image_name
 def make_heldout_batches(dataset, batch_size):
     """Returns the records of a ChatDataset that have an image, as a list of training batches.
     batch["image_names"] lists the names of the images. Raises UserError if there are fewer than two."""
-    # measure_image_use() takes the image of the previous record as the different image. So the first record
+    # measure_heldout() takes the image of the previous record as the different image. So the first record
     # of every image comes first, then the second of every image, and so on.
     earlier, order = Counter(), []  # earlier[name]: how many records with this image came before
     for i in range(len(dataset)):
@@ -48,7 +48,7 @@ def record_losses(model, batch):
     return torch.stack([record.sum() for record in per_record]).cpu().double()  # (B,)
 
 
-def measure_image_use(model, batches, blank=False):
+def measure_heldout(model, batches, blank=False):
     """Measures how much the held-out answers depend on the image.
 
     A falling loss does not show that a model uses the image, because it also falls while the model learns the
@@ -68,35 +68,34 @@ def measure_image_use(model, batches, blank=False):
     """
     was_training = model.training
     model.eval()
-    correct, different, blanks, tokens = [], [], [], []
+    rows = []  # one per record: its loss with each image, and its number of labeled tokens
     for i, batch in enumerate(tqdm(batches, "evaluating", leave=False, disable=None)):
         pixels = batch["pixel_values"]  # (B, 3, S, S)
         # Record k of the batch gets the image of record k - 1.
         previous = torch.cat([batches[i - 1]["pixel_values"][-1:], pixels[:-1]])  # (B, 3, S, S)
-        correct.append(record_losses(model, batch))
-        different.append(record_losses(model, batch | {"pixel_values": previous}))
+        images = [pixels, previous]
         if blank:  # zero is the mean color, which the preprocessing subtracts
-            blanks.append(record_losses(model, batch | {"pixel_values": torch.zeros_like(pixels)}))
-        tokens.append(count_labeled(batch))
+            images.append(torch.zeros_like(pixels))
+        losses = [record_losses(model, batch | {"pixel_values": image}) for image in images]  # (B,) each
+        rows.append(torch.stack([*losses, count_labeled(batch)], dim=1))  # (B, 3 or 4)
     model.train(was_training)
+    table = torch.cat(rows)  # (records, 3 or 4)
     names = [name for batch in batches for name in batch["image_names"]]
     differs = torch.tensor([name != names[i - 1] for i, name in enumerate(names)])
-    lists = correct, different, blanks or correct, tokens  # without blank images, correct stands in for them
-    correct, different, blanks, tokens = map(torch.cat, lists)  # (records,) each
-    finite = (correct + different + blanks).isfinite()
-    correct, different, blanks, tokens, differs = (
-        part[finite] for part in (correct, different, blanks, tokens, differs))
-    correct_wins = ((correct < different).float() + 0.5 * (correct == different))[differs]
-    image_use = {"loss": (correct.sum() / tokens.sum()).item(),
-                 "loss_different": (different[differs].sum() / tokens[differs].sum()).item(),
-                 "correct_more_likely": correct_wins.mean().item()}
+    finite = table.isfinite().all(dim=1)
+    differs = differs[finite]
+    correct, different, *blanks, tokens = table[finite].T  # (finite records,) each
+    correct_wins = ((correct < different).double() + 0.5 * (correct == different))[differs]
+    metrics = {"loss": (correct.sum() / tokens.sum()).item(),
+               "loss_different": (different[differs].sum() / tokens[differs].sum()).item(),
+               "correct_more_likely": correct_wins.mean().item()}
     if blank:
-        image_use["loss_blank"] = (blanks.sum() / tokens.sum()).item()
+        metrics["loss_blank"] = (blanks[0].sum() / tokens.sum()).item()
     if not differs.all():
-        image_use["same_image"] = (~differs).sum().item()
+        metrics["same_image"] = (~differs).sum().item()
     if not finite.all():
-        image_use["not_finite"] = [name for name, ok in zip(names, finite.tolist()) if not ok]
-    return image_use
+        metrics["not_finite"] = [name for name, ok in zip(names, finite.tolist()) if not ok]
+    return metrics
 
 
 def records_with_other_images(records, i, count=1):
@@ -111,12 +110,12 @@ def records_with_other_images(records, i, count=1):
 
 
 def evaluate_heldout(model, dataset, batches):
-    """Returns a dict: image_use, which is what measure_image_use() returns for all held-out batches, and for
+    """Returns a dict: metrics, which is what measure_heldout() returns for all held-out batches, and for
     the first record generated, reference and nearest_tokens. Each of several processes evaluates all."""
     prompt, reference = dataset.make_prompt(0)
-    image_use = measure_image_use(model, batches)
+    metrics = measure_heldout(model, batches)
     [generated] = generate_answers(model, dataset.template, [prompt], max_new_tokens=64)
-    return {"image_use": image_use, "generated": generated, "reference": reference,
+    return {"metrics": metrics, "generated": generated, "reference": reference,
             "nearest_tokens": nearest_tokens(model, dataset.template, prompt["pixel_values"])}
 
 
@@ -167,14 +166,15 @@ def token_text(template, i):
     return printable(text if readable else str(template.tokenizer.convert_ids_to_tokens(i)))
 
 
-def print_labels(dataset, i=0):
-    """Prints sample i of a ChatDataset with its labeled tokens in [[ ]]."""
-    template, (ids, labels) = dataset.template, dataset.encode_record(dataset.records[i])
+def print_sample(dataset):
+    """Prints the first sample of a ChatDataset with its labeled tokens in [[ ]]."""
+    template = dataset.template
+    ids, labels = template.encode_record(dataset.records[0], dataset.max_length)
     text = ""
     for labeled, group in groupby(range(len(ids)), key=lambda t: labels[t] != IGNORE_INDEX):
         piece = printable(template.tokenizer.decode([ids[t] for t in group]), keep="\n")
         text += f"[[{piece}]]" if labeled else piece
-    print(f"sample {i}; labeled tokens are in [[ ]]")
+    print("first sample; labeled tokens are in [[ ]]")
     print(shorten_image(text, ids.count(template.image_token_id)))
 
 

@@ -17,7 +17,7 @@ class MetricsLog:
     """Writes the metrics of one stage to metrics.jsonl in its StageFolder, in process 0. Lines written after
     the checkpoint that the run resumes from are removed, because their steps are taken again."""
 
-    def __init__(self, folder, args, progress, total_steps):
+    def __init__(self, folder, progress, total_steps):
         self.folder, self.processes, self.file = folder.path, folder.processes, None
         if self.processes.rank == 0:
             path, length = self.folder / "metrics.jsonl", (folder.checkpoint or {}).get("metrics_bytes", 0)
@@ -28,8 +28,6 @@ class MetricsLog:
         self.bar = tqdm(total=total_steps, initial=progress.step, unit="step", dynamic_ncols=True,
                         disable=True if self.processes.rank > 0 else None)
         self.total_steps = total_steps
-        self.eval_every = args.eval_every or max(1, math.ceil(total_steps / 10))
-        self.save_every = args.save_every or max(1, min(100, math.ceil(total_steps / 20)))
         self.last_generated, self.line_printed_at = None, 0.0
         self.started, self.first_step = time.time(), progress.step
         self._start_interval()
@@ -37,21 +35,13 @@ class MetricsLog:
     def _start_interval(self):
         self.interval_start, self.interval_waiting, self.interval_tokens = time.time(), 0.0, 0
 
-    def evaluation_is_due(self, step):
-        """Returns True if the held-out records should be evaluated after this step. The last evaluation
-        follows the loop."""
-        return step % self.eval_every == 0 and step < self.total_steps
-
-    def checkpoint_is_due(self, step):
-        return step % self.save_every == 0 or step == self.total_steps
-
-    def log_step(self, progress, optimizer, micro_batches, waiting, **metrics):
+    def log_step(self, progress, optimizer, micro_batches, seconds_waiting, **metrics):
         """Counts a step: the micro-batches of this process, and the seconds that it waited for them. Logs
         every fifth step and the last: the metrics and learning rates, tokens per second, the fraction of
         time spent waiting for data, the seconds left, evaluations included, and the peak memory of a GPU."""
         step, now = progress.step, time.time()
         self.interval_tokens += sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
-        self.interval_waiting += waiting
+        self.interval_waiting += seconds_waiting
         self.bar.update()
         if step % LOG_EVERY and step != self.total_steps:
             return
@@ -75,11 +65,11 @@ class MetricsLog:
             print(f"step {step} of {self.total_steps}: {text}, {left} left", flush=True)
         self._start_interval()
 
-    def log_heldout(self, step, image_use, generated, reference, nearest_tokens):
+    def log_heldout(self, step, metrics, generated, reference, nearest_tokens):
         """Logs what evaluate_heldout() returned. tools/page.py shows the nearest tokens."""
-        values = {f"heldout_{name}": value for name, value in image_use.items()}
+        values = {f"heldout_{name}": value for name, value in metrics.items()}
         self._write(step, **values, generated=generated, nearest_tokens=nearest_tokens)
-        text = f"step {step}: {format_image_use(image_use)}"
+        text = f"step {step}: {format_metrics(metrics)}"
         if generated != self.last_generated or step == self.total_steps:  # else it was shown before
             text += printable(f"\n    generated: {generated}\n    reference: {reference}", keep="\n")
         self.last_generated = generated
@@ -107,17 +97,18 @@ class MetricsLog:
     def close_unfinished(self, step):
         """Closes the log of a run that a signal has stopped, and prints how to continue it."""
         self.close()
-        print(f"saved {self.folder} at step {step:,} of {self.total_steps:,}: continue with the same command "
-              "and --resume", file=sys.stderr)
+        if self.processes.rank == 0:
+            print(f"saved {self.folder} at step {step:,} of {self.total_steps:,}: continue with the same "
+                  "command and --resume", file=sys.stderr)
 
 
-def format_image_use(image_use):
-    """Returns one line about what measure_image_use() measured."""
-    text = (f"held-out loss {image_use['loss']:.3f} (different image {image_use['loss_different']:.3f}); "
-            f"correct image more likely: {image_use['correct_more_likely']:.1%} (chance 50%)")
-    if image_use.get("same_image"):
-        text += f"; records without a different image: {image_use['same_image']}"
-    if names := image_use.get("not_finite"):
+def format_metrics(metrics):
+    """Returns one line about what measure_heldout() returned."""
+    text = (f"held-out loss {metrics['loss']:.3f} (different image {metrics['loss_different']:.3f}); "
+            f"correct image more likely: {metrics['correct_more_likely']:.1%} (chance 50%)")
+    if metrics.get("same_image"):
+        text += f"; records without a different image: {metrics['same_image']}"
+    if names := metrics.get("not_finite"):
         text += (f"; left out, because the loss is not finite: {', '.join(names[:5])}"
                  f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}; pass --precision fp32")
     return text

@@ -134,14 +134,14 @@ def load_vision_tower(name, dtype, must_have_layer=-1):
     return vision_tower
 
 
-def load_language_model(name, dtype, device):
-    """Returns a decoder-only language model with its pretrained weights, still on the CPU. `device`, where it
-    will compute, decides the attention kernel."""
+def load_language_model(name, dtype, for_device):
+    """Returns a decoder-only language model with its pretrained weights, on the CPU. for_device is where it
+    will compute, and decides the attention kernel."""
     llm = _load_strictly(AutoModelForCausalLM, name, dtype,
-                         attn_implementation=choose_attention(device, dtype))
+                         attn_implementation=choose_attention(for_device, dtype))
     # peft writes this name into adapter/. Otherwise it would be the folder of the LLM on this machine.
     llm.name_or_path = llm.config.name_or_path = str(name)
-    if device.type == "cpu" and llm.num_parameters() > 5e8:
+    if for_device.type == "cpu" and llm.num_parameters() > 5e8:
         print(f"WARNING: on a CPU, {name} is many times slower than on a GPU. If this machine has one, "
               "install a PyTorch that supports it.")
     return llm

@@ -13,6 +13,7 @@ from support.images import ImageStore
 
 # Keys that other programs use for content that this project does not read.
 UNREAD_KEYS = {"images", "video", "videos", "audio", "system", "image_path"}
+MAX_OPENED = 2000  # of more records than this, images are only looked up by the check
 
 
 class Records:
@@ -104,21 +105,21 @@ def split_records(records, heldout, limit, seed):
     return records.subset(train), records.subset(first[images[:heldout]])
 
 
-def load_records(settings):
-    """Returns the (training, held-out) Records that the settings name. Without --heldout-data, records of
-    --data are held out. The toy's pictures are drawn before its first run (about 10 s)."""
-    if settings.data.startswith("toy/data/"):
+def load_records(args):
+    """Returns the (training, held-out) Records that the settings of a stage name. Without --heldout-data,
+    records of --data are held out. The toy's pictures are drawn before its first run (about 10 s)."""
+    if args.data.startswith("toy/data/"):
         import toy.world  # here, because real data do not need it
         toy.world.draw_if_missing()
-    data, images = find_file(settings.data), find_file(settings.images)
+    data, images = find_file(args.data), find_file(args.images)
     heldout_data, heldout_images = (find_file(name) if name else None for name in
-                                    (settings.heldout_data, settings.heldout_images))
+                                    (args.heldout_data, args.heldout_images))
     records = read_records(data, ImageStore(images))
     if not heldout_data:
-        return split_records(records, settings.heldout, settings.limit, settings.seed)
-    order = np.random.default_rng(settings.seed).permutation(len(records))
-    train = records.subset(order[:settings.limit or None])
-    heldout = read_records(heldout_data, ImageStore(heldout_images)).subset(slice(settings.heldout))
+        return split_records(records, args.heldout, args.limit, args.seed)
+    order = np.random.default_rng(args.seed).permutation(len(records))
+    train = records.subset(order[:args.limit or None])
+    heldout = read_records(heldout_data, ImageStore(heldout_images)).subset(slice(args.heldout))
     if heldout_images == images:
         shared = {str(image_field(record)) for record in heldout if image_field(record)} & {
             str(image_field(record)) for record in train}
@@ -182,24 +183,27 @@ def read_turns(record):
     return texts[:len(texts) // 2 * 2]  # without a last question that has no answer
 
 
-def drop_unusable_records(dataset, allow_bad=1.0, open_images=False, quiet=False):
-    """Checks every record of a ChatDataset, prints why records cannot be used, and leaves them out of
-    dataset.records. Sets dataset.approx_lengths, the approximate number of tokens of each sample.
+def select_usable_records(records, template, max_length, allow_bad=1.0, open_images=False, quiet=False):
+    """Checks every record and prints why records cannot be used. Returns the usable Records and, as an array,
+    about how many tokens the sample of each has.
 
-    Args: allow_bad: the fraction of records that may be unusable. open_images: decode the images, too. Else
-    they are only looked up. quiet: print nothing when all records are usable.
-    Raises UserError if too many records are unusable, or if the LLM cannot read max_length tokens."""
-    records, template = dataset.records, dataset.template
-    if dataset.max_length > template.context_length:
-        raise UserError(f"--max-length {dataset.max_length} is more than the LLM can read: pass --max-length "
+    Args:
+        template, max_length: of the ChatDataset in which the records will be used.
+        allow_bad: the fraction of the records that may be unusable.
+        open_images: open every image. Else those of at most MAX_OPENED records; others are only looked up.
+        quiet: print nothing if all records are usable.
+    Raises UserError if too many records are unusable, or if the LLM cannot read max_length tokens.
+    """
+    if max_length > template.context_length:
+        raise UserError(f"--max-length {max_length} is more than the LLM can read: pass --max-length "
                         f"{template.context_length} or less")
-    # What the template adds to a question and its answer, in bytes: an upper bound for one message.
+    open_images = open_images or len(records) <= MAX_OPENED
     empty_turn = template.render([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}])
-    overhead = len(empty_turn.encode())
+    added_bytes = len(empty_turn.encode())  # what the template adds to a question and its answer
     usable, lengths, failures = [], [], {}  # failures: {reason: [one sentence per unusable record]}
     for i in tqdm(range(len(records)), "checking the data", unit="record", leave=False, disable=None):
         try:
-            lengths.append(check_record(dataset, records[i], open_images, overhead))
+            lengths.append(check_record(records, i, template, max_length, open_images, added_bytes))
             usable.append(i)
         except BadRecord as error:
             failures.setdefault(error.reason, []).append(str(error))
@@ -214,22 +218,26 @@ def drop_unusable_records(dataset, allow_bad=1.0, open_images=False, quiet=False
         advice = {"image missing": f"is {records.images.root} the right place of the images?",
                   "too long for --max-length": "raise --max-length"}
         advice = advice.get(most_frequent, "see the reasons above")
-        raise UserError(f"{bad:,} of {len(records):,} records of {records.path} cannot be used: {advice}"
-                        + "; --allow-bad says how many may be left out" * (allow_bad < 1))
-    dataset.records, dataset.approx_lengths = records.subset(usable), np.array(lengths)
+        if allow_bad < 1:
+            advice += "; --allow-bad says how many may be left out"
+        raise UserError(f"{bad:,} of {len(records):,} records of {records.path} cannot be used: {advice}")
+    return records.subset(usable), np.array(lengths)
 
 
-def check_record(dataset, record, open_image, overhead):
-    """Returns the approximate number of tokens of a record's sample. Raises BadRecord if it cannot be used.
-    overhead: how many bytes the chat template adds to a message, at most."""
-    records, template = dataset.records, dataset.template
+def check_record(records, i, template, max_length, open_image, added_bytes):
+    """Returns the number of tokens of sample i: exactly with open_image, else approximately. Raises BadRecord
+    if record i cannot be used. added_bytes: how many bytes the template adds to a turn, at most."""
+    record = records[i]
     name, messages = image_name(record), template.to_messages(record)
-    if name is not None:
-        (records.images.open if open_image else records.images.check)(record, name)
-    num_bytes = sum(len(message["content"].encode()) + overhead for message in messages)
-    # A token nearly always stands for at least one byte, so a shorter text need not be tokenized now.
-    if num_bytes > dataset.max_length - template.num_image_tokens:
-        return len(dataset.encode_record(record)[0])  # exact, and after the cut
-    # English text has about four bytes per token. `overhead` was counted for both messages of a turn.
-    text_bytes = num_bytes - overhead * (len(messages) // 2)
-    return (name is not None) * template.num_image_tokens + text_bytes // 4
+    if name is not None and open_image:
+        records.images.open(record, name)
+    elif name is not None:
+        records.images.check(record, name)
+    num_image_tokens = 0 if name is None else template.num_image_tokens
+    num_bytes = len(messages) // 2 * added_bytes
+    num_bytes += sum(len(message["content"].encode()) for message in messages)
+    # A token nearly always stands for at least one byte. So a text with few bytes fits, and is not tokenized
+    # now, because that would take long for 595,375 records.
+    if open_image or num_image_tokens + num_bytes > max_length:
+        return len(template.encode_record(record, max_length)[0])  # after the cut
+    return num_image_tokens + num_bytes // 4  # English text has about four bytes per token

@@ -10,17 +10,17 @@ from safetensors.torch import load, save_file
 
 from support.errors import UserError, explain_errors
 from support.files import atomic_write, delete, read_json, write_json
-from support.metrics_log import format_image_use
+from support.metrics_log import format_metrics
 
 # A projector translates from one layer of one vision tower to one LLM. It works with no others.
 MODEL_SETTINGS = ("vision_tower", "vision_layer", "llm", "projector")
 
 
-def save_result(folder, model, progress, image_use):
+def save_result(folder, model, progress, metrics):
     """Writes projector.safetensors, adapter/ (if there is one, as plain peft writes it), and last run.json.
     Then deletes the checkpoint. Process 0 writes and the others wait for it.
 
-    Args: folder: a StageFolder. image_use: what measure_image_use() returned after the last step.
+    Args: folder: a StageFolder. metrics: what measure_heldout() returned after the last step.
     Raises UserError if a trained weight is not finite.
     """
     if not all(parameter.isfinite().all() for parameter in model.trainable_parameters().values()):
@@ -34,12 +34,12 @@ def save_result(folder, model, progress, image_use):
         gpu = torch.cuda.get_device_name() if folder.processes.device.type == "cuda" else None
         write_json(folder.path / "run.json", {
             "stage": folder.stage, **{name: folder.settings[name] for name in MODEL_SETTINGS},
-            "steps": progress.step, "heldout": image_use, "settings": folder.settings,
-            "skipped": progress.skipped,  # images that process 0 could not decode
+            "steps": progress.step, "heldout": metrics, "settings": folder.settings,
+            "skipped": progress.skipped,  # images that could not be decoded
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "gpu": gpu}})
         delete(folder.path / "checkpoint.pt")
     folder.processes.barrier()
-    print(f"before: {format_image_use(progress.first_image_use)}\nafter:  {format_image_use(image_use)}\n"
+    print(f"before: {format_metrics(progress.first_metrics)}\nafter:  {format_metrics(metrics)}\n"
           f"saved in {folder.path}")
 
 

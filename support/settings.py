@@ -23,10 +23,6 @@ def number(kind, minimum, maximum=math.inf):
 INT_FROM_0, INT_FROM_1, FLOAT_FROM_0 = number(int, 0, 10**6), number(int, 1, 10**6), number(float, 0.0)
 FRACTION = number(float, 0.0, 1.0)
 
-# Settings with the same default in every preset, unless the preset sets its own.
-DEFAULTS = dict(heldout_data=None, heldout_images=None, limit=0, allow_bad=0.01, workers=0, max_steps=None,
-                precision="auto", device="auto", eval_every=None, save_every=None)
-
 FLAGS = {  # name: (type or choices, help)
     "run": (str, "folder of the run; stage1/ and stage2/ are created in it"),
     "vision_tower": (str, "CLIP or SigLIP: a folder, or the name of a model of the hub; DINOv2: a "
@@ -38,7 +34,8 @@ FLAGS = {  # name: (type or choices, help)
     "images": (str, "folder or .zip file with the images of the records"),
     "heldout_data": (str, "JSON file of held-out records; if not given, some records of --data are held out"),
     "heldout_images": (str, "folder or .zip file with the images of --heldout-data"),
-    "heldout": (INT_FROM_1, "number of held-out images; the records of these images are not trained on"),
+    "heldout": (INT_FROM_1, "number of images of --data to hold out with all their records; with "
+                "--heldout-data: number of its records"),
     "limit": (INT_FROM_0, "train on the first LIMIT records, in a seeded random order; 0: on all"),
     "max_length": (INT_FROM_1, "longest sample in tokens, image included; longer ones lose their last turns"),
     "allow_bad": (FRACTION, "stop if more than this fraction of the records is unusable"),
@@ -71,10 +68,9 @@ SWITCHES = {
 
 
 def parse_settings(description, presets, argv=None):
-    """Returns the settings as an argparse.Namespace: DEFAULTS, changed by the chosen preset, changed by the
-    flags in `argv` (None: of the command line). Prints those that differ from the preset.
+    """Returns the settings as an argparse.Namespace: those of the chosen preset, changed by the flags in
+    `argv` (None: of the command line). Prints those that differ from the preset.
     presets: {name: {setting: value}}."""
-    presets = {name: DEFAULTS | preset for name, preset in presets.items()}
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=presets, default="toy", help="where the default values come from")
@@ -107,17 +103,16 @@ def parse_settings(description, presets, argv=None):
 
 def changed_settings(settings, preset):
     """Returns {name: value} of the settings that differ from those of the preset."""
-    defaults = DEFAULTS | preset
-    return {name: value for name, value in vars(settings).items() if defaults.get(name, value) != value}
+    return {name: value for name, value in vars(settings).items() if preset.get(name, value) != value}
 
 
-def next_command(script, settings, preset):
-    """Returns the command that continues with the run of these settings: with the same models and data, if
-    they are not those of the preset."""
-    if script == "sanity_check.py":  # it reads all other settings from run.json
-        return shlex.join(["python", script, "--run", str(settings.run)])
-    words = ["python", script, *(["--preset", settings.preset] if settings.preset != "toy" else []),
-             "--run", str(settings.run)]
+def stage2_command(settings, preset):
+    """Returns the command of stage 2 that continues a stage 1 with these settings: with the same models and
+    data, if they are not those of the preset."""
+    words = ["python", "stage2_instruct.py"]
+    if settings.preset != "toy":
+        words += ["--preset", settings.preset]
+    words += ["--run", str(settings.run)]
     names = ["vision_tower", "vision_layer", "llm", "projector", "limit", "heldout", "max_length",
              "allow_bad", "precision", "device"]
     changed = changed_settings(settings, preset)

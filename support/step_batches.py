@@ -1,7 +1,7 @@
 """Which samples each optimizer step uses, in which micro-batches, and whether the longest of them fits."""
 
 import time
-from math import ceil
+from math import ceil, isfinite
 from typing import NamedTuple
 
 import numpy as np
@@ -10,16 +10,15 @@ import torch
 from data import collate
 from model import IGNORE_INDEX
 from support.errors import UserError, is_out_of_memory
-from support.processes import ignore_signals_in_worker
 
 
 class Step(NamedTuple):
     """One optimizer step, as one process sees it."""
-    indices: list  # of the samples of this process, one list per micro-batch
+    micro_batches: list  # numbers of the samples of this process, one list per micro-batch
     num_samples: int  # of all processes
 
 
-def plan_steps(lengths, settings, processes, progress):
+def plan_steps(lengths, args, processes, progress):
     """Returns the rest of the training of one process as a list of Steps. lengths[i]: approximate number of
     tokens of sample i.
 
@@ -27,49 +26,45 @@ def plan_steps(lengths, settings, processes, progress):
     step takes the next batch_size × grad_accum × world_size of them; the last step of an epoch takes what is
     left. So a run can be resumed after progress.samples samples, even with another number of processes.
     """
-    batch_size, rank, world_size = settings.batch_size, processes.rank, processes.world_size
-    effective, n = batch_size * settings.grad_accum * world_size, len(lengths)
-    epochs, remaining = settings.epochs, None
-    if settings.max_steps is not None:  # the steps of the whole run; they replace the epochs
-        remaining = max(0, settings.max_steps - progress.step)
-        epochs = ceil((progress.samples + remaining * effective) / n)
-    steps = []
+    batch_size, rank, world_size = args.batch_size, processes.rank, processes.world_size
+    samples_per_step, n = batch_size * args.grad_accum * world_size, len(lengths)
+    epochs, remaining = args.epochs, None
+    if args.max_steps is not None:  # the steps of the whole run; they replace the epochs
+        remaining = max(0, args.max_steps - progress.step)
+        epochs = ceil((progress.samples + remaining * samples_per_step) / n)
+    all_steps = []  # the samples of each step, of all processes
     for epoch in range(progress.samples // n, epochs):
-        order = np.random.default_rng([settings.seed, epoch]).permutation(n)
+        order = np.random.default_rng([args.seed, epoch]).permutation(n)
         begin = max(0, progress.samples - epoch * n)
-        steps += [order[i:i + effective] for i in range(begin, n, effective)]
-    steps = steps[:remaining]
-    sizes = [len(step) for step in steps]
-    print(f"batch: {batch_size} (micro-batch) × {settings.grad_accum} (accumulation) × {world_size} "
-          f"(processes) = {effective} samples per step; "
-          f"{progress.step + len(steps):,} steps on {n:,} samples")
-    # Sorted by length, a micro-batch needs little padding. The gradient stays the same, because the loss is
-    # one mean over the labeled tokens of the step. (Sorting a whole epoch would remove the randomness.)
-    if effective > batch_size:
-        steps = [step[np.argsort(-lengths[step], kind="stable")] for step in steps]
-    # Process r of P takes samples r, r + P, r + 2P, … so that all processes get samples of similar lengths.
-    steps = [step[rank::world_size].tolist() for step in steps]
-    return [Step([step[i:i + batch_size] for i in range(0, len(step), batch_size)], size)
-            for step, size in zip(steps, sizes)]
+        all_steps += [order[i:i + samples_per_step] for i in range(begin, n, samples_per_step)]
+    all_steps = all_steps[:remaining]
+    print(f"batch: {batch_size} (micro-batch) × {args.grad_accum} (accumulation) × {world_size} "
+          f"(processes) = {samples_per_step} samples per step; "
+          f"{progress.step + len(all_steps):,} steps on {n:,} samples")
+    plan = []
+    for samples in all_steps:
+        # Sorted by length, a micro-batch needs little padding. The gradient stays the same, because the loss
+        # is one mean over the labeled tokens of the step. (Sorting a whole epoch would remove the
+        # randomness.)
+        if samples_per_step > batch_size:
+            samples = samples[np.argsort(-lengths[samples], kind="stable")]
+        # Process r of P takes samples r, r + P, r + 2P, … so that all processes get similar lengths.
+        own = samples[rank::world_size].tolist()
+        plan.append(Step([own[i:i + batch_size] for i in range(0, len(own), batch_size)], len(samples)))
+    return plan
 
 
-def loader_options(workers, grad_accum, device):
-    """Returns the arguments of the DataLoader that have nothing to do with the samples."""
-    # A generator of its own, because the loader would otherwise draw a seed from the global one, and a
-    # resumed run of stage 2 would then draw different dropout masks.
-    options = {"num_workers": workers, "generator": torch.Generator(), "pin_memory": device.type == "cuda"}
-    if workers:
-        # While the GPU computes a step, the workers prepare the next one, or about 64 micro-batches of it.
-        options |= {"prefetch_factor": 1 + ceil(min(max(2, grad_accum), 64) / workers),
-                    "worker_init_fn": ignore_signals_in_worker}
-    return options
+def prefetch_factor(workers, grad_accum):
+    """Returns how many micro-batches each worker prepares. While the GPU computes a step, the workers prepare
+    the next one, or about 64 micro-batches of it."""
+    return 1 + ceil(min(max(2, grad_accum), 64) / workers) if workers else None
 
 
-def next_micro_batches(batches, count):
-    """Takes the next `count` micro-batches from a DataLoader's iterator. Returns them, the sentences about
+def next_micro_batches(batches, step):
+    """Takes the micro-batches of a step from a DataLoader's iterator. Returns them, the sentences about
     images that could not be decoded, and the seconds spent waiting."""
     started, micro_batches, skipped = time.perf_counter(), [], []
-    for _ in range(count):
+    for _ in step.micro_batches:
         batch = next(batches)
         skipped += batch.pop("skipped")
         # A copy, because every tensor that comes from a worker is an open file.
@@ -78,14 +73,26 @@ def next_micro_batches(batches, count):
     return micro_batches, skipped, time.perf_counter() - started
 
 
-def try_longest_batch(model, dataset, autocast, settings):
+def stop_if_diverged(progress, loss, grad_norm, scaler, records, step):
+    """Raises UserError if the loss or the gradient is not finite, because the step would spoil all weights.
+    In fp16 it allows nine such steps in a row, counted in progress.bad_steps, because scaler.step() skips
+    them and scaler.update() lowers the scale."""
+    progress.bad_steps = 0 if isfinite(loss + grad_norm) else progress.bad_steps + 1
+    if progress.bad_steps >= (10 if scaler.is_enabled() else 1):
+        ids = [str(records[i].get("id")) for micro_batch in step.micro_batches for i in micro_batch]
+        advice = "--precision fp32, " if scaler.is_enabled() else ""
+        raise UserError(f"step {progress.step + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try {advice}"
+                        f"a lower --lr, or look at the records of this step: {', '.join(ids[:16])}")
+
+
+def try_longest_batch(model, dataset, lengths, autocast, args):
     """Takes one forward and backward pass of the micro-batch that is probably the longest, with a label on
     every token of text, so that hardly any micro-batch of the run needs more memory. Prints the peak.
     (AdamW's two numbers per trained parameter come on top, from the first step on.) Raises UserError if it
-    does not fit, so that a run does not fail hours later. Changes nothing in the run: weights
-    and random numbers stay, and gradients are None afterwards."""
+    does not fit, so that a run does not fail hours later. Changes nothing in the run: weights and random
+    numbers stay, and gradients are None afterwards."""
     device = model.llm.device
-    longest = np.argsort(-dataset.approx_lengths, kind="stable")[:settings.batch_size].tolist()
+    longest = np.argsort(-lengths, kind="stable")[:args.batch_size].tolist()
     batch = collate([dataset[i] for i in longest], dataset.template.pad_token_id)
     # A shorter sample can have more labels than the longest, and logits can take more memory than the blocks.
     is_text = batch["attention_mask"] & (batch["input_ids"] != dataset.template.image_token_id)
@@ -100,12 +107,12 @@ def try_longest_batch(model, dataset, autocast, settings):
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        advice = "lower --max-length" if settings.activation_checkpointing else \
+        advice = "lower --max-length" if args.activation_checkpointing else \
             "add --activation-checkpointing"
-        if settings.batch_size > 1:
-            parts = next(n for n in range(2, settings.batch_size + 1) if settings.batch_size % n == 0)
-            advice = (f"pass --batch-size {settings.batch_size // parts} --grad-accum "
-                      f"{settings.grad_accum * parts}, which gives the same gradient, or {advice}")
+        if args.batch_size > 1:
+            parts = next(n for n in range(2, args.batch_size + 1) if args.batch_size % n == 0)
+            advice = (f"pass --batch-size {args.batch_size // parts} --grad-accum "
+                      f"{args.grad_accum * parts}, which gives the same gradient, or {advice}")
         raise UserError(f"out of memory; {text}: {advice}") from error
     model.zero_grad(set_to_none=True)
     if device.type == "cuda":

@@ -14,8 +14,8 @@ from support.devices import choose_device, choose_dtype
 from support.errors import UserError, explain_errors
 from support.files import find_file, read_json
 from support.images import ImageStore
-from support.pretrained import (load_image_processor, load_language_model, load_vision_tower)
-from support.records import drop_unusable_records, read_records
+from support.pretrained import load_image_processor, load_language_model, load_vision_tower
+from support.records import read_records, select_usable_records
 from support.results import load_projector, read_result
 
 
@@ -68,10 +68,9 @@ def load_heldout_dataset(folder, template, image_processor, count=None):
         raise UserError(f"{error}; {folder}/run.json names it as the place of the held-out images, relative "
                         "to the folder where the stage was started") from error
     records = read_records(Path(folder) / "heldout.json", store)
-    records = records.subset(slice(count))
-    dataset = ChatDataset(records, template, image_processor, settings["max_length"])
-    drop_unusable_records(dataset, open_images=True, quiet=True)
-    return dataset
+    records, _ = select_usable_records(records.subset(slice(count)), template, settings["max_length"],
+                                       open_images=True, quiet=True)
+    return ChatDataset(records, template, image_processor, settings["max_length"])
 
 
 def load_run(args, stage=None):

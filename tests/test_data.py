@@ -119,25 +119,25 @@ LONG = record_of("<image>\nWhat is it?", "olive oil .", "Where?", "on a table ."
                  image="red.png")
 
 
-def test_a_conversation_that_is_too_long_loses_whole_last_turns(dataset_of, template):
-    ids, labels = dataset_of([LONG]).encode_record(LONG)
+def test_a_conversation_that_is_too_long_loses_whole_last_turns(template):
+    ids, labels = template.encode_record(LONG, 256)
     ends = [t for t, label in enumerate(labels) if label == template.end_token_id]
     for max_length in range(ends[0] + 1, len(ids)):
         whole = sum(end < max_length for end in ends)  # answers that fit with their end token
-        short_ids, short_labels = dataset_of([LONG], max_length).encode_record(LONG)
+        short_ids, short_labels = template.encode_record(LONG, max_length)
         assert len(short_ids) <= max_length
         assert short_ids == ids[:ends[whole - 1] + 1] and short_labels == labels[:ends[whole - 1] + 1]
         assert short_ids.count(template.image_token_id) == N
     with pytest.raises(UserError, match="'one'.*--max-length"):
-        dataset_of([LONG], ends[0]).encode_record(LONG)
+        template.encode_record(LONG, ends[0])
 
 
-def test_a_record_whose_image_would_be_cut_away_is_refused(dataset_of):
+def test_a_record_whose_image_would_be_cut_away_is_refused(template):
     """Otherwise its pixel values would have no positions, and training would end there."""
     record = record_of("Hello?", "Hi .", "What is this?\n<image>", "A red circle .", image="red.png")
-    length = len(dataset_of([record]).encode_record(record)[0])
+    length = len(template.encode_record(record, 256)[0])
     with pytest.raises(UserError, match="--max-length"):
-        dataset_of([record], length - 2).encode_record(record)
+        template.encode_record(record, length - 2)
 
 
 def test_a_question_of_a_later_turn_is_asked_with_the_image_in_front(dataset_of, template):
@@ -150,7 +150,7 @@ def test_padding_is_masked_by_its_position_so_end_tokens_stay_although_they_are_
     conversations = [user("Who?"), assistant("A cat .")], [user("Who is it, then?"), assistant("I .")]
     samples = [dict(zip(("input_ids", "labels"), template.encode(messages)), pixel_values=None)
                for messages in conversations]
-    # Cut after the end token, as ChatDataset.encode_record() does: the row's last token is the padding token.
+    # Cut after the end token, as encode_record() does: the row's last token is the padding token.
     samples[0] = {key: value and value[:-1] for key, value in samples[0].items()}
     assert samples[0]["input_ids"][-1] == template.pad_token_id
     batch = collate(samples, template.pad_token_id)

@@ -50,6 +50,13 @@ def test_processes_that_choose_different_precisions_agree_on_fp16(tmp_path):
     assert [line["samples"] for line in lines[0] if "samples" in line] == [16, 17]
 
 
+def test_a_process_whose_first_step_has_no_sample_takes_part_in_fp16(tmp_path):
+    """So it is if a run is resumed at the short last step of an epoch."""
+    finish("stage1_align", ["--run", str(tmp_path), *SMALL, *"--limit 1 --epochs 2 --precision fp16".split()],
+           tmp_path / "log", world_size=2)
+    assert [line["samples"] for line in metrics(tmp_path / "stage1") if "samples" in line] == [1, 2]
+
+
 def test_ranks_that_another_launcher_than_torchrun_has_set_are_ignored(monkeypatch):
     """Schedulers and notebooks set them, and waiting for other processes would never end."""
     for name, value in dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29777").items():

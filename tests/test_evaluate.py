@@ -9,8 +9,8 @@ import torch
 from bench import toy_table
 from support import evaluation
 from support.errors import UserError
-from support.evaluation import make_heldout_batches, measure_image_use, records_with_other_images
-from support.metrics_log import format_image_use
+from support.evaluation import make_heldout_batches, measure_heldout, records_with_other_images
+from support.metrics_log import format_metrics
 from support.records import image_name
 from tools.evaluate import (Question, f1, is_toy_caption, most_frequent_shares, score_answers, score_captions,
                             score_yes_no)
@@ -111,10 +111,10 @@ def test_a_record_whose_different_image_would_be_the_same_is_left_out_and_counte
     monkeypatch.setattr(evaluation, "record_losses", losses)
     for batch_size in (1, 3, 8):  # which changes no number
         batches = make_heldout_batches(dataset_of(names), batch_size)
-        measured = measure_image_use(torch.nn.Linear(1, 1), batches)
+        measured = measure_heldout(torch.nn.Linear(1, 1), batches)
         assert (measured["loss"], measured["loss_different"], measured["correct_more_likely"]) == (0, 1, 1)
         assert measured.get("same_image", 0) == left_out
-        assert (f"without a different image: {left_out}" in format_image_use(measured)) == (left_out > 0)
+        assert (f"without a different image: {left_out}" in format_metrics(measured)) == (left_out > 0)
 
 
 # -- other data --------------------------------------------------------------------------------------------

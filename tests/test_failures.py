@@ -12,6 +12,7 @@ from conftest import command, draw, metrics
 from safetensors.torch import load_file, save_file
 
 import model
+from support import records as records_module
 from support.errors import UserError, run_script
 from support.files import atomic_write
 
@@ -104,11 +105,14 @@ def test_another_error_of_cuda_shows_its_traceback():
 
 def test_an_error_in_a_worker_ends_the_command(flags, tmp_path, drawn):
     """The exception keeps the workers alive. They ignore SIGTERM, so multiprocessing would wait forever."""
+    many = json.loads((drawn / "chat.json").read_text()) * 300  # so many that the check does not open images
+    (tmp_path / "many.json").write_text(json.dumps(many))
     shutil.copytree(drawn / "images", tmp_path / "images")
     for path in (tmp_path / "images").iterdir():
         path.write_text("<html>404</html>")
-    done = command("stage1_align", *flags(1, images=tmp_path / "images", workers=2), cwd=tmp_path)
-    assert done.returncode == 1 and "8 records in a row cannot be used" in done.stderr.splitlines()[-1]
+    changes = dict(data=tmp_path / "many.json", images=tmp_path / "images", workers=2)
+    done = command("stage1_align", *flags(1, **changes), cwd=tmp_path)
+    assert done.returncode == 1 and "20 records in a row cannot be used" in done.stderr.splitlines()[-1]
 
 
 def test_more_tokens_than_the_llm_can_read_are_refused(script, refusal, flags, tmp_path):
@@ -138,7 +142,8 @@ def test_a_file_never_replaces_a_folder_or_a_pipe_and_a_link_stays(tmp_path):
 
 @pytest.mark.parametrize("images, workers", [("images", 2), ("images.zip", 0)])
 def test_an_image_that_cannot_be_decoded_is_replaced_named_and_counted_once(
-        drawn, tmp_path, images, workers, script, refusal, flags):
+        drawn, tmp_path, images, workers, script, refusal, flags, monkeypatch):
+    monkeypatch.setattr(records_module, "MAX_OPENED", 1)  # as for many records, the check opens no image
     folder = shutil.copytree(drawn / "images", tmp_path / "images")
     (folder / "green.png").write_bytes((folder / "green.png").read_bytes()[:90])
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:

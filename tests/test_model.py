@@ -250,8 +250,8 @@ def saved(tiny, parts, tmp_path):
                     "projector": projector}
         folder = SimpleNamespace(path=tmp_path, stage=stage, processes=Processes("cpu", "fp32"),
                                  settings=settings)
-        image_use = {"loss": 1.0, "loss_different": 1.0, "correct_more_likely": 0.5}
-        save_result(folder, model.eval(), Progress(first_image_use=image_use), image_use)
+        metrics = {"loss": 1.0, "loss_different": 1.0, "correct_more_likely": 0.5}
+        save_result(folder, model.eval(), Progress(first_metrics=metrics), metrics)
         return model, tmp_path
 
     return make

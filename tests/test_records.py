@@ -7,7 +7,8 @@ import pytest
 from conftest import N, record_of
 
 from support.errors import UserError
-from support.records import Records, drop_unusable_records, read_records, split_records
+from support import records as records_module
+from support.records import Records, read_records, select_usable_records, split_records
 
 
 def contents(records):
@@ -90,29 +91,52 @@ def test_a_split_that_leaves_nothing_is_refused(records, message):
         split(records)
 
 
+def check(dataset, **options):
+    return select_usable_records(dataset.records, dataset.template, dataset.max_length, **options)
+
+
 def test_the_check_names_unusable_records_by_their_reason_and_leaves_them_out(dataset_of, capsys):
     records = [record_of("Who?", "A ."), record_of("Who?", " ", id="two"),
                record_of("Who?", "A .", image="red.png"), record_of("Who?", "", id="four"),
                record_of("Who?", "A ." * 400, id="five"), record_of("Who?", "A ." * 20),
                record_of("Who?", "A .", image="none.png", id="six")]
-    dataset = dataset_of(records)
-    drop_unusable_records(dataset)
-    assert contents(dataset.records) == [records[i] for i in (0, 2, 5)]
-    lengths = dataset.approx_lengths
+    usable, lengths = check(dataset_of(records))
+    assert contents(usable) == [records[i] for i in (0, 2, 5)]
     assert lengths[1] >= lengths[0] + N and lengths[2] > lengths[0]
     out = capsys.readouterr().out
     for words in ("2 unusable: an empty answer\n    record 'two'", "\n    record 'four'",
                   "1 unusable: too long", "\n    record 'five'", "1 unusable: image missing\n"):
         assert words in out
-    for chosen, message in ((records, "4 of 7 records .* cannot be used: see the reasons above; --allow-bad"),
-                            (records[-1:], "1 of 1 records .* cannot be used: is .* the right place of the images")):
+    for chosen, message in (
+            (records, "4 of 7 records .* cannot be used: see the reasons above; --allow-bad"),
+            (records[-1:], "1 of 1 records .* cannot be used: is .* the right place of the images")):
         with pytest.raises(UserError, match=message):
-            drop_unusable_records(dataset_of(chosen), allow_bad=0.5)
+            check(dataset_of(chosen), allow_bad=0.5)
 
 
 def test_the_length_of_a_record_that_is_cut_is_that_after_the_cut(dataset_of):
     """Otherwise it would be taken for the longest, and a long micro-batch would run out of memory later."""
     cut = record_of("Who?", "A .", "And?", "A . " * 400)
     dataset = dataset_of([cut, record_of("Who?", "A . " * 40)], max_length=200)
-    drop_unusable_records(dataset)
-    assert dataset.approx_lengths[0] == len(dataset[0]["input_ids"]) < dataset.approx_lengths[1]
+    _, lengths = check(dataset)
+    assert lengths[0] == len(dataset[0]["input_ids"]) < lengths[1]
+
+
+def test_the_check_opens_the_images_of_few_records_and_of_all_if_it_must(dataset_of, monkeypatch):
+    """A photo of an iPhone that is called .jpg would otherwise end a training on 50 photos hours later."""
+    dataset = dataset_of([record_of("Who?", "A .", image=name) for name in ("red.png", "web.png")])
+    (dataset.records.images.root / "web.png").write_text("<html>404</html>")
+    assert len(check(dataset)[0]) == 1
+    monkeypatch.setattr(records_module, "MAX_OPENED", 1)
+    assert len(check(dataset)[0]) == 2 and len(check(dataset, open_images=True)[0]) == 1
+
+
+def test_a_short_record_whose_text_the_template_changes_is_found_by_the_check(dataset_of, monkeypatch):
+    """Otherwise the next record would stand in for it among the held-out ones."""
+    def render(*args, **options):
+        return original(*args, **options).replace("Ok", "No")
+
+    dataset = dataset_of([record_of("Who?", answer, image="red.png") for answer in ("A .", "Ok .")])
+    original = dataset.template.render
+    monkeypatch.setattr(dataset.template, "render", render)
+    assert contents(check(dataset, open_images=True)[0]) == contents(dataset.records)[:1]

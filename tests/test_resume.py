@@ -19,7 +19,7 @@ import zipfile
 from conftest import REPOSITORY
 from processes import SMALL, finish, metrics, start
 
-from support import checkpoints, files, metrics_log, results
+from support import checkpoints, files, results
 
 # 24 steps; the last step of each epoch takes what is left. The kills come in the first two thirds.
 RUN = ["--limit", "90", "--epochs", "2", *SMALL]
@@ -214,22 +214,27 @@ def test_a_second_process_in_the_same_folder_is_refused(refusal, tmp_path):
 @pytest.fixture
 def interrupted(script, flags, drawn, tmp_path, monkeypatch):
     """A run of stage 1 that ended before its third step was saved. Returns its flags and its checkpoint."""
-    def checkpoint_is_due(self, step):
-        if step == 3:
-            raise KeyboardInterrupt
-        return True
+    save = checkpoints.StageFolder.save_checkpoint
 
-    shutil.copy(drawn / "chat.json", tmp_path / "chat.json")
-    arguments = flags(1, data=tmp_path / "chat.json", max_steps=4, batch_size=4, grad_accum=1)
+    def save_two(folder, progress, *args):
+        if progress.step == 3:
+            raise KeyboardInterrupt
+        save(folder, progress, *args)
+
+    for name in ("chat.json", "heldout.json"):
+        shutil.copy(drawn / "chat.json", tmp_path / name)
+    arguments = flags(1, data=tmp_path / "chat.json", heldout_data=tmp_path / "heldout.json", max_steps=4,
+                      batch_size=4, grad_accum=1, save_every=1)
     with monkeypatch.context() as patches, pytest.raises(SystemExit):
-        patches.setattr(metrics_log.MetricsLog, "checkpoint_is_due", checkpoint_is_due)
+        patches.setattr(checkpoints.StageFolder, "save_checkpoint", save_two)
         script("stage1_align", *arguments)
     return arguments, tmp_path / "runs" / "toy" / "stage1" / "checkpoint.pt"
 
 
 def test_an_unfinished_run_is_resumed_only_with_the_same_settings_samples_per_step_and_records(
         interrupted, refusal, script, tmp_path):
-    """With other records, its order of samples would be lost."""
+    """With other training records, its order of samples would be lost. With other held-out records, the
+    losses before and after would not belong together."""
     arguments, checkpoint = interrupted
     before = checkpoint.read_bytes()
     sentence = refusal("stage1_align", *arguments)  # never by accident
@@ -239,11 +244,11 @@ def test_an_unfinished_run_is_resumed_only_with_the_same_settings_samples_per_st
                                ("--batch-size", "2", "samples.per.step")):
         sentence = refusal("stage1_align", *arguments, "--resume", flag, value)
         assert re.search(f"{named}.* not {value}", sentence)
-    data = tmp_path / "chat.json"
-    records = data.read_text()
-    data.write_text(json.dumps(json.loads(records)[1:]))
-    assert "records have changed" in refusal("stage1_align", *arguments, "--resume")
-    data.write_text(records)
+    for path in (tmp_path / "chat.json", tmp_path / "heldout.json"):
+        records = path.read_text()
+        path.write_text(json.dumps(json.loads(records)[1:]))
+        assert "records have changed" in refusal("stage1_align", *arguments, "--resume")
+        path.write_text(records)
     assert checkpoint.read_bytes() == before
     # On a CPU, "auto" is fp32.
     script("stage1_align", *arguments, *"--resume --batch-size 2 --grad-accum 2 --precision auto".split())

@@ -160,7 +160,8 @@ def test_the_llm_has_the_weights_of_the_gguf_file_and_no_system_prompt(prepared,
     with torch.no_grad():
         torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(prepared / "llm")(ids).logits,
                                    expected(ids).logits)
-    prompt = ChatTemplate(prepared / "llm", num_image_tokens=36).render([{"role": "user", "content": "ab"}], is_prompt=True)
+    template = ChatTemplate(prepared / "llm", num_image_tokens=36)
+    prompt = template.render([{"role": "user", "content": "ab"}], is_prompt=True)
     assert prompt == "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n"
 
 

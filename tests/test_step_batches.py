@@ -1,4 +1,4 @@
-"""Which samples each optimizer step uses, when a run logs, evaluates and saves, and whether a step fits."""
+"""Which samples each optimizer step uses, what a run logs, and whether a step fits."""
 
 import random
 from contextlib import nullcontext
@@ -12,7 +12,7 @@ from conftest import metrics
 from support import metrics_log
 from support.checkpoints import Progress
 from support.errors import UserError
-from support.step_batches import loader_options, plan_steps, try_longest_batch
+from support.step_batches import plan_steps, prefetch_factor, try_longest_batch
 
 
 def plan(length, rank=0, world_size=1, samples_done=0, steps_done=0, lengths=None, **changes):
@@ -22,8 +22,8 @@ def plan(length, rank=0, world_size=1, samples_done=0, steps_done=0, lengths=Non
     steps = plan_steps(lengths, SimpleNamespace(**settings),
                        SimpleNamespace(rank=rank, world_size=world_size),
                        Progress(step=steps_done, samples=samples_done))
-    assert world_size > 1 or all(step.num_samples == len(flat([step.indices])) for step in steps)
-    return [step.indices for step in steps]
+    assert world_size > 1 or all(step.num_samples == len(flat([step.micro_batches])) for step in steps)
+    return [step.micro_batches for step in steps]
 
 
 def flat(steps):
@@ -74,32 +74,13 @@ def test_a_resumed_run_sees_the_rest_of_the_same_order(limits):
         assert plan(20, samples_done=samples, steps_done=done, **limits) == steps[done:]
 
 
-def make_log(folder, total_steps, eval_every=None, save_every=None):
-    """Returns a MetricsLog of a single process."""
-    processes = SimpleNamespace(rank=0, device=torch.device("cpu"), sum=lambda x: x, max=lambda x: x)
-    return metrics_log.MetricsLog(SimpleNamespace(path=folder, processes=processes, checkpoint=None),
-                                  SimpleNamespace(eval_every=eval_every, save_every=save_every), Progress(),
-                                  total_steps)
-
-
-@pytest.mark.parametrize("total_steps", [3, 157, 14_800])
-def test_evaluations_and_checkpoints_follow_the_length_of_the_run_or_the_flags(tmp_path, total_steps):
-    def due_steps(*flags):
-        log, steps = make_log(tmp_path, total_steps, *flags), range(1, total_steps + 1)
-        return list(filter(log.evaluation_is_due, steps)), list(filter(log.checkpoint_is_due, steps))
-
-    evaluations, saves = due_steps()
-    assert len(evaluations) == min(total_steps - 1, 9)  # the tenth follows the last step
-    assert len(set(np.diff([0, *evaluations]))) == 1
-    assert np.diff([0, *saves]).max() <= 100 and saves[-1] == total_steps
-    assert due_steps(4, 6) == (list(range(4, total_steps, 4)), [*range(6, total_steps, 6), total_steps])
-
-
 def test_the_line_without_a_terminal_says_loss_speed_waiting_and_time_left(tmp_path, capsys, monkeypatch):
     clock = SimpleNamespace(now=0.0, time=lambda: clock.now)
     monkeypatch.setattr(metrics_log, "time", clock)
     monkeypatch.setattr(metrics_log, "LOG_EVERY", 2)
-    log = make_log(tmp_path, 100)
+    processes = SimpleNamespace(rank=0, device=torch.device("cpu"), sum=lambda x: x)
+    folder = SimpleNamespace(path=tmp_path, processes=processes, checkpoint=None)
+    log = metrics_log.MetricsLog(folder, Progress(), total_steps=100)
     clock.now += 100  # before the first step, so it says nothing about the time left
     log.log_heldout(0, {"loss": 1.0, "loss_different": 2.0, "correct_more_likely": 0.5}, "a", "b", [])
     for step in (1, 2, 4):
@@ -124,12 +105,12 @@ def test_a_longest_batch_that_does_not_fit_names_the_flags_in_numbers(batch_size
             raise RuntimeError("CUDA error: out of memory")
 
     class Samples(list):
-        template, approx_lengths = SimpleNamespace(pad_token_id=0, image_token_id=-1), np.arange(30)
+        template = SimpleNamespace(pad_token_id=0, image_token_id=-1)
 
     samples = Samples({"input_ids": [1] * n, "labels": [1] * n, "pixel_values": None} for n in range(1, 31))
     settings = SimpleNamespace(batch_size=batch_size, grad_accum=8, activation_checkpointing=recompute)
     with pytest.raises(UserError, match="up to 30 tokens") as error:
-        try_longest_batch(Model(), samples, nullcontext, settings)
+        try_longest_batch(Model(), samples, np.arange(30), nullcontext, settings)
     assert advice in str(error.value)
 
 
@@ -137,6 +118,4 @@ def test_a_longest_batch_that_does_not_fit_names_the_flags_in_numbers(batch_size
 def test_workers_prepare_a_whole_step_but_at_most_64_micro_batches(accumulation, workers, prefetched):
     """Else the GPU would wait for half of every step of stage 2. Every tensor of a prepared micro-batch is an
     open file. One more than needed is always prepared by each worker."""
-    options = loader_options(workers, accumulation, torch.device("cpu"))
-    assert (options["prefetch_factor"] - 1) * workers == prefetched
-    assert "prefetch_factor" not in loader_options(0, 1, torch.device("cpu"))
+    assert (prefetch_factor(workers, accumulation) - 1) * workers == prefetched

@@ -132,13 +132,13 @@ def test_trying_the_longest_batch_changes_nothing(tiny, dataset_of, capsys):
     model.add_lora(LoraConfig(lora_dropout=0.5, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"))
     model.train()
     dataset = dataset_of([record_of("Who?", "Yes " * n, image="red.png") for n in (1, 9, 3)])
-    dataset.approx_lengths = np.array([len(dataset.encode_record(record)[0]) for record in dataset.records])
+    lengths = np.array([len(dataset[i]["input_ids"]) for i in range(3)])
     settings = SimpleNamespace(batch_size=2, grad_accum=1, activation_checkpointing=False)
     before, random = [p.detach().clone() for p in model.parameters()], torch.get_rng_state()
-    step_batches.try_longest_batch(model, dataset, nullcontext, settings)
+    step_batches.try_longest_batch(model, dataset, lengths, nullcontext, settings)
     assert all(p.grad is None and torch.equal(p, old) for p, old in zip(model.parameters(), before))
     assert torch.equal(torch.get_rng_state(), random)  # dropout has drawn from it
-    assert f"longest micro-batch: 2 samples of up to {dataset.approx_lengths[1]} tokens" in capsys.readouterr().out
+    assert f"longest micro-batch: 2 samples of up to {lengths[1]} tokens" in capsys.readouterr().out
 
 
 def test_records_of_only_text_are_trained_and_evaluated(train, script, drawn, tmp_path, capsys):

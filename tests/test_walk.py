@@ -5,6 +5,7 @@ hub_server.py). Only the weights and the number of records are small. Every comm
 with --preset tinyllama and few other flags.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -126,6 +127,9 @@ python -m tools.export_hf --run runs/tinyllama --out exported
                   "wrote runs/tinyllama/page.html", "same generated tokens"):
         assert words in out, words
     assert "fetching" not in out  # everything is in the cache by now
+    lines = (on.folder / "runs/tinyllama/stage1/metrics.jsonl").read_text().splitlines()
+    evaluated = [line["step"] for line in map(json.loads, lines) if "heldout_loss" in line]
+    assert evaluated == list(range(0, 41, 4))  # the preset sets no eval_every, so a tenth of the steps
 
     reload = """
 from transformers import pipeline

@@ -35,7 +35,7 @@ import stage2_instruct
 from support.errors import UserError, explain_errors, run_script
 from support.files import atomic_write
 from support.records import image_name, read_records, split_records
-from support.settings import DEFAULTS, INT_FROM_0, INT_FROM_1
+from support.settings import INT_FROM_0, INT_FROM_1
 
 STAGES = {1: stage1_align, 2: stage2_instruct}
 KILOBYTES = {1: 11, 2: 160}  # of an average image
@@ -121,7 +121,7 @@ def choose_images(data, args):
 
 def fetch_stage(stage, args):
     """Fetches what is missing of the data of one stage. Returns the command that trains with it."""
-    preset = DEFAULTS | STAGES[stage].PRESETS["tinyllama"]
+    preset = STAGES[stage].PRESETS["tinyllama"]
     data, archive = Path(preset["data"]), Path(preset["images"])
     folder, repository = archive.with_suffix(""), f"liuhaotian/{data.parent.name}"
     if not data.exists():

@@ -56,11 +56,11 @@ from tqdm import tqdm
 
 from data import IMAGE_TOKEN, ChatDataset
 from support.errors import UserError, printable, run_script
-from support.evaluation import (generate_answers, make_heldout_batches, measure_image_use,
+from support.evaluation import (generate_answers, make_heldout_batches, measure_heldout,
                                 records_with_other_images)
 from support.files import find_file, write_json
 from support.images import ImageStore
-from support.records import drop_unusable_records, read_records
+from support.records import read_records, select_usable_records
 from support.settings import INT_FROM_0, INT_FROM_1, add_run_flags
 from support.trained import load_heldout_dataset, load_run
 from toy.world import PLACES, caption_of, objects_in
@@ -214,7 +214,7 @@ def evaluate(model, dataset, name, result, args):
     question and its generated answer, to be printed. `name` is "captions" or "answers"."""
     # 1. With the reference answers. This can be measured on any data.
     batches = make_heldout_batches(dataset, args.batch_size)
-    measured = measure_image_use(model, batches, blank=True)
+    measured = measure_heldout(model, batches, blank=True)
     result |= {f"{name}_{key}": value for key, value in measured.items()}
 
     # 2. With generated answers. They can be scored only if no other answer is correct.
@@ -272,9 +272,9 @@ def main():
     if args.data:
         path = folder / f"eval_{Path(args.data).stem}.json"
         records = read_records(find_file(args.data), ImageStore(find_file(args.images)))
-        records = records.subset(slice(args.heldout))
+        records, _ = select_usable_records(records.subset(slice(args.heldout)), template,
+                                           template.context_length, open_images=True)
         datasets["answers"] = ChatDataset(records, template, image_processor, template.context_length)
-        drop_unusable_records(datasets["answers"], open_images=True)
     for stage, name in ((1, "captions"), (2, "answers")):
         if args.data or not (args.run / f"stage{stage}" / "run.json").exists():
             continue

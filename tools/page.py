@@ -84,7 +84,7 @@ def split_text(template, ids):
 def describe_stage(folder, saved, dataset):
     """Returns what the page shows of one stage: its curves, and its first held-out record."""
     training, evaluations = read_metrics(folder)
-    ids, labels = dataset.encode_record(dataset.records[0])
+    ids, labels = dataset.template.encode_record(dataset.records[0], dataset.max_length)
     count = ids.count(dataset.template.image_token_id)
     tokens = []
     for i, (text, label) in enumerate(zip(split_text(dataset.template, ids), labels)):

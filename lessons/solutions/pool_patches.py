@@ -14,7 +14,7 @@ from data import collate
 from lessons.toy_parts import load_datasets, load_model
 from model import IGNORE_INDEX, Llava
 from support.errors import run_script
-from support.evaluation import make_heldout_batches, measure_image_use
+from support.evaluation import make_heldout_batches, measure_heldout
 from toy.world import PLACES
 
 
@@ -65,7 +65,7 @@ def main():
     short = len(train_dataset[0]["input_ids"])
     assert (count, long - short) == (4, 5)
     heldout_batches = make_heldout_batches(heldout_dataset, batch_size=32)
-    before = measure_image_use(model, heldout_batches)
+    before = measure_heldout(model, heldout_batches)
 
     optimizer = torch.optim.AdamW(model.trainable_parameters().values(), weight_decay=0.0)
     model.train()
@@ -78,7 +78,7 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
 
-    after = measure_image_use(model, heldout_batches)
+    after = measure_heldout(model, heldout_batches)
     place, other = place_losses(model, template, heldout_batches)
     print(f"{count} image tokens instead of {model.num_image_tokens}; the first sample has {short} tokens "
           f"instead of {long}")
