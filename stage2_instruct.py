@@ -35,7 +35,7 @@ from support.pretrained import load_image_processor, load_language_model, load_v
 from support.processes import Processes, ignore_signals_in_worker
 from support.records import load_records, select_usable_records
 
-# The settings of stage 1, with other data and schedules. New are projector_lr and lora_*.
+# The settings of stage 1, which explains them, with other data and schedules. New: projector_lr and lora_*.
 COMMON = dict(vision_layer=-2, projector="linear", heldout_data=None, heldout_images=None, limit=0,
               allow_bad=0.01, workers=0, max_steps=None, warmup=0.03, max_grad_norm=1.0, precision="auto",
               device="auto", seed=0, eval_every=None, save_every=None)
@@ -92,11 +92,11 @@ PRESETS = {
         workers=2,
         batch_size=2,
         grad_accum=64,                        # 2 × 64 = 128 samples per step, as in the original LoRA script
-        epochs=1,                             # also there; the paper has 3 epochs of steps of 32 samples
-        lr=2e-4,                              # also there; the paper has 2e-5 for all weights of the LLM
-        projector_lr=2e-5,                    # also there; low, so that it keeps what stage 1 has taught it
-        lora_r=16,                            # in that script 128, an adapter eight times as large
-        lora_alpha=32,                        # in that script 256, so alpha / r is the same
+        epochs=1,                             # the script's; the paper has 3 epochs of steps of 32 samples
+        lr=2e-4,                              # the script's; the paper has 2e-5 for all weights of the LLM
+        projector_lr=2e-5,                    # the script's; low, so that it keeps what it has learned
+        lora_r=16,                            # the script's is 128, an adapter eight times as large
+        lora_alpha=32,                        # the script's is 256, so alpha / r is the same
         lora_dropout=0.05),
 }
 

@@ -12,7 +12,10 @@ from support.devices import choose_device, choose_dtype
 
 class Processes:
     """This process and the others that train with it. Rank 0 is the one that prints and saves. With a single
-    process, no method communicates. `device` and `dtype` are what this process computes with."""
+    process, no method communicates. `device` and `dtype` are what this process computes with.
+
+    Creating it joins torchrun's processes, and silences stdout in all but rank 0. run_script() leaves them.
+    """
 
     def __init__(self, device_name, precision):
         self.rank, self.world_size, local_rank = 0, 1, None

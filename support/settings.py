@@ -92,30 +92,30 @@ def parse_settings(description, presets, argv=None):
     preset = presets[given["preset"]]
     if given.keys() & {"data", "heldout_data", "heldout_images"}:  # the preset's would not belong to them
         preset = {**preset, "heldout_data": None, "heldout_images": None}
-    settings = argparse.Namespace(**{"preset": given["preset"], **preset, **given})
-    if bool(settings.heldout_data) != bool(settings.heldout_images):
+    args = argparse.Namespace(**{"preset": given["preset"], **preset, **given})
+    if bool(args.heldout_data) != bool(args.heldout_images):
         raise UserError("--heldout-data and --heldout-images belong together: pass both, or neither to hold "
                         "records out of --data")
-    changed = changed_settings(settings, presets[settings.preset])
-    print(f"preset {settings.preset}" + "".join(f", {name}={value}" for name, value in changed.items()))
-    return settings
+    changed = changed_settings(args, presets[args.preset])
+    print(f"preset {args.preset}" + "".join(f", {name}={value}" for name, value in changed.items()))
+    return args
 
 
-def changed_settings(settings, preset):
+def changed_settings(args, preset):
     """Returns {name: value} of the settings that differ from those of the preset."""
-    return {name: value for name, value in vars(settings).items() if preset.get(name, value) != value}
+    return {name: value for name, value in vars(args).items() if preset.get(name, value) != value}
 
 
-def stage2_command(settings, preset):
+def stage2_command(args, preset):
     """Returns the command of stage 2 that continues a stage 1 with these settings: with the same models and
     data, if they are not those of the preset."""
     words = ["python", "stage2_instruct.py"]
-    if settings.preset != "toy":
-        words += ["--preset", settings.preset]
-    words += ["--run", str(settings.run)]
+    if args.preset != "toy":
+        words += ["--preset", args.preset]
+    words += ["--run", str(args.run)]
     names = ["vision_tower", "vision_layer", "llm", "projector", "limit", "heldout", "max_length",
              "allow_bad", "precision", "device"]
-    changed = changed_settings(settings, preset)
+    changed = changed_settings(args, preset)
     if "data" in changed:  # else the next stage of the preset has data and images of its own
         names += ["data", "images", "heldout_data", "heldout_images"]
     for name in names:
