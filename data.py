@@ -74,9 +74,9 @@ class ChatTemplate:
     the same functions, so their prompts are equal.
     """
 
-    def __init__(self, llm, num_image_tokens):
+    def __init__(self, llm_name, num_image_tokens):
         self.num_image_tokens = num_image_tokens  # N, the number of positions of an image
-        loaded = load_tokenizer(llm)
+        loaded = load_tokenizer(llm_name)
         self.tokenizer, self.start_token_id = loaded.tokenizer, loaded.start_token_id
         self.context_length, self.num_embeddings = loaded.context_length, loaded.num_embeddings
         # The tokenizer gets one more token. The LLM's embedding table stays as it is, because Llava.embed()

@@ -12,6 +12,7 @@ could damage it.
 
 Writes projector.safetensors, run.json, heldout.json and metrics.jsonl to <run>/stage1/. Continue with
 stage2_instruct.py.
+
 In bash, this prints where main() of the two stages differs, without comments:
     diff -B <(sed -n '/^def main/,$p' stage1_align.py | grep -v '^ *#') \
             <(sed -n '/^def main/,$p' stage2_instruct.py | grep -v '^ *#')
@@ -36,6 +37,7 @@ from support.processes import Processes, ignore_signals_in_worker
 from support.records import load_records, select_usable_records
 
 # What the presets have in common, unless they set it themselves. Each setting is also a flag, see --help.
+# (--resume, --restart, --check-data and --activation-checkpointing are flags only.)
 COMMON = dict(
     vision_layer=-2,                          # CLIP's output before its last block, see model.py
     projector="linear",                       # or "mlp", as in LLaVA-1.5
@@ -47,7 +49,7 @@ COMMON = dict(
     max_steps=None,                           # optimizer steps; None: all epochs
     warmup=0.03,                              # fraction of the steps in which the learning rate rises
     max_grad_norm=1.0,                        # gradients with a larger norm are scaled down to it
-    precision="auto",                         # bf16 or fp16 on a CUDA GPU, else fp32
+    precision="auto",                         # bf16 on a CUDA GPU, or fp16 if it lacks bf16; else fp32
     device="auto",                            # a GPU if there is one
     seed=0,                                   # of all random numbers
     eval_every=None,                          # steps between two evaluations; None: a tenth of all steps
@@ -62,14 +64,14 @@ PRESETS = {
         images="toy/data/images.zip",         # a .zip file, or a folder as in stage 2
         heldout_data="toy/data/heldout_chat.json",
         heldout_images="toy/data/heldout.zip",
-        heldout=240,                          # how many of them are evaluated (all)
+        heldout=240,                          # how many of them are evaluated, here all
         max_length=256,                       # longest sample in tokens, image positions included
         lr=1e-2,                              # at its peak; the small toy allows a high one
         batch_size=32,                        # samples per micro-batch
         grad_accum=1,                         # micro-batches per optimizer step
         epochs=2,                             # passes over the data
-        eval_every=20,                        # steps between two evaluations
-        save_every=100),                      # steps between two checkpoints
+        eval_every=20,
+        save_every=100),
     "small": COMMON | dict(
         run="runs/small",
         vision_tower="data/small/encoder",    # DINOv2
@@ -92,7 +94,7 @@ PRESETS = {
         llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
         data="data/LLaVA-CC3M-Pretrain-595K/chat.json",
         images="data/LLaVA-CC3M-Pretrain-595K/images.zip",
-        heldout=256,                          # images that are taken out of the training data and evaluated
+        heldout=256,                          # images that are held out, with one record each
         max_length=2048,                      # TinyLlama cannot read more
         workers=2,
         lr=2e-3,                              # this, one epoch and 128 samples per step are the paper's
@@ -105,22 +107,26 @@ PRESETS = {
 def main(argv=None):
     # -- 1. settings, processes, folder, records -----------------------------------------------------------
 
+    # The settings of --preset, changed by the other flags.
     args = settings.parse_settings(__doc__, PRESETS, argv)
-    # One process, or as many as torchrun has started (docs/several_gpus.md). Only rank 0 prints and writes.
+    # Joins the processes that torchrun has started, if any (docs/several_gpus.md). From here on, only the
+    # first of them, rank 0, prints and writes files.
     processes = Processes(args.device, args.precision)
-    # dtype is that of frozen weights and matrix products: bf16 or fp16 on a CUDA GPU, else fp32.
+    # Frozen weights and matrix products have this dtype. Trained weights are always fp32.
     device, dtype = processes.device, processes.dtype
-    # Locks <run>/stage1. An earlier run there is an error, unless --restart discards it or --resume continues
-    # it. (If it is finished, --resume ends here.) folder.checkpoint is what an unfinished run has saved.
-    folder = checkpoints.open_folder(args, stage=1, processes=processes)
-    # Read before the models, so that a wrong path is found at once. Held out are the first records of
-    # --heldout-data, or else the records of some images, which are taken out of the training data.
+    # Locks <run>/stage1. An earlier run in it is an error, unless --resume continues it (and ends here if it
+    # is finished) or --restart discards it. stage_folder.checkpoint is what --resume continues from, else
+    # None.
+    stage_folder = checkpoints.open_folder(args, stage=1, processes=processes)
+    # Read before the models, so that a wrong path is found at once. Held out are the first --heldout records
+    # of --heldout-data. Without it, they are one record each of --heldout random images, and other records of
+    # these images are not used. (The toy's pictures are drawn here, if they are missing.)
     train_records, heldout_records = load_records(args)
 
     # -- 2. model ------------------------------------------------------------------------------------------
 
-    # Frozen weights are never updated, so half precision is enough on a GPU, and halves their memory. All
-    # weights are on the CPU until the data are checked. The LLM's attention depends on the later device.
+    # Frozen weights are never updated, so half precision is enough on a GPU, and halves their memory. They
+    # stay on the CPU until the data are checked. for_device decides which attention kernel the LLM will use.
     vision_tower = load_vision_tower(args.vision_tower, dtype, must_have_layer=args.vision_layer)
     llm = load_language_model(args.llm, dtype, for_device=device)
     # The LLM's tokenizer and chat template. An image takes N positions in a text, one per patch of CLIP.
@@ -134,7 +140,7 @@ def main(argv=None):
     if args.activation_checkpointing:
         # Saves memory, because the backward pass computes activations again instead of keeping them.
         llm.gradient_checkpointing_enable({"use_reentrant": False})
-    # Puts the projector in train mode. Llava.train() keeps CLIP and the LLM in eval mode.
+    # Train mode for the projector only. Llava.train() keeps the layers of CLIP and the LLM in eval mode.
     model.train()
     print(model.parameter_table())
 
@@ -142,18 +148,19 @@ def main(argv=None):
 
     # Resizes, crops and normalizes images as CLIP expects them.
     image_processor = load_image_processor(args.vision_tower)
-    # A bad record must not stop the run hours later. So every record is checked now, and unusable ones are
-    # printed and left out: of the training records at most the fraction allow_bad. Images of more than 2,000
-    # records are only looked up, because opening 595,375 takes long.
+    # A bad record must not stop the run hours later. So every record is checked now. Unusable ones are
+    # printed and left out. If they are more than the fraction allow_bad of the training records, the run
+    # ends. Images of more than 2,000 training records are only looked up, because opening LLaVA's 595,375
+    # takes long.
     # lengths[i]: about how many tokens training sample i has.
     train_records, lengths = select_usable_records(train_records, template, args.max_length, args.allow_bad)
     heldout_records, _ = select_usable_records(heldout_records, template, args.max_length, open_images=True)
     train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
     heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
-    # All held-out samples, in an order in which neighbors have different images where possible, because every
-    # record is also evaluated with the image of the one before it.
+    # The held-out samples that have an image, as batches, which stay in memory. Each sample is also evaluated
+    # with the image of the one before it, so neighbors have different images where possible.
     heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
-    # The first training sample, with its labeled tokens in [[ ]].
+    # Prints the first training sample. Its labeled tokens, which the model learns to write, are in [[ ]].
     evaluation.print_sample(train_dataset)
     if args.check_data:
         return None
@@ -168,13 +175,14 @@ def main(argv=None):
     # fp16 rounds numbers below 3e-8 to zero. So the scaler multiplies the loss, and with it every gradient,
     # by a large number, and unscale_() divides by it before clipping. In bf16 and fp32 it does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    # The first scale() creates the scale. A process that gets no sample of its first step would lack it.
+    # unscale_() needs the scale that the first scale() creates. Under torchrun, the first step of a process
+    # may have no sample for it.
     scaler.scale(torch.zeros((), device=device))
     # "with autocast():" runs matrix products in half precision, and operations such as the loss in fp32.
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
-    # The longest samples may come late in the run. If they do not fit into the GPU's memory, stop now, before
-    # the result of an earlier run is deleted.
+    # Takes one forward and backward pass of the longest samples, which may come late in the run. If they do
+    # not fit into the GPU's memory, the run ends now, before the result of an earlier run is deleted.
     if device.type == "cuda":
         step_batches.try_longest_batch(model, train_dataset, lengths, autocast, args)
 
@@ -182,35 +190,41 @@ def main(argv=None):
 
     # An error above leaves the folder as it was. From here on, it changes.
     # progress.step counts the optimizer steps taken so far, and progress.samples the samples seen.
-    if folder.checkpoint is None:
+    if stage_folder.checkpoint is None:
         # Deletes an earlier result, if there is one, and writes heldout.json.
-        progress = folder.start_new(train_records, heldout_records)
+        progress = stage_folder.start_new(train_records, heldout_records)
     else:
-        progress = folder.restore(model, optimizer, scaler, train_records, heldout_records)
-    # The remaining steps. step.micro_batches holds the numbers of the samples, one list per micro-batch. The
-    # order is random, but depends only on seed and epoch, so a resumed run continues it. Within a step,
-    # samples of similar length share a micro-batch, which saves padding.
+        # Restores weights, optimizer, scaler and random numbers. If the records have changed, the run ends.
+        progress = stage_folder.restore(model, optimizer, scaler, train_records, heldout_records)
+    # The steps that remain. step.micro_batches lists the micro-batches of this process, each as a list of
+    # sample numbers. Their order is random, but depends only on seed and epoch, so a resumed run continues
+    # it. Within a step, samples of similar length share a micro-batch, which saves padding.
     plan = step_batches.plan_steps(lengths, args, processes, progress)
     total_steps = progress.step + len(plan)
     eval_every = args.eval_every or math.ceil(total_steps / 10)
     save_every = args.save_every or min(100, math.ceil(total_steps / 20))
-    # Without a generator of its own, the loader would draw a number from the global one when it starts, and a
-    # resumed stage 2 would draw other dropout masks.
     loader = DataLoader(
         train_dataset, batch_sampler=[micro_batch for step in plan for micro_batch in step.micro_batches],
+        # Pads the samples of a micro-batch to the same length.
         collate_fn=partial(collate, pad_token_id=template.pad_token_id),
+        # After Ctrl-C, the workers must live on, because the main process needs them to finish its step.
         num_workers=args.workers, worker_init_fn=ignore_signals_in_worker,
+        # While the GPU computes a step, the workers prepare the next one.
         prefetch_factor=step_batches.prefetch_factor(args.workers, args.grad_accum),
-        pin_memory=device.type == "cuda", generator=torch.Generator())
+        # Pinned memory can be copied to the GPU while it computes.
+        pin_memory=device.type == "cuda",
+        # Without its own generator, the loader would draw a number from the global one whenever it starts,
+        # and a resumed stage 2 would draw other dropout masks.
+        generator=torch.Generator())
     # The progress bar, and the file metrics.jsonl.
-    log = MetricsLog(folder, progress, total_steps)
+    log = MetricsLog(stage_folder, progress, total_steps)
 
     # Measures and logs the held-out loss with the correct and with a different image, and a generated answer.
     def evaluate():
         with autocast():
-            measured = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches)
-        log.log_heldout(progress.step, **measured)
-        return measured["metrics"]
+            metrics, example = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches)
+        log.log_heldout(metrics, **example)
+        return metrics
 
     # -- 6. the loop ---------------------------------------------------------------------------------------
 
@@ -229,7 +243,7 @@ def main(argv=None):
 
             micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(batches, step)
             # Prints images that could not be decoded. Too many of them end the run.
-            folder.report_skipped(progress, skipped, len(train_dataset))
+            stage_folder.report_skipped(progress, skipped, len(train_dataset))
 
             # The loss is the mean over all n labeled tokens of the effective batch (n is num_labeled below):
             #
@@ -267,23 +281,23 @@ def main(argv=None):
 
             progress.step += 1
             progress.samples += step.num_samples
-            log.log_step(progress, optimizer, micro_batches, seconds_waiting,
+            log.log_step(optimizer, micro_batches, seconds_waiting,
                          loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
             if progress.step % eval_every == 0 and progress.step < total_steps:
                 evaluate()
             # The number of the signal, or 0. If a process has received Ctrl-C or SIGTERM, all save and stop.
             stop = processes.max(stop_signal.number)
             if stop or progress.step % save_every == 0 or progress.step == total_steps:
-                folder.save_checkpoint(progress, model, optimizer, scaler)
+                stage_folder.save_checkpoint(progress, model, optimizer, scaler)
             if stop:
-                log.close_unfinished(progress.step)
+                log.close_unfinished()
                 sys.exit(128 + stop)
 
     # -- 7. save -------------------------------------------------------------------------------------------
 
     metrics = evaluate()
     log.close()
-    results.save_result(folder, model, progress, metrics)
+    results.save_result(stage_folder, model, progress, metrics)
     print("next:", settings.stage2_command(args, PRESETS[args.preset]))
     return model
 

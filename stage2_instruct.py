@@ -9,8 +9,9 @@ one small GPU is enough. The original code has a LoRA script, too: scripts/v1_5/
     python stage2_instruct.py --preset tinyllama   the real models and data, see docs/real_data.md
 
 Reads <run>/stage1/. Writes projector.safetensors, adapter/, run.json, heldout.json and metrics.jsonl to
-<run>/stage2/.
-Continue with sanity_check.py. stage1_align.py explains what both stages have in common. What is new is marked
+<run>/stage2/. Continue with sanity_check.py.
+
+stage1_align.py explains what both stages have in common. What is new is marked
 "New", or stands under "new in stage 2": the LLM gets a LoRA adapter, and adapter and projector have different
 learning rates.
 """
@@ -35,7 +36,8 @@ from support.pretrained import load_image_processor, load_language_model, load_v
 from support.processes import Processes, ignore_signals_in_worker
 from support.records import load_records, select_usable_records
 
-# The settings of stage 1, which explains them, with other data and schedules. New: projector_lr and lora_*.
+# stage1_align.py explains the settings. Here the presets have other data and schedules, and set projector_lr
+# and lora_*, too.
 COMMON = dict(vision_layer=-2, projector="linear", heldout_data=None, heldout_images=None, limit=0,
               allow_bad=0.01, workers=0, max_steps=None, warmup=0.03, max_grad_norm=1.0, precision="auto",
               device="auto", seed=0, eval_every=None, save_every=None)
@@ -109,8 +111,9 @@ def main(argv=None):
     device, dtype = processes.device, processes.dtype
     # New: stage 1 must be finished, and trained with the same models. The hash of its projector becomes a
     # setting, so that --resume refuses to continue after another stage 1.
-    stage1_folder, projector_hash = results.read_stage1(args)
-    folder = checkpoints.open_folder(args, stage=2, processes=processes, stage1_projector=projector_hash)
+    stage1_path, projector_hash = results.read_stage1(args)
+    stage_folder = checkpoints.open_folder(args, stage=2, processes=processes,
+                                           stage1_projector=projector_hash)
     train_records, heldout_records = load_records(args)
 
     # -- 2. model ------------------------------------------------------------------------------------------
@@ -126,11 +129,12 @@ def main(argv=None):
 
     # -- 2b. new in stage 2: the projector of stage 1, and LoRA --------------------------------------------
 
-    results.load_projector(model, stage1_folder)
+    results.load_projector(model, stage1_path)
     # peft creates LoRA's A and B. They are trainable, and in fp32 even if W is in half precision.
     model.add_lora(LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
                               target_modules=LORA_TARGETS, task_type="CAUSAL_LM"))
-    # So far all processes have drawn the same numbers, so A is equal. From here on, dropout masks differ.
+    # So far all processes have drawn the same numbers, so A is the same in all of them. From here on, dropout
+    # masks differ.
     torch.manual_seed(args.seed + processes.rank)
 
     # Puts projector and adapter in train mode.
@@ -168,10 +172,10 @@ def main(argv=None):
 
     # -- 5. begin or resume, and the batches ---------------------------------------------------------------
 
-    if folder.checkpoint is None:
-        progress = folder.start_new(train_records, heldout_records)
+    if stage_folder.checkpoint is None:
+        progress = stage_folder.start_new(train_records, heldout_records)
     else:
-        progress = folder.restore(model, optimizer, scaler, train_records, heldout_records)
+        progress = stage_folder.restore(model, optimizer, scaler, train_records, heldout_records)
     plan = step_batches.plan_steps(lengths, args, processes, progress)
     total_steps = progress.step + len(plan)
     eval_every = args.eval_every or math.ceil(total_steps / 10)
@@ -181,14 +185,15 @@ def main(argv=None):
         collate_fn=partial(collate, pad_token_id=template.pad_token_id),
         num_workers=args.workers, worker_init_fn=ignore_signals_in_worker,
         prefetch_factor=step_batches.prefetch_factor(args.workers, args.grad_accum),
-        pin_memory=device.type == "cuda", generator=torch.Generator())
-    log = MetricsLog(folder, progress, total_steps)
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator())
+    log = MetricsLog(stage_folder, progress, total_steps)
 
     def evaluate():
         with autocast():
-            measured = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches)
-        log.log_heldout(progress.step, **measured)
-        return measured["metrics"]
+            metrics, example = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches)
+        log.log_heldout(metrics, **example)
+        return metrics
 
     # -- 6. the loop ---------------------------------------------------------------------------------------
 
@@ -205,7 +210,7 @@ def main(argv=None):
                 group["lr"] = group["peak_lr"] * lr_factor
 
             micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(batches, step)
-            folder.report_skipped(progress, skipped, len(train_dataset))
+            stage_folder.report_skipped(progress, skipped, len(train_dataset))
 
             labeled_here = sum(count_labeled(batch).sum().item() for batch in micro_batches)
             num_labeled = processes.sum(labeled_here)
@@ -231,22 +236,22 @@ def main(argv=None):
 
             progress.step += 1
             progress.samples += step.num_samples
-            log.log_step(progress, optimizer, micro_batches, seconds_waiting,
+            log.log_step(optimizer, micro_batches, seconds_waiting,
                          loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
             if progress.step % eval_every == 0 and progress.step < total_steps:
                 evaluate()
             stop = processes.max(stop_signal.number)
             if stop or progress.step % save_every == 0 or progress.step == total_steps:
-                folder.save_checkpoint(progress, model, optimizer, scaler)
+                stage_folder.save_checkpoint(progress, model, optimizer, scaler)
             if stop:
-                log.close_unfinished(progress.step)
+                log.close_unfinished()
                 sys.exit(128 + stop)
 
     # -- 7. save -------------------------------------------------------------------------------------------
 
     metrics = evaluate()
     log.close()
-    results.save_result(folder, model, progress, metrics)
+    results.save_result(stage_folder, model, progress, metrics)
     print("next: python sanity_check.py --run", shlex.quote(str(args.run)))
     return model
 

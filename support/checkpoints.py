@@ -56,8 +56,8 @@ def open_folder(args, stage, processes, **more_settings):
 class StageFolder:
     """The folder of one stage of a run. open_folder() has locked it, in rank 0, which alone writes.
 
-    Attributes: path, stage. settings: all settings, for run.json and checkpoints. checkpoint: what an
-    unfinished run has saved, or None.
+    Attributes: path, stage. settings: all settings, for run.json and checkpoints. checkpoint: what
+    --resume continues from, or None.
     """
 
     def __init__(self, args, stage, processes, **more_settings):

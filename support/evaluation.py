@@ -110,13 +110,14 @@ def records_with_other_images(records, i, count=1):
 
 
 def evaluate_heldout(model, dataset, batches):
-    """Returns a dict: metrics, which is what measure_heldout() returns for all held-out batches, and for
-    the first record generated, reference and nearest_tokens. Each of several processes evaluates all."""
+    """Returns (metrics, example): what measure_heldout() returns for all held-out batches, and of the first
+    record the generated and reference answers and the nearest tokens, as a dict. Each of several processes
+    evaluates all."""
     prompt, reference = dataset.make_prompt(0)
     metrics = measure_heldout(model, batches)
     [generated] = generate_answers(model, dataset.template, [prompt], max_new_tokens=64)
-    return {"metrics": metrics, "generated": generated, "reference": reference,
-            "nearest_tokens": nearest_tokens(model, dataset.template, prompt["pixel_values"])}
+    return metrics, {"generated": generated, "reference": reference,
+                     "nearest_tokens": nearest_tokens(model, dataset.template, prompt["pixel_values"])}
 
 
 def prompt_batch(template, prompts, device):

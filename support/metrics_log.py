@@ -17,17 +17,18 @@ class MetricsLog:
     """Writes the metrics of one stage to metrics.jsonl in its StageFolder, in process 0. Lines written after
     the checkpoint that the run resumes from are removed, because their steps are taken again."""
 
-    def __init__(self, folder, progress, total_steps):
-        self.folder, self.processes, self.file = folder.path, folder.processes, None
+    def __init__(self, stage_folder, progress, total_steps):
+        self.path, self.processes, self.file = stage_folder.path, stage_folder.processes, None
+        self.progress, self.total_steps = progress, total_steps
         if self.processes.rank == 0:
-            path, length = self.folder / "metrics.jsonl", (folder.checkpoint or {}).get("metrics_bytes", 0)
+            path = self.path / "metrics.jsonl"
+            length = (stage_folder.checkpoint or {}).get("metrics_bytes", 0)
             with explain_errors(f"write {path}"):
                 self.file = open(path, "ab")
                 self.file.truncate(min(length, self.file.tell()))
         # disable=None: no bar where stderr is not a terminal, because it would fill a log file.
         self.bar = tqdm(total=total_steps, initial=progress.step, unit="step", dynamic_ncols=True,
                         disable=True if self.processes.rank > 0 else None)
-        self.total_steps = total_steps
         self.last_generated, self.line_printed_at = None, 0.0
         self.started, self.first_step = time.time(), progress.step
         self._start_interval()
@@ -35,11 +36,11 @@ class MetricsLog:
     def _start_interval(self):
         self.interval_start, self.interval_waiting, self.interval_tokens = time.time(), 0.0, 0
 
-    def log_step(self, progress, optimizer, micro_batches, seconds_waiting, **metrics):
+    def log_step(self, optimizer, micro_batches, seconds_waiting, **metrics):
         """Counts a step: the micro-batches of this process, and the seconds that it waited for them. Logs
         every fifth step and the last: the metrics and learning rates, tokens per second, the fraction of
         time spent waiting for data, the seconds left, evaluations included, and the peak memory of a GPU."""
-        step, now = progress.step, time.time()
+        step, now = self.progress.step, time.time()
         self.interval_tokens += sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
         self.interval_waiting += seconds_waiting
         self.bar.update()
@@ -48,7 +49,7 @@ class MetricsLog:
         seconds = now - self.interval_start
         rates = (group["lr"] for group in optimizer.param_groups)
         metrics = {name: float(value) for name, value in metrics.items()} | {
-            **dict(zip(("lr", "projector_lr"), rates)), "samples": progress.samples,
+            **dict(zip(("lr", "projector_lr"), rates)), "samples": self.progress.samples,
             "tokens_per_s": self.processes.sum(self.interval_tokens) / seconds,
             "waiting": self.interval_waiting / seconds,
             "seconds_left": (now - self.started) / (step - self.first_step) * (self.total_steps - step)}
@@ -65,8 +66,9 @@ class MetricsLog:
             print(f"step {step} of {self.total_steps}: {text}, {left} left", flush=True)
         self._start_interval()
 
-    def log_heldout(self, step, metrics, generated, reference, nearest_tokens):
+    def log_heldout(self, metrics, generated, reference, nearest_tokens):
         """Logs what evaluate_heldout() returned. tools/page.py shows the nearest tokens."""
+        step = self.progress.step
         values = {f"heldout_{name}": value for name, value in metrics.items()}
         self._write(step, **values, generated=generated, nearest_tokens=nearest_tokens)
         text = f"step {step}: {format_metrics(metrics)}"
@@ -94,12 +96,12 @@ class MetricsLog:
         if self.file:
             self.file.close()
 
-    def close_unfinished(self, step):
+    def close_unfinished(self):
         """Closes the log of a run that a signal has stopped, and prints how to continue it."""
         self.close()
         if self.processes.rank == 0:
-            print(f"saved {self.folder} at step {step:,} of {self.total_steps:,}: continue with the same "
-                  "command and --resume", file=sys.stderr)
+            print(f"saved {self.path} at step {self.progress.step:,} of {self.total_steps:,}: continue with "
+                  "the same command and --resume", file=sys.stderr)
 
 
 def format_metrics(metrics):

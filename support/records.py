@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -79,7 +80,7 @@ def read_records(path, images=None):
         raise UserError(f"{path} is not a JSON list of records, which are objects; it begins with {start!r}")
     for i, record in enumerate(records):
         if record.get("id") is None:  # so that a message about the record says where it is
-            record["id"] = f"number {i + 1} of {path}"
+            record["id"] = f"number {i + 1} of {Path(path).name}"
     return Records(records, path, images)
 
 
@@ -212,6 +213,8 @@ def select_usable_records(records, template, max_length, allow_bad=1.0, open_ima
     for reason, sentences in failures.items():
         print(f"  {len(sentences):,} unusable: {reason}")
         print("\n".join(f"    {sentence}" for sentence in sentences[:10]))
+        if len(sentences) > 10:
+            print(f"    … and {len(sentences) - 10:,} more")
     bad = len(records) - len(usable)
     if bad > allow_bad * len(records) or not usable:
         most_frequent = max(failures, key=lambda reason: len(failures[reason]))

@@ -16,31 +16,31 @@ from support.metrics_log import format_metrics
 MODEL_SETTINGS = ("vision_tower", "vision_layer", "llm", "projector")
 
 
-def save_result(folder, model, progress, metrics):
+def save_result(stage_folder, model, progress, metrics):
     """Writes projector.safetensors, adapter/ (if there is one, as plain peft writes it), and last run.json.
     Then deletes the checkpoint. Process 0 writes and the others wait for it.
 
-    Args: folder: a StageFolder. metrics: what measure_heldout() returned after the last step.
+    Args: stage_folder: a StageFolder. metrics: what measure_heldout() returned after the last step.
     Raises UserError if a trained weight is not finite.
     """
     if not all(parameter.isfinite().all() for parameter in model.trainable_parameters().values()):
         raise UserError("trained weights are not finite, so the result was not saved; try a lower --lr")
-    if folder.processes.rank == 0:
-        with atomic_write(folder.path / "projector.safetensors") as temporary:
+    if stage_folder.processes.rank == 0:
+        with atomic_write(stage_folder.path / "projector.safetensors") as temporary:
             save_file(model.projector.state_dict(), temporary)
         if hasattr(model.llm, "peft_config"):
-            with atomic_write(folder.path / "adapter") as temporary:
+            with atomic_write(stage_folder.path / "adapter") as temporary:
                 model.llm.save_pretrained(temporary, save_embedding_layers=False)
-        gpu = torch.cuda.get_device_name() if folder.processes.device.type == "cuda" else None
-        write_json(folder.path / "run.json", {
-            "stage": folder.stage, **{name: folder.settings[name] for name in MODEL_SETTINGS},
-            "steps": progress.step, "heldout": metrics, "settings": folder.settings,
+        gpu = torch.cuda.get_device_name() if stage_folder.processes.device.type == "cuda" else None
+        write_json(stage_folder.path / "run.json", {
+            "stage": stage_folder.stage, **{name: stage_folder.settings[name] for name in MODEL_SETTINGS},
+            "steps": progress.step, "heldout": metrics, "settings": stage_folder.settings,
             "skipped": progress.skipped,  # images that could not be decoded
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "gpu": gpu}})
-        delete(folder.path / "checkpoint.pt")
-    folder.processes.barrier()
+        delete(stage_folder.path / "checkpoint.pt")
+    stage_folder.processes.barrier()
     print(f"before: {format_metrics(progress.first_metrics)}\nafter:  {format_metrics(metrics)}\n"
-          f"saved in {folder.path}")
+          f"saved in {stage_folder.path}")
 
 
 def read_result(folder, preset=None):

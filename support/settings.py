@@ -13,7 +13,7 @@ def number(kind, minimum, maximum=math.inf):
     """Returns an argparse type: a finite `kind` between `minimum` and `maximum`."""
     def parse(text):
         value = kind(text)
-        if not (math.isfinite(value) and minimum <= value <= maximum):
+        if not (minimum <= value <= maximum and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{text} is not a number from {minimum} to {maximum}")
         return value
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
@@ -34,7 +34,7 @@ FLAGS = {  # name: (type or choices, help)
     "images": (str, "folder or .zip file with the images of the records"),
     "heldout_data": (str, "JSON file of held-out records; if not given, some records of --data are held out"),
     "heldout_images": (str, "folder or .zip file with the images of --heldout-data"),
-    "heldout": (INT_FROM_1, "number of images of --data to hold out with all their records; with "
+    "heldout": (INT_FROM_1, "number of images of --data to hold out, with one record each; with "
                 "--heldout-data: number of its records"),
     "limit": (INT_FROM_0, "train on the first LIMIT records, in a seeded random order; 0: on all"),
     "max_length": (INT_FROM_1, "longest sample in tokens, image included; longer ones lose their last turns"),

@@ -114,8 +114,9 @@ def try_longest_batch(model, dataset, lengths, autocast, args):
             advice = (f"pass --batch-size {args.batch_size // parts} --grad-accum "
                       f"{args.grad_accum * parts}, which gives the same gradient, or {advice}")
         raise UserError(f"out of memory; {text}: {advice}") from error
-    model.zero_grad(set_to_none=True)
+    model.zero_grad()
     if device.type == "cuda":
         text += (f"; peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB, and "
                  f"{torch.cuda.mem_get_info(device)[0] / 2**30:.1f} GiB of the GPU are still free")
+        torch.cuda.reset_peak_memory_stats(device)  # the log shows the peak of the real steps
     print(text)

@@ -24,7 +24,7 @@ VALUE = [{"id": 1, "text": 'olive é 🙂 " ] } \\'}, {"id": "two", "nested": {"
 def test_records_are_those_of_json(tmp_path, text):
     (tmp_path / "chat.json").write_bytes(text.encode())
     records, value = read_records(tmp_path / "chat.json"), json.loads(text.strip("\ufeff"))
-    value[2]["id"] = f"number 3 of {tmp_path}/chat.json"  # so that a sentence about it says where it is
+    value[2]["id"] = "number 3 of chat.json"  # so that a sentence about it says where it is
     assert contents(records) == value and contents(records.subset([1, 0])) == [value[1], value[0]]
     assert contents(pickle.loads(pickle.dumps(records))) == value  # as a spawned worker gets it
 

@@ -80,12 +80,14 @@ def test_the_line_without_a_terminal_says_loss_speed_waiting_and_time_left(tmp_p
     monkeypatch.setattr(metrics_log, "LOG_EVERY", 2)
     processes = SimpleNamespace(rank=0, device=torch.device("cpu"), sum=lambda x: x)
     folder = SimpleNamespace(path=tmp_path, processes=processes, checkpoint=None)
-    log = metrics_log.MetricsLog(folder, Progress(), total_steps=100)
+    progress = Progress()
+    log = metrics_log.MetricsLog(folder, progress, total_steps=100)
     clock.now += 100  # before the first step, so it says nothing about the time left
-    log.log_heldout(0, {"loss": 1.0, "loss_different": 2.0, "correct_more_likely": 0.5}, "a", "b", [])
+    log.log_heldout({"loss": 1.0, "loss_different": 2.0, "correct_more_likely": 0.5}, "a", "b", [])
     for step in (1, 2, 4):
         clock.now += 10
-        log.log_step(Progress(step=step), SimpleNamespace(param_groups=[]),
+        progress.step = step
+        log.log_step(SimpleNamespace(param_groups=[]),
                      [{"attention_mask": torch.ones(8, 50)}], 2.5, loss=1.5)
     lines = [line for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]
     # Not at step 4: once a minute is enough.
