@@ -54,11 +54,12 @@ import re
 
 import jinja2
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from model import IGNORE_INDEX
 from support.errors import BadRecord, UserError
 from support.pretrained import load_tokenizer
+from support.processes import share_from_worker
 from support.records import image_name, read_turns
 from support.template_check import probe_chat_template
 
@@ -165,7 +166,8 @@ class ChatTemplate:
 
             <|user|>↵What is it?</s>↵<|assistant|>↵olive oil .</s>↵
                      └─question┘└─ answer_header ─┘└── labeled ──┘
-                                                   start      end
+                                                   ↑             ↑
+                                              char_start      char_end
 
         Where the prompt ends, the answer starts. It is labeled up to the first special token after it.
         Between prompt and answer, some templates insert text, Mistral for example a space. It is labeled too,
@@ -176,18 +178,19 @@ class ChatTemplate:
         text = self.render(messages)
         ids, offsets = self.tokenize(text)
         labels = [IGNORE_INDEX] * len(ids)
-        end = last_token = 0
+        # char_start and char_end count characters of the text.
+        char_end = last_token = 0
         for question, answer in zip(messages[::2], messages[1::2]):
-            prompt_end = question["content"] + self.answer_header
-            found = text.find(prompt_end, end)
-            start = found + len(prompt_end)  # in characters, as end
+            before_answer = question["content"] + self.answer_header
+            found = text.find(before_answer, char_end)
+            char_start = found + len(before_answer)
             # From the first token of the answer to the next special token, which ends it.
-            first_token = next((t for t in range(last_token, len(ids)) if offsets[t][0] >= start),
+            first_token = next((t for t in range(last_token, len(ids)) if offsets[t][0] >= char_start),
                                len(ids) - 1)
             last_token = next((t for t in range(first_token, len(ids)) if ids[t] in self.reserved_ids),
                               len(ids) - 1)
-            end = offsets[last_token][0] if ids[last_token] in self.reserved_ids else len(text)
-            if found < 0 or not text[start:end].strip().endswith(answer["content"]):
+            char_end = offsets[last_token][0] if ids[last_token] in self.reserved_ids else len(text)
+            if found < 0 or not text[char_start:char_end].strip().endswith(answer["content"]):
                 raise UserError(f"the chat template in {self.tokenizer.name_or_path} changes a text")
             labels[first_token:last_token + 1] = ids[first_token:last_token + 1]
         return ids, labels
@@ -303,9 +306,4 @@ def collate(samples, pad_token_id, padding_side="right"):
     if "labels" in samples[0]:
         batch["labels"] = torch.tensor([pad(sample["labels"], IGNORE_INDEX) for sample in samples])
         batch["skipped"] = [sentence for sample in samples for sentence in sample.get("skipped", [])]
-    if get_worker_info():
-        # A worker passes its batches on in shared memory. If there is too little, share_memory_() raises an
-        # error. Without this call, the batch would be lost, and the training would wait for it forever.
-        for value in filter(torch.is_tensor, batch.values()):
-            value.share_memory_()
-    return batch
+    return share_from_worker(batch)

@@ -37,18 +37,18 @@ from support.processes import Processes, ignore_signals_in_worker
 from support.records import load_records, select_usable_records
 
 # What the presets have in common, unless they set it themselves. Each setting is also a flag, see --help.
-# (--resume, --restart, --check-data and --activation-checkpointing are flags only.)
+# (The switches --resume, --restart, --check-data and --activation-checkpointing are off by default.)
 COMMON = dict(
     vision_layer=-2,                          # CLIP's output before its last block, see model.py
     projector="linear",                       # or "mlp", as in LLaVA-1.5
-    heldout_data=None,                        # None: records are held out of `data`
-    heldout_images=None,
-    limit=0,                                  # train on only so many records; 0: on all
+    heldout_data=None,                        # file of held-out records; None: they are taken out of `data`
+    heldout_images=None,                      # their images
+    limit=0,                                  # train on at most this many records; 0: on all
     allow_bad=0.01,                           # a larger fraction of unusable records is an error
     workers=0,                                # processes that load samples; 0: the main process
     max_steps=None,                           # optimizer steps; None: all epochs
     warmup=0.03,                              # fraction of the steps in which the learning rate rises
-    max_grad_norm=1.0,                        # gradients with a larger norm are scaled down to it
+    max_grad_norm=1.0,                        # gradients with a larger norm are scaled down to it; 0: never
     precision="auto",                         # bf16 on a CUDA GPU, or fp16 if it lacks bf16; else fp32
     device="auto",                            # a GPU if there is one
     seed=0,                                   # of all random numbers
@@ -58,13 +58,13 @@ COMMON = dict(
 PRESETS = {
     "toy": COMMON | dict(
         run="runs/toy",                       # the results go to runs/toy/stage1
-        vision_tower="toy/clip-vit",          # small models, trained on drawn colored shapes
-        llm="toy/llama-chat",
+        vision_tower="toy/clip-vit",          # a small CLIP, trained on drawn colored shapes
+        llm="toy/llama-chat",                 # a small Llama, trained on texts about them
         data="toy/data/chat.json",            # records: an image, a question and a caption
         images="toy/data/images.zip",         # a .zip file, or a folder as in stage 2
         heldout_data="toy/data/heldout_chat.json",
         heldout_images="toy/data/heldout.zip",
-        heldout=240,                          # how many of them are evaluated, here all
+        heldout=240,                          # evaluate the first 240 records of heldout_data (all)
         max_length=256,                       # longest sample in tokens, image positions included
         lr=1e-2,                              # at its peak; the small toy allows a high one
         batch_size=32,                        # samples per micro-batch
@@ -94,7 +94,7 @@ PRESETS = {
         llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
         data="data/LLaVA-CC3M-Pretrain-595K/chat.json",
         images="data/LLaVA-CC3M-Pretrain-595K/images.zip",
-        heldout=256,                          # images that are held out, with one record each
+        heldout=256,                          # without heldout_data: one record each of so many images
         max_length=2048,                      # TinyLlama cannot read more
         workers=2,
         lr=2e-3,                              # this, one epoch and 128 samples per step are the paper's
@@ -105,18 +105,18 @@ PRESETS = {
 
 
 def main(argv=None):
+    """Returns the trained model, or None with --check-data. argv: the flags (None: of the command line)."""
     # -- 1. settings, processes, folder, records -----------------------------------------------------------
 
     # The settings of --preset, changed by the other flags.
     args = settings.parse_settings(__doc__, PRESETS, argv)
     # Joins the processes that torchrun has started, if any (docs/several_gpus.md). From here on, only the
-    # first of them, rank 0, prints and writes files.
+    # first of them, rank 0, prints and writes files. All have the same dtype, which is that of frozen weights
+    # and matrix products. Trained weights are always fp32.
     processes = Processes(args.device, args.precision)
-    # Frozen weights and matrix products have this dtype. Trained weights are always fp32.
     device, dtype = processes.device, processes.dtype
     # Locks <run>/stage1. An earlier run in it is an error, unless --resume continues it (and ends here if it
-    # is finished) or --restart discards it. stage_folder.checkpoint is what --resume continues from, else
-    # None.
+    # is finished) or --restart discards it. stage_folder.checkpoint is what --resume continues, else None.
     stage_folder = checkpoints.open_folder(args, stage=1, processes=processes)
     # Read before the models, so that a wrong path is found at once. Held out are the first --heldout records
     # of --heldout-data. Without it, they are one record each of --heldout random images, and other records of
@@ -126,7 +126,8 @@ def main(argv=None):
     # -- 2. model ------------------------------------------------------------------------------------------
 
     # Frozen weights are never updated, so half precision is enough on a GPU, and halves their memory. They
-    # stay on the CPU until the data are checked. for_device decides which attention kernel the LLM will use.
+    # stay on the CPU until the data are checked, so that --check-data needs no GPU memory. for_device is
+    # where the LLM will compute, which decides its attention kernel.
     vision_tower = load_vision_tower(args.vision_tower, dtype, must_have_layer=args.vision_layer)
     llm = load_language_model(args.llm, dtype, for_device=device)
     # The LLM's tokenizer and chat template. An image takes N positions in a text, one per patch of CLIP.
@@ -134,8 +135,8 @@ def main(argv=None):
     # The projector starts with random weights, the same in all processes and in every run with this seed.
     torch.manual_seed(args.seed)
     model = Llava(vision_tower, llm, template.image_token_id, args.projector, args.vision_layer)
-    # Llava() has frozen everything. Only the projector is trained. It is in fp32, because bf16 has 8
-    # significant bits, so an update smaller than about 1/500 of a weight would be rounded away.
+    # Llava() has frozen everything. Only the projector is trained. Llava() has created it in fp32, because
+    # bf16 has 8 significant bits, so an update smaller than about 1/500 of a weight would be rounded away.
     model.projector.requires_grad_(True)
     if args.activation_checkpointing:
         # Saves memory, because the backward pass computes activations again instead of keeping them.
@@ -149,18 +150,18 @@ def main(argv=None):
     # Resizes, crops and normalizes images as CLIP expects them.
     image_processor = load_image_processor(args.vision_tower)
     # A bad record must not stop the run hours later. So every record is checked now. Unusable ones are
-    # printed and left out. If they are more than the fraction allow_bad of the training records, the run
-    # ends. Images of more than 2,000 training records are only looked up, because opening LLaVA's 595,375
-    # takes long.
+    # printed and left out. If they are more than the fraction allow_bad, the run ends. Images of more than
+    # 2,000 records are only looked up, because opening LLaVA's 595,375 takes long.
     # lengths[i]: about how many tokens training sample i has.
     train_records, lengths = select_usable_records(train_records, template, args.max_length, args.allow_bad)
+    # Held-out images are all opened, and any number of these records may be unusable.
     heldout_records, _ = select_usable_records(heldout_records, template, args.max_length, open_images=True)
     train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
     heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
     # The held-out samples that have an image, as batches, which stay in memory. Each sample is also evaluated
     # with the image of the one before it, so neighbors have different images where possible.
     heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
-    # Prints the first training sample. Its labeled tokens, which the model learns to write, are in [[ ]].
+    # Prints the first training sample. The labeled tokens, which the model learns to write, are in [[ ]].
     evaluation.print_sample(train_dataset)
     if args.check_data:
         return None
@@ -170,7 +171,7 @@ def main(argv=None):
     model.to(device)
     parameters = list(model.trainable_parameters().values())
     # No weight decay, as in the original code. "peak_lr" is not PyTorch's: the loop multiplies it by the
-    # schedule.
+    # schedule. (fused=True updates all weights in a few kernels.)
     optimizer = torch.optim.AdamW([{"params": parameters, "peak_lr": args.lr}], weight_decay=0.0, fused=True)
     # fp16 rounds numbers below 3e-8 to zero. So the scaler multiplies the loss, and with it every gradient,
     # by a large number, and unscale_() divides by it before clipping. In bf16 and fp32 it does nothing.
@@ -196,15 +197,15 @@ def main(argv=None):
     else:
         # Restores weights, optimizer, scaler and random numbers. If the records have changed, the run ends.
         progress = stage_folder.restore(model, optimizer, scaler, train_records, heldout_records)
-    # The steps that remain. step.micro_batches lists the micro-batches of this process, each as a list of
-    # sample numbers. Their order is random, but depends only on seed and epoch, so a resumed run continues
-    # it. Within a step, samples of similar length share a micro-batch, which saves padding.
+    # The steps that remain. step.sample_lists holds the numbers of this process's samples, one list per
+    # micro-batch. The order is random, but depends only on seed and epoch, so a resumed run continues it.
+    # Within a step, samples of similar length share a micro-batch, which saves padding.
     plan = step_batches.plan_steps(lengths, args, processes, progress)
     total_steps = progress.step + len(plan)
     eval_every = args.eval_every or math.ceil(total_steps / 10)
     save_every = args.save_every or min(100, math.ceil(total_steps / 20))
     loader = DataLoader(
-        train_dataset, batch_sampler=[micro_batch for step in plan for micro_batch in step.micro_batches],
+        train_dataset, batch_sampler=[samples for step in plan for samples in step.sample_lists],
         # Pads the samples of a micro-batch to the same length.
         collate_fn=partial(collate, pad_token_id=template.pad_token_id),
         # After Ctrl-C, the workers must live on, because the main process needs them to finish its step.
@@ -219,7 +220,8 @@ def main(argv=None):
     # The progress bar, and the file metrics.jsonl.
     log = MetricsLog(stage_folder, progress, total_steps)
 
-    # Measures and logs the held-out loss with the correct and with a different image, and a generated answer.
+    # Measures and logs the held-out loss with the correct and with a different image, and generates an
+    # answer. Returns what was measured.
     def evaluate():
         with autocast():
             metrics, example = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches)
@@ -243,7 +245,7 @@ def main(argv=None):
 
             micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(batches, step)
             # Prints images that could not be decoded. Too many of them end the run.
-            stage_folder.report_skipped(progress, skipped, len(train_dataset))
+            log.report_skipped(skipped, len(train_dataset), args.allow_bad)
 
             # The loss is the mean over all n labeled tokens of the effective batch (n is num_labeled below):
             #
@@ -268,6 +270,7 @@ def main(argv=None):
             # num_labeled counts the tokens of all processes, and each process has divided its loss by it. So
             # their gradients are added. (DistributedDataParallel would average them.)
             processes.sum_gradients(parameters)
+            # sum() returns a float, the same in all processes.
             loss = processes.sum(loss)
             scaler.unscale_(optimizer)
             # Scales down gradients whose norm is too large. 0 sets no limit, and the norm is only logged.

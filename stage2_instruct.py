@@ -104,6 +104,7 @@ PRESETS = {
 
 
 def main(argv=None):
+    """Returns the trained model, or None with --check-data. argv: the flags (None: of the command line)."""
     # -- 1. settings, processes, folder, records -----------------------------------------------------------
 
     args = settings.parse_settings(__doc__, PRESETS, argv)
@@ -181,7 +182,7 @@ def main(argv=None):
     eval_every = args.eval_every or math.ceil(total_steps / 10)
     save_every = args.save_every or min(100, math.ceil(total_steps / 20))
     loader = DataLoader(
-        train_dataset, batch_sampler=[micro_batch for step in plan for micro_batch in step.micro_batches],
+        train_dataset, batch_sampler=[samples for step in plan for samples in step.sample_lists],
         collate_fn=partial(collate, pad_token_id=template.pad_token_id),
         num_workers=args.workers, worker_init_fn=ignore_signals_in_worker,
         prefetch_factor=step_batches.prefetch_factor(args.workers, args.grad_accum),
@@ -210,7 +211,7 @@ def main(argv=None):
                 group["lr"] = group["peak_lr"] * lr_factor
 
             micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(batches, step)
-            stage_folder.report_skipped(progress, skipped, len(train_dataset))
+            log.report_skipped(skipped, len(train_dataset), args.allow_bad)
 
             labeled_here = sum(count_labeled(batch).sum().item() for batch in micro_batches)
             num_labeled = processes.sum(labeled_here)

@@ -14,11 +14,9 @@ import signal
 import sys
 import zipfile
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from support.devices import DTYPES
 from support.errors import UserError, explain_errors
@@ -149,17 +147,6 @@ class StageFolder:
                             "scaler": scaler.state_dict(), "rng": rngs,
                             "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0}, file)
         self.processes.barrier()
-
-    def report_skipped(self, progress, sentences, num_samples):
-        """Prints sentences about images that could not be decoded, of all processes, each once, and adds
-        them to progress.skipped. Raises UserError if they are more than --allow-bad allows."""
-        for sentence in dict.fromkeys(chain(*self.processes.gather(sentences))):
-            if sentence not in progress.skipped:
-                progress.skipped.append(sentence)
-                tqdm.write(f"left out: {sentence}")
-        if len(progress.skipped) > self.settings["allow_bad"] * num_samples:
-            raise UserError(f"{len(progress.skipped)} of {num_samples:,} records cannot be used, more than "
-                            f"--allow-bad allows; the last: {progress.skipped[-1]}")
 
 
 def hash_records(train_records, heldout_records):

@@ -23,7 +23,7 @@ def choose_device(name, local_rank=None):
         torch.zeros(1, device=device).item()
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)  # else CUDA would also take memory on GPU 0
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0][:100]
         raise UserError(f"the device {name} cannot be used here: {reason}") from error
     return device

@@ -4,7 +4,7 @@ that it generates, and the vocabulary tokens nearest to its projected patches.
 Both stages call evaluate_heldout(). The tools call the functions that it uses on a finished run.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import groupby, islice
 
 import numpy as np
@@ -68,29 +68,31 @@ def measure_heldout(model, batches, blank=False):
     """
     was_training = model.training
     model.eval()
-    rows = []  # one per record: its loss with each image, and its number of labeled tokens
+    parts = defaultdict(list)  # for each kind of image: the losses of the records, one tensor per batch
     for i, batch in enumerate(tqdm(batches, "evaluating", leave=False, disable=None)):
         pixels = batch["pixel_values"]  # (B, 3, S, S)
         # Record k of the batch gets the image of record k - 1.
         previous = torch.cat([batches[i - 1]["pixel_values"][-1:], pixels[:-1]])  # (B, 3, S, S)
-        images = [pixels, previous]
+        images = {"correct": pixels, "different": previous}
         if blank:  # zero is the mean color, which the preprocessing subtracts
-            images.append(torch.zeros_like(pixels))
-        losses = [record_losses(model, batch | {"pixel_values": image}) for image in images]  # (B,) each
-        rows.append(torch.stack([*losses, count_labeled(batch)], dim=1))  # (B, 3 or 4)
+            images["blank"] = torch.zeros_like(pixels)
+        for kind, image in images.items():
+            parts[kind].append(record_losses(model, batch | {"pixel_values": image}))  # (B,)
     model.train(was_training)
-    table = torch.cat(rows)  # (records, 3 or 4)
+    losses = {kind: torch.cat(tensors) for kind, tensors in parts.items()}  # (records,) each
+    tokens = torch.cat([count_labeled(batch) for batch in batches])  # (records,)
     names = [name for batch in batches for name in batch["image_names"]]
     differs = torch.tensor([name != names[i - 1] for i, name in enumerate(names)])
-    finite = table.isfinite().all(dim=1)
-    differs = differs[finite]
-    correct, different, *blanks, tokens = table[finite].T  # (finite records,) each
+    finite = torch.stack(list(losses.values())).isfinite().all(dim=0)
+    tokens, differs = tokens[finite], differs[finite]
+    losses = {kind: loss[finite] for kind, loss in losses.items()}  # (finite records,) each
+    correct, different = losses["correct"], losses["different"]
     correct_wins = ((correct < different).double() + 0.5 * (correct == different))[differs]
     metrics = {"loss": (correct.sum() / tokens.sum()).item(),
                "loss_different": (different[differs].sum() / tokens[differs].sum()).item(),
                "correct_more_likely": correct_wins.mean().item()}
     if blank:
-        metrics["loss_blank"] = (blanks[0].sum() / tokens.sum()).item()
+        metrics["loss_blank"] = (losses["blank"].sum() / tokens.sum()).item()
     if not differs.all():
         metrics["same_image"] = (~differs).sum().item()
     if not finite.all():

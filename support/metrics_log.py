@@ -4,11 +4,12 @@ import json
 import math
 import sys
 import time
+from itertools import chain
 
 import torch
 from tqdm import tqdm
 
-from support.errors import explain_errors, printable
+from support.errors import UserError, explain_errors, printable
 
 LOG_EVERY = 5  # steps between two lines of metrics.jsonl about the training
 
@@ -65,6 +66,19 @@ class MetricsLog:
             left = tqdm.format_interval(metrics["seconds_left"])
             print(f"step {step} of {self.total_steps}: {text}, {left} left", flush=True)
         self._start_interval()
+
+    def report_skipped(self, sentences, num_samples, allow_bad):
+        """Prints sentences about images that could not be decoded, of all processes, each once, and adds
+        them to progress.skipped. Raises UserError if they are more than the fraction allow_bad of the
+        samples."""
+        skipped = self.progress.skipped
+        for sentence in dict.fromkeys(chain(*self.processes.gather(sentences))):
+            if sentence not in skipped:
+                skipped.append(sentence)
+                tqdm.write(f"left out: {sentence}")
+        if len(skipped) > allow_bad * num_samples:
+            raise UserError(f"{len(skipped)} of {num_samples:,} records cannot be used, more than "
+                            f"--allow-bad allows; the last: {skipped[-1]}")
 
     def log_heldout(self, metrics, generated, reference, nearest_tokens):
         """Logs what evaluate_heldout() returned. tools/page.py shows the nearest tokens."""

@@ -88,6 +88,15 @@ def load_vision_config(name, vision_layer=-1):
     return config
 
 
+def load_language_config(name):
+    """Returns the configuration of an LLM. Raises UserError if it cannot be used as --llm."""
+    config = load_config(name)
+    if config.model_type not in LANGUAGE_MODELS or getattr(config, "final_logit_softcapping", None):
+        raise UserError(f"{name} is a '{config.model_type}'; --llm must name a model of the type "
+                        f"{', '.join(LANGUAGE_MODELS)}")
+    return config
+
+
 def load_image_processor(name):
     """Returns the preprocessing of a vision tower: resize, crop the center, normalize.
 
@@ -137,6 +146,7 @@ def load_vision_tower(name, dtype, must_have_layer=-1):
 def load_language_model(name, dtype, for_device):
     """Returns a decoder-only language model with its pretrained weights, on the CPU. for_device is where it
     will compute, and decides the attention kernel."""
+    load_language_config(name)  # raises UserError before the weights are read
     llm = _load_strictly(AutoModelForCausalLM, name, dtype,
                          attn_implementation=choose_attention(for_device, dtype))
     # peft writes this name into adapter/. Otherwise it would be the folder of the LLM on this machine.
@@ -157,10 +167,7 @@ class LoadedTokenizer(NamedTuple):
 
 def load_tokenizer(name):
     """Returns the LoadedTokenizer of an LLM. Raises UserError if the LLM or its tokenizer cannot be used."""
-    folder, config = find_pretrained(name), load_config(name)
-    if config.model_type not in LANGUAGE_MODELS or getattr(config, "final_logit_softcapping", None):
-        raise UserError(f"{name} is a '{config.model_type}'; --llm must name a model of the type "
-                        f"{', '.join(LANGUAGE_MODELS)}")
+    folder, config = find_pretrained(name), load_language_config(name)
     with explain_errors(f"load the tokenizer in {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.chat_template:

@@ -6,6 +6,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import get_worker_info
 
 from support.devices import choose_device, choose_dtype
 
@@ -69,6 +70,16 @@ class Processes:
         """Waits until all processes have come this far."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def share_from_worker(batch):
+    """Returns the batch. In a DataLoader worker, its tensors are in shared memory, by which workers pass them
+    on. If there is too little, share_memory_() raises an error here. Otherwise the batch would be lost, and
+    the training would wait for it forever."""
+    if get_worker_info():
+        for value in filter(torch.is_tensor, batch.values()):
+            value.share_memory_()
+    return batch
 
 
 def ignore_signals_in_worker(worker):

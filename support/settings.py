@@ -117,7 +117,8 @@ def stage2_command(args, preset):
              "allow_bad", "precision", "device"]
     changed = changed_settings(args, preset)
     if "data" in changed:  # else the next stage of the preset has data and images of its own
-        names += ["data", "images", "heldout_data", "heldout_images"]
+        # With another seed, stage 2 would hold out images that stage 1 has trained on.
+        names += ["data", "images", "heldout_data", "heldout_images", "seed"]
     for name in names:
         if changed.get(name) is not None:
             words += ["--" + name.replace("_", "-"), str(changed[name])]

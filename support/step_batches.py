@@ -14,7 +14,7 @@ from support.errors import UserError, is_out_of_memory
 
 class Step(NamedTuple):
     """One optimizer step, as one process sees it."""
-    micro_batches: list  # numbers of the samples of this process, one list per micro-batch
+    sample_lists: list  # numbers of the samples of this process, one list per micro-batch
     num_samples: int  # of all processes
 
 
@@ -64,7 +64,7 @@ def next_micro_batches(batches, step):
     """Takes the micro-batches of a step from a DataLoader's iterator. Returns them, the sentences about
     images that could not be decoded, and the seconds spent waiting."""
     started, micro_batches, skipped = time.perf_counter(), [], []
-    for _ in step.micro_batches:
+    for _ in step.sample_lists:
         batch = next(batches)
         skipped += batch.pop("skipped")
         # A copy, because every tensor that comes from a worker is an open file.
@@ -79,7 +79,7 @@ def stop_if_diverged(progress, loss, grad_norm, scaler, records, step):
     them and scaler.update() lowers the scale."""
     progress.bad_steps = 0 if isfinite(loss + grad_norm) else progress.bad_steps + 1
     if progress.bad_steps >= (10 if scaler.is_enabled() else 1):
-        ids = [str(records[i].get("id")) for micro_batch in step.micro_batches for i in micro_batch]
+        ids = [str(records[i].get("id")) for samples in step.sample_lists for i in samples]
         advice = "--precision fp32, " if scaler.is_enabled() else ""
         raise UserError(f"step {progress.step + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try {advice}"
                         f"a lower --lr, or look at the records of this step: {', '.join(ids[:16])}")
