@@ -88,7 +88,7 @@ class ChatTemplate:
         reserved = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items()
                    if token.special or i >= self.num_embeddings}
         self.reserved_pattern = re.compile("|".join(map(re.escape, reserved.values())))
-        # encode() labels up to the first of these after an answer.
+        # encode() labels an answer up to and including the first of these after it. An image ends none.
         self.reserved_ids = reserved.keys() - {self.image_token_id}
         # Any token of the LLM will do as padding, because padding is known by its position.
         pad = self.tokenizer.pad_token_id
@@ -169,7 +169,7 @@ class ChatTemplate:
                                                    ↑             ↑
                                               char_start      char_end
 
-        Where the prompt ends, the answer starts. It is labeled up to the first special token after it.
+        Where the prompt ends, the answer starts. It is labeled up to and including the first special token.
         Between prompt and answer, some templates insert text, Mistral for example a space. It is labeled too,
         because the model has to generate it. Raises UserError if the template changes a text.
         Source: preprocess_v1() in the original code's train.py. It tokenizes each turn once more to
@@ -208,7 +208,8 @@ class ChatTemplate:
             # The last labeled token of an answer is followed by one without a label.
             ends = [t + 1 for t in range(max_length)
                     if labels[t] != IGNORE_INDEX and labels[t + 1] == IGNORE_INDEX]
-            ids, labels = (ids[:ends[-1]], labels[:ends[-1]]) if ends else ([], [])
+            end = ends[-1] if ends else 0
+            ids, labels = ids[:end], labels[:end]
             if not ids or (has_image and self.image_token_id not in ids):
                 raise BadRecord(record, "too long for --max-length",
                                 f"its first answer, or its image, does not fit into {max_length} tokens")
@@ -306,4 +307,5 @@ def collate(samples, pad_token_id, padding_side="right"):
     if "labels" in samples[0]:
         batch["labels"] = torch.tensor([pad(sample["labels"], IGNORE_INDEX) for sample in samples])
         batch["skipped"] = [sentence for sample in samples for sentence in sample.get("skipped", [])]
+    # In a DataLoader worker, this moves the tensors to shared memory.
     return share_from_worker(batch)

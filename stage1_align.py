@@ -66,7 +66,7 @@ PRESETS = {
         heldout_images="toy/data/heldout.zip",
         heldout=240,                          # evaluate the first 240 records of heldout_data (all)
         max_length=256,                       # longest sample in tokens, image positions included
-        lr=1e-2,                              # at its peak; the small toy allows a high one
+        lr=1e-2,                              # its peak; so small a model allows a high one
         batch_size=32,                        # samples per micro-batch
         grad_accum=1,                         # micro-batches per optimizer step
         epochs=2,                             # passes over the data
@@ -94,7 +94,7 @@ PRESETS = {
         llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
         data="data/LLaVA-CC3M-Pretrain-595K/chat.json",
         images="data/LLaVA-CC3M-Pretrain-595K/images.zip",
-        heldout=256,                          # without heldout_data: one record each of so many images
+        heldout=256,                          # no heldout_data: 256 images, one record of each
         max_length=2048,                      # TinyLlama cannot read more
         workers=2,
         lr=2e-3,                              # this, one epoch and 128 samples per step are the paper's
@@ -108,19 +108,22 @@ def main(argv=None):
     """Returns the trained model, or None with --check-data. argv: the flags (None: of the command line)."""
     # -- 1. settings, processes, folder, records -----------------------------------------------------------
 
-    # The settings of --preset, changed by the other flags.
+    # The settings of --preset, changed by the other flags. (Data of your own drop the held-out data of the
+    # preset. Without --heldout-data, records are then held out of --data.)
     args = settings.parse_settings(__doc__, PRESETS, argv)
     # Joins the processes that torchrun has started, if any (docs/several_gpus.md). From here on, only the
-    # first of them, rank 0, prints and writes files. All have the same dtype, which is that of frozen weights
-    # and matrix products. Trained weights are always fp32.
+    # first of them, rank 0, prints and writes files. dtype, the same in all, is the precision of the frozen
+    # weights and of matrix products. Trained weights are always fp32.
     processes = Processes(args.device, args.precision)
     device, dtype = processes.device, processes.dtype
-    # Locks <run>/stage1. An earlier run in it is an error, unless --resume continues it (and ends here if it
-    # is finished) or --restart discards it. stage_folder.checkpoint is what --resume continues, else None.
+    # Locks <run>/stage1. If it holds an earlier run, --resume continues this run, or ends here if it is
+    # finished, and --restart discards it in section 5. Without either, it is an error.
+    # stage_folder.checkpoint is what --resume continues from, else None. (--check-data neither locks nor
+    # reads the folder.)
     stage_folder = checkpoints.open_folder(args, stage=1, processes=processes)
-    # Read before the models, so that a wrong path is found at once. Held out are the first --heldout records
-    # of --heldout-data. Without it, they are one record each of --heldout random images, and other records of
-    # these images are not used. (The toy's pictures are drawn here, if they are missing.)
+    # Read before the models, so that a wrong path is found at once. The first --heldout records of
+    # --heldout-data are held out. Without it, --heldout images of --data are drawn at random, one record of
+    # each is held out, and their other records are not used. (The toy's pictures are drawn here, if missing.)
     train_records, heldout_records = load_records(args)
 
     # -- 2. model ------------------------------------------------------------------------------------------
@@ -128,6 +131,7 @@ def main(argv=None):
     # Frozen weights are never updated, so half precision is enough on a GPU, and halves their memory. They
     # stay on the CPU until the data are checked, so that --check-data needs no GPU memory. for_device is
     # where the LLM will compute, which decides its attention kernel.
+    # must_have_layer: an impossible --vision-layer is an error before the weights are read.
     vision_tower = load_vision_tower(args.vision_tower, dtype, must_have_layer=args.vision_layer)
     llm = load_language_model(args.llm, dtype, for_device=device)
     # The LLM's tokenizer and chat template. An image takes N positions in a text, one per patch of CLIP.
@@ -140,6 +144,7 @@ def main(argv=None):
     model.projector.requires_grad_(True)
     if args.activation_checkpointing:
         # Saves memory, because the backward pass computes activations again instead of keeping them.
+        # use_reentrant=False is the variant that PyTorch recommends.
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     # Train mode for the projector only. Llava.train() keeps the layers of CLIP and the LLM in eval mode.
     model.train()
@@ -149,12 +154,14 @@ def main(argv=None):
 
     # Resizes, crops and normalizes images as CLIP expects them.
     image_processor = load_image_processor(args.vision_tower)
-    # A bad record must not stop the run hours later. So every record is checked now. Unusable ones are
-    # printed and left out. If they are more than the fraction allow_bad, the run ends. Images of more than
-    # 2,000 records are only looked up, because opening LLaVA's 595,375 takes long.
+    # A bad record must not stop the run hours later. So every record is checked now. Unusable ones are left
+    # out, and ten for each reason are printed. If they are more than the fraction allow_bad, the run ends.
+    # With more than 2,000 records, images are only looked up, because opening LLaVA's 595,375 takes long.
     # lengths[i]: about how many tokens training sample i has.
     train_records, lengths = select_usable_records(train_records, template, args.max_length, args.allow_bad)
-    # Held-out images are all opened, and any number of these records may be unusable.
+    # Held-out images are all opened. If one failed later, the dataset would return the next sample instead,
+    # and that one would count twice. Any number of these records may be unusable, if two with different
+    # images are left.
     heldout_records, _ = select_usable_records(heldout_records, template, args.max_length, open_images=True)
     train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
     heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
@@ -176,20 +183,21 @@ def main(argv=None):
     # fp16 rounds numbers below 3e-8 to zero. So the scaler multiplies the loss, and with it every gradient,
     # by a large number, and unscale_() divides by it before clipping. In bf16 and fp32 it does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    # unscale_() needs the scale that the first scale() creates. Under torchrun, the first step of a process
-    # may have no sample for it.
+    # The first scale() creates the scale that unscale_() needs. Under torchrun, a process may have no sample
+    # in its first step, if the run is resumed just before the last step of an epoch. So it is created here.
     scaler.scale(torch.zeros((), device=device))
     # "with autocast():" runs matrix products in half precision, and operations such as the loss in fp32.
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
-    # Takes one forward and backward pass of the longest samples, which may come late in the run. If they do
-    # not fit into the GPU's memory, the run ends now, before the result of an earlier run is deleted.
+    # Takes one forward and backward pass of the longest samples, which may come late in the run, with a label
+    # on every token of text, because that needs the most memory. If it does not fit on the GPU, the run ends
+    # now, before the result of an earlier run is deleted. Weights and random numbers stay as they are.
     if device.type == "cuda":
         step_batches.try_longest_batch(model, train_dataset, lengths, autocast, args)
 
     # -- 5. begin or resume, and the batches ---------------------------------------------------------------
 
-    # An error above leaves the folder as it was. From here on, it changes.
+    # An error above leaves an earlier run as it was. From here on, its files are deleted or continued.
     # progress.step counts the optimizer steps taken so far, and progress.samples the samples seen.
     if stage_folder.checkpoint is None:
         # Deletes an earlier result, if there is one, and writes heldout.json.
@@ -197,9 +205,10 @@ def main(argv=None):
     else:
         # Restores weights, optimizer, scaler and random numbers. If the records have changed, the run ends.
         progress = stage_folder.restore(model, optimizer, scaler, train_records, heldout_records)
-    # The steps that remain. step.sample_lists holds the numbers of this process's samples, one list per
-    # micro-batch. The order is random, but depends only on seed and epoch, so a resumed run continues it.
-    # Within a step, samples of similar length share a micro-batch, which saves padding.
+    # The steps that remain of --epochs, or of --max-steps if it is given. step.sample_lists holds the
+    # indices of this process's samples, one list per micro-batch. The order is random, but depends only on
+    # seed and epoch, so a resumed run continues it. Within a step, samples of similar length share a
+    # micro-batch, which saves padding.
     plan = step_batches.plan_steps(lengths, args, processes, progress)
     total_steps = progress.step + len(plan)
     eval_every = args.eval_every or math.ceil(total_steps / 10)
@@ -235,6 +244,7 @@ def main(argv=None):
         if progress.step == 0:
             progress.first_metrics = evaluate()
         batches = iter(loader)
+        # step says which samples to take, and progress.step counts the steps that have been taken.
         for step in plan:
             # Linear warm-up, because Adam's first updates are about as large as lr however small the gradient
             # is. Then half a cosine, towards zero, while `decay` grows from 0 to almost 1.
@@ -283,12 +293,13 @@ def main(argv=None):
             optimizer.zero_grad()
 
             progress.step += 1
-            progress.samples += step.num_samples
+            progress.samples += step.total_samples
             log.log_step(optimizer, micro_batches, seconds_waiting,
                          loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
             if progress.step % eval_every == 0 and progress.step < total_steps:
                 evaluate()
             # The number of the signal, or 0. If a process has received Ctrl-C or SIGTERM, all save and stop.
+            # The last step is saved, too, so that a kill during the final evaluation loses nothing.
             stop = processes.max(stop_signal.number)
             if stop or progress.step % save_every == 0 or progress.step == total_steps:
                 stage_folder.save_checkpoint(progress, model, optimizer, scaler)

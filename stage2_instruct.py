@@ -11,9 +11,8 @@ one small GPU is enough. The original code has a LoRA script, too: scripts/v1_5/
 Reads <run>/stage1/. Writes projector.safetensors, adapter/, run.json, heldout.json and metrics.jsonl to
 <run>/stage2/. Continue with sanity_check.py.
 
-stage1_align.py explains what both stages have in common. What is new is marked
-"New", or stands under "new in stage 2": the LLM gets a LoRA adapter, and adapter and projector have different
-learning rates.
+stage1_align.py explains what both stages have in common. What is new is marked "New", or stands under "new in
+stage 2": the LLM gets a LoRA adapter, and adapter and projector have different learning rates.
 """
 
 import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
@@ -53,16 +52,16 @@ PRESETS = {
         heldout_images="toy/data/heldout.zip",
         heldout=240,
         max_length=256,
-        batch_size=32,
-        grad_accum=1,
-        epochs=1,
-        eval_every=40,
-        save_every=100,
         lr=1.5e-3,                            # of the adapter, whose output starts at zero
         projector_lr=5e-4,                    # of the projector, which is trained already
         lora_r=16,                            # rank of the adapter's matrices A and B
         lora_alpha=32,                        # their product is scaled by lora_alpha / lora_r
-        lora_dropout=0.0),                    # without dropout a step is faster
+        lora_dropout=0.0,                     # without dropout a step is faster
+        batch_size=32,
+        grad_accum=1,
+        epochs=1,
+        eval_every=40,
+        save_every=100),
     "small": COMMON | dict(
         run="runs/small",
         vision_tower="data/small/encoder",
@@ -74,15 +73,15 @@ PRESETS = {
         heldout_images="data/small/pictures/images.zip",
         heldout=368,
         max_length=256,
-        batch_size=8,
-        grad_accum=1,
-        epochs=5,
-        eval_every=250,
         lr=1e-3,
         projector_lr=5e-4,
         lora_r=16,
         lora_alpha=32,
-        lora_dropout=0.0),
+        lora_dropout=0.0,
+        batch_size=8,
+        grad_accum=1,
+        epochs=5,
+        eval_every=250),
     "tinyllama": COMMON | dict(
         run="runs/tinyllama",
         vision_tower="openai/clip-vit-large-patch14",
@@ -92,14 +91,14 @@ PRESETS = {
         heldout=256,
         max_length=2048,
         workers=2,
-        batch_size=2,
-        grad_accum=64,                        # 2 × 64 = 128 samples per step, as in the original LoRA script
-        epochs=1,                             # the script's; the paper has 3 epochs of steps of 32 samples
-        lr=2e-4,                              # the script's; the paper has 2e-5 for all weights of the LLM
-        projector_lr=2e-5,                    # the script's; low, so that it keeps what it has learned
+        lr=2e-4,                              # the original LoRA script's; the paper: 2e-5 for the whole LLM
+        projector_lr=2e-5,                    # the script's; low, so that the projector forgets little
         lora_r=16,                            # the script's is 128, an adapter eight times as large
         lora_alpha=32,                        # the script's is 256, so alpha / r is the same
-        lora_dropout=0.05),
+        lora_dropout=0.05,
+        batch_size=2,
+        grad_accum=64,                        # 2 × 64 = 128 samples per step, as in the script
+        epochs=1),                            # the script's; the paper trains 3 epochs, 32 samples per step
 }
 
 
@@ -111,7 +110,7 @@ def main(argv=None):
     processes = Processes(args.device, args.precision)
     device, dtype = processes.device, processes.dtype
     # New: stage 1 must be finished, and trained with the same models. The hash of its projector becomes a
-    # setting, so that --resume refuses to continue after another stage 1.
+    # setting, so that --resume refuses to continue if stage 1 has been trained again since.
     stage1_path, projector_hash = results.read_stage1(args)
     stage_folder = checkpoints.open_folder(args, stage=2, processes=processes,
                                            stage1_projector=projector_hash)
@@ -157,7 +156,8 @@ def main(argv=None):
     # -- 4. optimizer --------------------------------------------------------------------------------------
 
     model.to(device)
-    # New: two learning rates. The projector has been trained before, and the adapter is new.
+    # New: two learning rates. The projector has been trained before, and the adapter is new. (The log calls
+    # the first group's rate lr and the second's projector_lr.)
     adapter_parameters = [parameter for parameter in model.llm.parameters() if parameter.requires_grad]
     projector_parameters = list(model.projector.parameters())
     parameters = adapter_parameters + projector_parameters
@@ -236,7 +236,7 @@ def main(argv=None):
             optimizer.zero_grad()
 
             progress.step += 1
-            progress.samples += step.num_samples
+            progress.samples += step.total_samples
             log.log_step(optimizer, micro_batches, seconds_waiting,
                          loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
             if progress.step % eval_every == 0 and progress.step < total_steps:

@@ -70,9 +70,9 @@ class StageFolder:
     def read_earlier_run(self, resume, restart):
         """Raises UserError if a run can neither begin nor continue here. With resume, reads the checkpoint,
         or ends the process if the run is finished."""
-        path, finished = self.path / "checkpoint.pt", read_json(self.path / "run.json")
         if restart:
             return
+        path, finished = self.path / "checkpoint.pt", read_json(self.path / "run.json")
         if not resume and (finished or path.exists()):
             way = "discard it" if finished else "continue it with --resume, discard it"
             raise UserError(f"{self.path} holds {'a finished' if finished else 'an unfinished'} run: {way} "

@@ -25,7 +25,8 @@ def choose_device(name, local_rank=None):
             torch.cuda.set_device(device)  # else CUDA would also take memory on GPU 0
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0][:100]
-        raise UserError(f"the device {name} cannot be used here: {reason}") from error
+        raise UserError(f"the device {name} cannot be used here; pass auto, cpu, cuda, cuda:1 or mps "
+                        f"({reason})") from error
     return device
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from data import IMAGE_TOKEN, collate, count_labeled
 from model import IGNORE_INDEX
 from support.errors import UserError, printable
+from support.processes import hide_bar
 from support.records import image_name
 
 
@@ -69,7 +70,7 @@ def measure_heldout(model, batches, blank=False):
     was_training = model.training
     model.eval()
     parts = defaultdict(list)  # for each kind of image: the losses of the records, one tensor per batch
-    for i, batch in enumerate(tqdm(batches, "evaluating", leave=False, disable=None)):
+    for i, batch in enumerate(tqdm(batches, "evaluating", leave=False, disable=hide_bar())):
         pixels = batch["pixel_values"]  # (B, 3, S, S)
         # Record k of the batch gets the image of record k - 1.
         previous = torch.cat([batches[i - 1]["pixel_values"][-1:], pixels[:-1]])  # (B, 3, S, S)

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from support.errors import UserError, explain_errors, printable
+from support.processes import hide_bar
 
 LOG_EVERY = 5  # steps between two lines of metrics.jsonl about the training
 
@@ -27,9 +28,8 @@ class MetricsLog:
             with explain_errors(f"write {path}"):
                 self.file = open(path, "ab")
                 self.file.truncate(min(length, self.file.tell()))
-        # disable=None: no bar where stderr is not a terminal, because it would fill a log file.
         self.bar = tqdm(total=total_steps, initial=progress.step, unit="step", dynamic_ncols=True,
-                        disable=True if self.processes.rank > 0 else None)
+                        disable=hide_bar())
         self.last_generated, self.line_printed_at = None, 0.0
         self.started, self.first_step = time.time(), progress.step
         self._start_interval()

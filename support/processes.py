@@ -72,6 +72,12 @@ class Processes:
             dist.barrier()
 
 
+def hide_bar():
+    """Returns tqdm's `disable`: True except in rank 0. There, None hides the bar only if stderr is not a
+    terminal, because it would fill a log file."""
+    return True if dist.is_initialized() and dist.get_rank() > 0 else None
+
+
 def share_from_worker(batch):
     """Returns the batch. In a DataLoader worker, its tensors are in shared memory, by which workers pass them
     on. If there is too little, share_memory_() raises an error here. Otherwise the batch would be lost, and

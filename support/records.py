@@ -11,6 +11,7 @@ from tqdm import tqdm
 from support.errors import BadRecord, UserError, explain_errors
 from support.files import find_file
 from support.images import ImageStore
+from support.processes import hide_bar
 
 # Keys that other programs use for content that this project does not read.
 UNREAD_KEYS = {"images", "video", "videos", "audio", "system", "image_path"}
@@ -202,7 +203,7 @@ def select_usable_records(records, template, max_length, allow_bad=1.0, open_ima
     empty_turn = template.render([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}])
     added_bytes = len(empty_turn.encode())  # what the template adds to a question and its answer
     usable, lengths, failures = [], [], {}  # failures: {reason: [one sentence per unusable record]}
-    for i in tqdm(range(len(records)), "checking the data", unit="record", leave=False, disable=None):
+    for i in tqdm(range(len(records)), "checking the data", unit="record", leave=False, disable=hide_bar()):
         try:
             lengths.append(check_record(records, i, template, max_length, open_images, added_bytes))
             usable.append(i)
@@ -229,7 +230,7 @@ def select_usable_records(records, template, max_length, allow_bad=1.0, open_ima
 
 def check_record(records, i, template, max_length, open_image, added_bytes):
     """Returns the number of tokens of sample i: exactly with open_image, else approximately. Raises BadRecord
-    if record i cannot be used. added_bytes: how many bytes the template adds to a turn, at most."""
+    if record i cannot be used. added_bytes: what the template adds to a question and its answer."""
     record = records[i]
     name, messages = image_name(record), template.to_messages(record)
     if name is not None and open_image:

@@ -1,4 +1,4 @@
-"""Saves what a stage has trained: projector and adapter as safetensors, and run.json."""
+"""Saves and loads what a stage has trained: projector and adapter as safetensors, and run.json."""
 
 import hashlib
 import shlex
@@ -70,7 +70,8 @@ def read_stage1(args):
             raise UserError(f"{folder} was trained for {name} {saved[name]}, not {getattr(args, name)}: "
                             f"use --{name.replace('_', '-')} {saved[name]}, or another --run")
     with explain_errors(f"read {folder}/projector.safetensors"):
-        return folder, hashlib.sha256((folder / "projector.safetensors").read_bytes()).hexdigest()[:16]
+        content = (folder / "projector.safetensors").read_bytes()
+    return folder, hashlib.sha256(content).hexdigest()[:16]
 
 
 def load_projector(model, folder):

@@ -14,7 +14,8 @@ def number(kind, minimum, maximum=math.inf):
     def parse(text):
         value = kind(text)
         if not (minimum <= value <= maximum and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {minimum} to {maximum}")
+            limit = f"from {minimum} to {maximum}" if maximum < math.inf else f"of at least {minimum}"
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number {limit}")
         return value
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
     return parse
@@ -40,7 +41,7 @@ FLAGS = {  # name: (type or choices, help)
     "max_length": (INT_FROM_1, "longest sample in tokens, image included; longer ones lose their last turns"),
     "allow_bad": (FRACTION, "stop if more than this fraction of the records is unusable"),
     "workers": (INT_FROM_0, "processes that load data; 0: the main process loads"),
-    "lr": (FLOAT_FROM_0, "peak learning rate"),
+    "lr": (FLOAT_FROM_0, "peak learning rate; in stage 2, that of the adapter"),
     "projector_lr": (FLOAT_FROM_0, "peak learning rate of the projector"),
     "lora_r": (INT_FROM_1, "rank r of the LoRA matrices"),
     "lora_alpha": (INT_FROM_1, "the output of LoRA is scaled by alpha / r"),

@@ -1,4 +1,5 @@
-"""Which samples each optimizer step uses, in which micro-batches, and whether the longest of them fits."""
+"""Which samples each optimizer step uses, in which micro-batches, whether the longest of them fits into the
+memory, and whether a step has diverged."""
 
 import time
 from math import ceil, isfinite
@@ -14,8 +15,8 @@ from support.errors import UserError, is_out_of_memory
 
 class Step(NamedTuple):
     """One optimizer step, as one process sees it."""
-    sample_lists: list  # numbers of the samples of this process, one list per micro-batch
-    num_samples: int  # of all processes
+    sample_lists: list  # indices of the samples of this process, one list per micro-batch
+    total_samples: int  # number of samples, of all processes
 
 
 def plan_steps(lengths, args, processes, progress):
@@ -82,7 +83,7 @@ def stop_if_diverged(progress, loss, grad_norm, scaler, records, step):
         ids = [str(records[i].get("id")) for samples in step.sample_lists for i in samples]
         advice = "--precision fp32, " if scaler.is_enabled() else ""
         raise UserError(f"step {progress.step + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try {advice}"
-                        f"a lower --lr, or look at the records of this step: {', '.join(ids[:16])}")
+                        f"a lower --lr, or look at the records of this step, such as {', '.join(ids[:16])}")
 
 
 def try_longest_batch(model, dataset, lengths, autocast, args):

@@ -22,7 +22,7 @@ def plan(length, rank=0, world_size=1, samples_done=0, steps_done=0, lengths=Non
     steps = plan_steps(lengths, SimpleNamespace(**settings),
                        SimpleNamespace(rank=rank, world_size=world_size),
                        Progress(step=steps_done, samples=samples_done))
-    assert world_size > 1 or all(step.num_samples == len(flat([step.sample_lists])) for step in steps)
+    assert world_size > 1 or all(step.total_samples == len(flat([step.sample_lists])) for step in steps)
     return [step.sample_lists for step in steps]
 
 
