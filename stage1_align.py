@@ -112,14 +112,12 @@ def main(argv=None):
     # preset. Without --heldout-data, records are then held out of --data.)
     args = settings.parse_settings(__doc__, PRESETS, argv)
     # Joins the processes that torchrun has started, if any (docs/several_gpus.md). From here on, only the
-    # first of them, rank 0, prints and writes files. dtype, the same in all, is the precision of the frozen
-    # weights and of matrix products. Trained weights are always fp32.
+    # first of them, rank 0, prints, and writes to the folder of the run. dtype, the same in all, is the
+    # precision of the frozen weights and of matrix products. Trained weights are always fp32.
     processes = Processes(args.device, args.precision)
     device, dtype = processes.device, processes.dtype
     # Locks <run>/stage1. If it holds an earlier run, --resume continues this run, or ends here if it is
     # finished, and --restart discards it in section 5. Without either, it is an error.
-    # stage_folder.checkpoint is what --resume continues from, else None. (--check-data neither locks nor
-    # reads the folder.)
     stage_folder = checkpoints.open_folder(args, stage=1, processes=processes)
     # Read before the models, so that a wrong path is found at once. The first --heldout records of
     # --heldout-data are held out. Without it, --heldout images of --data are drawn at random, one record of
@@ -129,7 +127,7 @@ def main(argv=None):
     # -- 2. model ------------------------------------------------------------------------------------------
 
     # Frozen weights are never updated, so half precision is enough on a GPU, and halves their memory. They
-    # stay on the CPU until the data are checked, so that --check-data needs no GPU memory. for_device is
+    # stay on the CPU until the data are checked, so that --check-data puts no model on the GPU. for_device is
     # where the LLM will compute, which decides its attention kernel.
     # must_have_layer: an impossible --vision-layer is an error before the weights are read.
     vision_tower = load_vision_tower(args.vision_tower, dtype, must_have_layer=args.vision_layer)
@@ -183,22 +181,23 @@ def main(argv=None):
     # fp16 rounds numbers below 3e-8 to zero. So the scaler multiplies the loss, and with it every gradient,
     # by a large number, and unscale_() divides by it before clipping. In bf16 and fp32 it does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    # The first scale() creates the scale that unscale_() needs. Under torchrun, a process may have no sample
-    # in its first step, if the run is resumed just before the last step of an epoch. So it is created here.
+    # Creates the scale, which unscale_() needs even in a process that has no sample in its first step.
     scaler.scale(torch.zeros((), device=device))
     # "with autocast():" runs matrix products in half precision, and operations such as the loss in fp32.
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     # Takes one forward and backward pass of the longest samples, which may come late in the run, with a label
     # on every token of text, because that needs the most memory. If it does not fit on the GPU, the run ends
-    # now, before the result of an earlier run is deleted. Weights and random numbers stay as they are.
+    # now, before the result of an earlier run is deleted. (AdamW's state comes on top.) Weights and random
+    # numbers stay as they are.
     if device.type == "cuda":
         step_batches.try_longest_batch(model, train_dataset, lengths, autocast, args)
 
     # -- 5. begin or resume, and the batches ---------------------------------------------------------------
 
     # An error above leaves an earlier run as it was. From here on, its files are deleted or continued.
-    # progress.step counts the optimizer steps taken so far, and progress.samples the samples seen.
+    # stage_folder.checkpoint is what --resume continues from, else None. progress.step counts the optimizer
+    # steps taken so far, and progress.samples the samples seen.
     if stage_folder.checkpoint is None:
         # Deletes an earlier result, if there is one, and writes heldout.json.
         progress = stage_folder.start_new(train_records, heldout_records)
@@ -230,7 +229,7 @@ def main(argv=None):
     log = MetricsLog(stage_folder, progress, total_steps)
 
     # Measures and logs the held-out loss with the correct and with a different image, and generates an
-    # answer. Returns what was measured.
+    # answer, in eval mode and without gradients. All processes evaluate the same. Returns what was measured.
     def evaluate():
         with autocast():
             metrics, example = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches)

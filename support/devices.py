@@ -16,6 +16,8 @@ def choose_device(name, local_rank=None):
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if local_rank is not None and name.startswith("cuda:"):
+        raise UserError(f"torchrun gives every process its own GPU: pass --device cuda instead of {name}")
     if name == "cuda" and local_rank is not None:
         name = f"cuda:{local_rank}"
     try:

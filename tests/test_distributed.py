@@ -13,6 +13,8 @@ from conftest import REPOSITORY
 from processes import SMALL, finish, metrics, start_all
 from safetensors.torch import load_file
 
+from support.devices import choose_device
+from support.errors import UserError
 from support.processes import Processes
 
 
@@ -63,6 +65,11 @@ def test_ranks_that_another_launcher_than_torchrun_has_set_are_ignored(monkeypat
         monkeypatch.setenv(name, value)
     processes = Processes("cpu", "auto")
     assert (processes.rank, processes.world_size, processes.dtype) == (0, 1, torch.float32)
+
+
+def test_processes_of_torchrun_cannot_all_have_the_same_gpu():
+    with pytest.raises(UserError, match="pass --device cuda instead of cuda:0"):
+        choose_device("cuda:0", local_rank=1)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the workers in Linux's /proc")
