@@ -117,7 +117,9 @@ def main(argv=None):
     processes = Processes(args.device, args.precision)
     device, dtype = processes.device, processes.dtype
     # Locks <run>/stage1. If it holds an earlier run, --resume continues this run, or ends here if it is
-    # finished, and --restart discards it in section 5. Without either, it is an error.
+    # finished, and --restart discards it in section 5. Without either, it is an error. A resumed run may
+    # change only settings that leave each step as it is: workers, for example, or batch_size and grad_accum
+    # together.
     stage_folder = checkpoints.open_folder(args, stage=1, processes=processes)
     # Read before the models, so that a wrong path is found at once. The first --heldout records of
     # --heldout-data are held out. Without it, --heldout images of --data are drawn at random, one record of
@@ -144,7 +146,8 @@ def main(argv=None):
         # Saves memory, because the backward pass computes activations again instead of keeping them.
         # use_reentrant=False is the variant that PyTorch recommends.
         llm.gradient_checkpointing_enable({"use_reentrant": False})
-    # Train mode for the projector only. Llava.train() keeps the layers of CLIP and the LLM in eval mode.
+    # Train mode for the projector only. What behaves differently in train mode in CLIP and the LLM, such as
+    # dropout, stays in eval mode.
     model.train()
     print(model.parameter_table())
 
@@ -164,7 +167,8 @@ def main(argv=None):
     train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
     heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
     # The held-out samples that have an image, as batches, which stay in memory. Each sample is also evaluated
-    # with the image of the one before it, so neighbors have different images where possible.
+    # with the image of the one before it. Their order makes neighbors with the same image rare, and such a
+    # sample counts only in the loss with the correct image.
     heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
     # Prints the first training sample. The labeled tokens, which the model learns to write, are in [[ ]].
     evaluation.print_sample(train_dataset)
@@ -186,10 +190,10 @@ def main(argv=None):
     # "with autocast():" runs matrix products in half precision, and operations such as the loss in fp32.
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
-    # Takes one forward and backward pass of the longest samples, which may come late in the run, with a label
-    # on every token of text, because that needs the most memory. If it does not fit on the GPU, the run ends
-    # now, before the result of an earlier run is deleted. (AdamW's state comes on top.) Weights and random
-    # numbers stay as they are.
+    # Takes one forward and backward pass of a micro-batch of the samples that are probably the longest, which
+    # may come late in the run. Every token of text is labeled, because that needs the most memory. If it does
+    # not fit on the GPU, the run ends now, before the result of an earlier run is deleted. (AdamW's state
+    # comes on top.) Weights and random numbers stay as they are.
     if device.type == "cuda":
         step_batches.try_longest_batch(model, train_dataset, lengths, autocast, args)
 
@@ -204,7 +208,7 @@ def main(argv=None):
     else:
         # Restores weights, optimizer, scaler and random numbers. If the records have changed, the run ends.
         progress = stage_folder.restore(model, optimizer, scaler, train_records, heldout_records)
-    # The steps that remain of --epochs, or of --max-steps if it is given. step.sample_lists holds the
+    # The steps that remain of --epochs, or of --max-steps if it is given. The sample_lists of a step hold the
     # indices of this process's samples, one list per micro-batch. The order is random, but depends only on
     # seed and epoch, so a resumed run continues it. Within a step, samples of similar length share a
     # micro-batch, which saves padding.
@@ -222,8 +226,8 @@ def main(argv=None):
         prefetch_factor=step_batches.prefetch_factor(args.workers, args.grad_accum),
         # Pinned memory can be copied to the GPU while it computes.
         pin_memory=device.type == "cuda",
-        # Without its own generator, the loader would draw a number from the global one whenever it starts,
-        # and a resumed stage 2 would draw other dropout masks.
+        # Without its own generator, the loader would draw a number from the global one of the CPU whenever it
+        # starts, and a stage 2 resumed on a CPU would draw other dropout masks.
         generator=torch.Generator())
     # The progress bar, and the file metrics.jsonl.
     log = MetricsLog(stage_folder, progress, total_steps)

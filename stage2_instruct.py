@@ -111,6 +111,8 @@ def main(argv=None):
     device, dtype = processes.device, processes.dtype
     # New: stage 1 must be finished, and trained with the same models. The hash of its projector becomes a
     # setting, so that --resume refuses to continue if stage 1 has been trained again since.
+    # (--check-data needs the finished stage 1, too. Earlier, stage1_align.py --check-data can check the same
+    # records, with their --data and --images.)
     stage1_path, projector_hash = results.read_stage1(args)
     stage_folder = checkpoints.open_folder(args, stage=2, processes=processes,
                                            stage1_projector=projector_hash)

@@ -81,7 +81,7 @@ class StageFolder:
             self._check_same_settings(finished.get("settings", {}))
             if self.processes.rank == 0:
                 delete(path)  # left if the run was killed just before its end
-            print(f"{self.path} holds a finished run, so there is nothing to resume", file=sys.stderr)
+                print(f"{self.path} holds a finished run, so there is nothing to resume", file=sys.stderr)
             sys.exit(0)
         if not path.exists():
             if resume:
