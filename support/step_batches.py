@@ -119,5 +119,4 @@ def try_longest_batch(model, dataset, lengths, autocast, args):
     if device.type == "cuda":
         text += (f"; peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB, and "
                  f"{torch.cuda.mem_get_info(device)[0] / 2**30:.1f} GiB of the GPU are still free")
-        torch.cuda.reset_peak_memory_stats(device)  # the log shows the peak of the real steps
     print(text)
