@@ -66,7 +66,7 @@ PRESETS = {
         heldout_images="toy/data/heldout.zip",
         heldout=240,                          # evaluate the first 240 records of heldout_data (all)
         max_length=256,                       # longest sample in tokens, image positions included
-        lr=1e-2,                              # its peak; so small a model allows a high one
+        lr=1e-2,                              # peak learning rate; so small a model allows a high one
         batch_size=32,                        # samples per micro-batch
         grad_accum=1,                         # micro-batches per optimizer step
         epochs=2,                             # passes over the data
@@ -108,8 +108,8 @@ def main(argv=None):
     """Returns the trained model, or None with --check-data. argv: the flags (None: of the command line)."""
     # -- 1. settings, processes, folder, records -----------------------------------------------------------
 
-    # The settings of --preset, changed by the other flags. (Data of your own drop the held-out data of the
-    # preset. Without --heldout-data, records are then held out of --data.)
+    # The settings of --preset, changed by the other flags. (With --data, the held-out data of the preset are
+    # not used. Without --heldout-data, records are then held out of --data.)
     args = settings.parse_settings(__doc__, PRESETS, argv)
     # Joins the processes that torchrun has started, if any (docs/several_gpus.md). From here on, only the
     # first of them, rank 0, prints, and writes to the folder of the run. dtype, the same in all, is the
@@ -117,9 +117,9 @@ def main(argv=None):
     processes = Processes(args.device, args.precision)
     device, dtype = processes.device, processes.dtype
     # Locks <run>/stage1. If it holds an earlier run, --resume continues this run, or ends here if it is
-    # finished, and --restart discards it in section 5. Without either, it is an error. A resumed run may
-    # change only settings that leave each step as it is: workers, for example, or batch_size and grad_accum
-    # together.
+    # finished, and --restart discards it in section 5. Without either, it is an error. (With --check-data,
+    # the folder is not touched.) A resumed run may change only settings that leave each step as it is:
+    # workers, for example, or batch_size and grad_accum together.
     stage_folder = checkpoints.open_folder(args, stage=1, processes=processes)
     # Read before the models, so that a wrong path is found at once. The first --heldout records of
     # --heldout-data are held out. Without it, --heldout images of --data are drawn at random, one record of
@@ -146,8 +146,8 @@ def main(argv=None):
         # Saves memory, because the backward pass computes activations again instead of keeping them.
         # use_reentrant=False is the variant that PyTorch recommends.
         llm.gradient_checkpointing_enable({"use_reentrant": False})
-    # Train mode for the projector only. What behaves differently in train mode in CLIP and the LLM, such as
-    # dropout, stays in eval mode.
+    # Train mode for the projector. In CLIP and the LLM, what behaves differently in train mode, such as
+    # dropout, stays in eval mode. (Only the flag of the LLM's blocks is set, because checkpointing reads it.)
     model.train()
     print(model.parameter_table())
 
@@ -163,15 +163,16 @@ def main(argv=None):
     # Held-out images are all opened. If one failed later, the dataset would return the next sample instead,
     # and that one would count twice. Any number of these records may be unusable, if two with different
     # images are left.
-    heldout_records, _ = select_usable_records(heldout_records, template, args.max_length, open_images=True)
+    heldout_records, _ = select_usable_records(heldout_records, template, args.max_length, allow_bad=1.0,
+                                               open_images=True)
     train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
     heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
     # The held-out samples that have an image, as batches, which stay in memory. Each sample is also evaluated
-    # with the image of the one before it. Their order makes neighbors with the same image rare, and such a
-    # sample counts only in the loss with the correct image.
+    # with the image of the one before it. They are ordered so that these two images are rarely the same. If
+    # they are, the sample counts only in the loss with the correct image.
     heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
     # Prints the first training sample. The labeled tokens, which the model learns to write, are in [[ ]].
-    evaluation.print_sample(train_dataset)
+    evaluation.print_first_sample(train_dataset)
     if args.check_data:
         return None
 
@@ -217,7 +218,7 @@ def main(argv=None):
     eval_every = args.eval_every or math.ceil(total_steps / 10)
     save_every = args.save_every or min(100, math.ceil(total_steps / 20))
     loader = DataLoader(
-        train_dataset, batch_sampler=[samples for step in plan for samples in step.sample_lists],
+        train_dataset, batch_sampler=[indices for step in plan for indices in step.sample_lists],
         # Pads the samples of a micro-batch to the same length.
         collate_fn=partial(collate, pad_token_id=template.pad_token_id),
         # After Ctrl-C, the workers must live on, because the main process needs them to finish its step.
@@ -256,6 +257,7 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
 
+            # All micro-batches of the step, because their labeled tokens are counted before the first loss.
             micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(batches, step)
             # Prints images that could not be decoded. Too many of them end the run.
             log.report_skipped(skipped, len(train_dataset), args.allow_bad)

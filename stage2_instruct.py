@@ -147,11 +147,12 @@ def main(argv=None):
 
     image_processor = load_image_processor(args.vision_tower)
     train_records, lengths = select_usable_records(train_records, template, args.max_length, args.allow_bad)
-    heldout_records, _ = select_usable_records(heldout_records, template, args.max_length, open_images=True)
+    heldout_records, _ = select_usable_records(heldout_records, template, args.max_length, allow_bad=1.0,
+                                               open_images=True)
     train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
     heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
     heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
-    evaluation.print_sample(train_dataset)
+    evaluation.print_first_sample(train_dataset)
     if args.check_data:
         return None
 
@@ -184,7 +185,7 @@ def main(argv=None):
     eval_every = args.eval_every or math.ceil(total_steps / 10)
     save_every = args.save_every or min(100, math.ceil(total_steps / 20))
     loader = DataLoader(
-        train_dataset, batch_sampler=[samples for step in plan for samples in step.sample_lists],
+        train_dataset, batch_sampler=[indices for step in plan for indices in step.sample_lists],
         collate_fn=partial(collate, pad_token_id=template.pad_token_id),
         num_workers=args.workers, worker_init_fn=ignore_signals_in_worker,
         prefetch_factor=step_batches.prefetch_factor(args.workers, args.grad_accum),

@@ -170,7 +170,7 @@ def token_text(template, i):
     return printable(text if readable else str(template.tokenizer.convert_ids_to_tokens(i)))
 
 
-def print_sample(dataset):
+def print_first_sample(dataset):
     """Prints the first sample of a ChatDataset with its labeled tokens in [[ ]]."""
     template = dataset.template
     ids, labels = template.encode_record(dataset.records[0], dataset.max_length)

@@ -34,7 +34,7 @@ from support import metrics_log
 from support.checkpoints import STOP_SIGNALS
 from support.errors import run_script
 from support.images import ImageStore
-from support.pretrained import (load_image_processor, load_language_model, load_vision_tower)
+from support.pretrained import load_image_processor, load_language_model, load_vision_tower
 from support.records import read_records
 
 torch.set_num_threads(1)  # models this small are slower with more threads
