@@ -14,8 +14,6 @@ image. If the three are equal for many records, the model ignores the image. --s
 because a good answer about a training image may be memorized.
 """
 
-import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
-
 import argparse
 import copy
 import math

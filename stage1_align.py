@@ -18,8 +18,6 @@ In bash, this prints where main() of the two stages differs, without comments:
             <(sed -n '/^def main/,$p' stage2_instruct.py | grep -v '^ *#')
 """
 
-import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
-
 import math
 import sys
 from functools import partial
@@ -32,9 +30,10 @@ from model import Llava, count_patches
 from support import checkpoints, evaluation, results, settings, step_batches
 from support.errors import run_script
 from support.metrics_log import MetricsLog
-from support.pretrained import load_image_processor, load_language_model, load_vision_tower
+from support.pretrained import (load_image_processor, load_language_model, load_vision_config,
+                                load_vision_tower)
 from support.processes import Processes, ignore_signals_in_worker
-from support.records import load_records, select_usable_records
+from support.records import load_records
 
 # What the presets have in common, unless they set it themselves. Each setting is also a flag, see --help.
 # (The switches --resume, --restart, --check-data and --activation-checkpointing are off by default.)
@@ -106,7 +105,7 @@ PRESETS = {
 
 def main(argv=None):
     """Returns the trained model, or None with --check-data. argv: the flags (None: of the command line)."""
-    # -- 1. settings, processes, folder, records -----------------------------------------------------------
+    # -- 1. settings, processes, folder --------------------------------------------------------------------
 
     # The settings of --preset, changed by the other flags. (With --data, the held-out data of the preset are
     # not used. Without --heldout-data, records are then held out of --data.)
@@ -116,26 +115,36 @@ def main(argv=None):
     # precision of the frozen weights and of matrix products. Trained weights are always fp32.
     processes = Processes(args.device, args.precision)
     device, dtype = processes.device, processes.dtype
-    # Locks <run>/stage1. If it holds an earlier run, --resume continues this run, or ends here if it is
-    # finished, and --restart discards it in section 5. Without either, it is an error. (With --check-data,
-    # the folder is not touched.) A resumed run may change only settings that leave each step as it is:
-    # workers, for example, or batch_size and grad_accum together.
+    # Locks <run>/stage1. An earlier run in it is an error, unless --resume continues it or --restart discards
+    # it, which happens in section 5. (--check-data does not touch the folder.)
     stage_folder = checkpoints.open_folder(args, stage=1, processes=processes)
-    # Read before the models, so that a wrong path is found at once. The first --heldout records of
-    # --heldout-data are held out. Without it, --heldout images of --data are drawn at random, one record of
-    # each is held out, and their other records are not used. (The toy's pictures are drawn here, if missing.)
-    train_records, heldout_records = load_records(args)
 
-    # -- 2. model ------------------------------------------------------------------------------------------
+    # -- 2. data -------------------------------------------------------------------------------------------
 
-    # Frozen weights are never updated, so half precision is enough on a GPU, and halves their memory. They
-    # stay on the CPU until the data are checked, so that --check-data puts no model on the GPU. for_device is
-    # where the LLM will compute, which decides its attention kernel.
-    # must_have_layer: an impossible --vision-layer is an error before the weights are read.
-    vision_tower = load_vision_tower(args.vision_tower, dtype, must_have_layer=args.vision_layer)
-    llm = load_language_model(args.llm, dtype, for_device=device)
+    # Resizes, crops and normalizes images as CLIP expects them.
+    image_processor = load_image_processor(args.vision_tower)
     # The LLM's tokenizer and chat template. An image takes N positions in a text, one per patch of CLIP.
-    template = ChatTemplate(args.llm, num_image_tokens=count_patches(vision_tower.config))
+    vision_config = load_vision_config(args.vision_tower, args.vision_layer)
+    template = ChatTemplate(args.llm, num_image_tokens=count_patches(vision_config))
+    # Reads --data and splits off the held-out records. All records are checked now, because a bad one must
+    # not stop the run hours later. Unusable ones are left out, and ten for each reason are printed. If they
+    # are more than the fraction allow_bad, the run ends.
+    # lengths[i]: about how many tokens training sample i has.
+    train_records, heldout_records, lengths = load_records(args, template)
+    train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
+    heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
+    # The held-out samples that have an image, as batches, which stay in memory.
+    heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
+    # Prints the first training sample. The labeled tokens, which the model learns to write, are in [[ ]].
+    evaluation.print_first_sample(train_dataset)
+    if args.check_data:
+        return None
+
+    # -- 3. model ------------------------------------------------------------------------------------------
+
+    # Frozen weights are never updated, so half precision is enough on a GPU, and halves their memory.
+    vision_tower = load_vision_tower(args.vision_tower, dtype)
+    llm = load_language_model(args.llm, dtype, for_device=device)
     # The projector starts with random weights, the same in all processes and in every run with this seed.
     torch.manual_seed(args.seed)
     model = Llava(vision_tower, llm, template.image_token_id, args.projector, args.vision_layer)
@@ -148,37 +157,11 @@ def main(argv=None):
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     # Train mode for the projector. In CLIP and the LLM, what behaves differently in train mode, such as
     # dropout, stays in eval mode. (Only the flag of the LLM's blocks is set, because checkpointing reads it.)
-    model.train()
+    model.to(device).train()
     print(model.parameter_table())
-
-    # -- 3. data -------------------------------------------------------------------------------------------
-
-    # Resizes, crops and normalizes images as CLIP expects them.
-    image_processor = load_image_processor(args.vision_tower)
-    # A bad record must not stop the run hours later. So every record is checked now. Unusable ones are left
-    # out, and ten for each reason are printed. If they are more than the fraction allow_bad, the run ends.
-    # With more than 2,000 records, images are only looked up, because opening LLaVA's 595,375 takes long.
-    # lengths[i]: about how many tokens training sample i has.
-    train_records, lengths = select_usable_records(train_records, template, args.max_length, args.allow_bad)
-    # Held-out images are all opened. If one failed later, the dataset would return the next sample instead,
-    # and that one would count twice. Any number of these records may be unusable, if two with different
-    # images are left.
-    heldout_records, _ = select_usable_records(heldout_records, template, args.max_length, allow_bad=1.0,
-                                               open_images=True)
-    train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
-    heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
-    # The held-out samples that have an image, as batches, which stay in memory. Each sample is also evaluated
-    # with the image of the one before it. They are ordered so that these two images are rarely the same. If
-    # they are, the sample counts only in the loss with the correct image.
-    heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
-    # Prints the first training sample. The labeled tokens, which the model learns to write, are in [[ ]].
-    evaluation.print_first_sample(train_dataset)
-    if args.check_data:
-        return None
 
     # -- 4. optimizer --------------------------------------------------------------------------------------
 
-    model.to(device)
     parameters = list(model.trainable_parameters().values())
     # No weight decay, as in the original code. "peak_lr" is not PyTorch's: the loop multiplies it by the
     # schedule. (fused=True updates all weights in a few kernels.)
@@ -186,28 +169,21 @@ def main(argv=None):
     # fp16 rounds numbers below 3e-8 to zero. So the scaler multiplies the loss, and with it every gradient,
     # by a large number, and unscale_() divides by it before clipping. In bf16 and fp32 it does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    # Creates the scale, which unscale_() needs even in a process that has no sample in its first step.
-    scaler.scale(torch.zeros((), device=device))
     # "with autocast():" runs matrix products in half precision, and operations such as the loss in fp32.
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-    # Takes one forward and backward pass of a micro-batch of the samples that are probably the longest, which
-    # may come late in the run. Every token of text is labeled, because that needs the most memory. If it does
-    # not fit on the GPU, the run ends now, before the result of an earlier run is deleted. (AdamW's state
-    # comes on top.) Weights and random numbers stay as they are.
-    if device.type == "cuda":
-        step_batches.try_longest_batch(model, train_dataset, lengths, autocast, args)
+    # Takes a forward and backward pass of the samples that are probably the longest, which may come late in
+    # the run, so that a lack of memory shows now. No weight changes.
+    step_batches.try_longest_batch(model, train_dataset, lengths, autocast, scaler, args)
 
     # -- 5. begin or resume, and the batches ---------------------------------------------------------------
 
-    # An error above leaves an earlier run as it was. From here on, its files are deleted or continued.
-    # stage_folder.checkpoint is what --resume continues from, else None. progress.step counts the optimizer
-    # steps taken so far, and progress.samples the samples seen.
+    # An error above leaves an earlier run as it was. progress.step counts the optimizer steps taken so far,
+    # and progress.samples the samples seen.
     if stage_folder.checkpoint is None:
         # Deletes an earlier result, if there is one, and writes heldout.json.
         progress = stage_folder.start_new(train_records, heldout_records)
     else:
-        # Restores weights, optimizer, scaler and random numbers. If the records have changed, the run ends.
+        # With --resume: restores weights, optimizer and scaler. If the records have changed, the run ends.
         progress = stage_folder.restore(model, optimizer, scaler, train_records, heldout_records)
     # The steps that remain of --epochs, or of --max-steps if it is given. The sample_lists of a step hold the
     # indices of this process's samples, one list per micro-batch. The order is random, but depends only on
@@ -226,10 +202,7 @@ def main(argv=None):
         # While the GPU computes a step, the workers prepare the next one.
         prefetch_factor=step_batches.prefetch_factor(args.workers, args.grad_accum),
         # Pinned memory can be copied to the GPU while it computes.
-        pin_memory=device.type == "cuda",
-        # Without its own generator, the loader would draw a number from the global one of the CPU whenever it
-        # starts, and a stage 2 resumed on a CPU would draw other dropout masks.
-        generator=torch.Generator())
+        pin_memory=device.type == "cuda")
     # The progress bar, and the file metrics.jsonl.
     log = MetricsLog(stage_folder, progress, total_steps)
 

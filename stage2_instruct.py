@@ -15,8 +15,6 @@ stage1_align.py explains what both stages have in common. What is new is marked 
 stage 2": the LLM gets a LoRA adapter, and adapter and projector have different learning rates.
 """
 
-import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
-
 import math
 import shlex
 import sys
@@ -31,9 +29,10 @@ from model import LORA_TARGETS, Llava, count_patches
 from support import checkpoints, evaluation, results, settings, step_batches
 from support.errors import run_script
 from support.metrics_log import MetricsLog
-from support.pretrained import load_image_processor, load_language_model, load_vision_tower
+from support.pretrained import (load_image_processor, load_language_model, load_vision_config,
+                                load_vision_tower)
 from support.processes import Processes, ignore_signals_in_worker
-from support.records import load_records, select_usable_records
+from support.records import load_records
 
 # stage1_align.py explains the settings. Here the presets have other data and schedules, and set projector_lr
 # and lora_*, too.
@@ -104,51 +103,21 @@ PRESETS = {
 
 def main(argv=None):
     """Returns the trained model, or None with --check-data. argv: the flags (None: of the command line)."""
-    # -- 1. settings, processes, folder, records -----------------------------------------------------------
+    # -- 1. settings, processes, folder --------------------------------------------------------------------
 
     args = settings.parse_settings(__doc__, PRESETS, argv)
     processes = Processes(args.device, args.precision)
     device, dtype = processes.device, processes.dtype
-    # New: stage 1 must be finished, and trained with the same models. The hash of its projector becomes a
-    # setting, so that --resume refuses to continue if stage 1 has been trained again since.
-    # (--check-data needs the finished stage 1, too. Earlier, stage1_align.py --check-data can check the same
-    # records, with their --data and --images.)
-    stage1_path, projector_hash = results.read_stage1(args)
-    stage_folder = checkpoints.open_folder(args, stage=2, processes=processes,
-                                           stage1_projector=projector_hash)
-    train_records, heldout_records = load_records(args)
+    # New: stage 1 must be finished, and trained with the same models.
+    stage1_path = results.find_stage1(args)
+    stage_folder = checkpoints.open_folder(args, stage=2, processes=processes)
 
-    # -- 2. model ------------------------------------------------------------------------------------------
-
-    vision_tower = load_vision_tower(args.vision_tower, dtype, must_have_layer=args.vision_layer)
-    llm = load_language_model(args.llm, dtype, for_device=device)
-    template = ChatTemplate(args.llm, num_image_tokens=count_patches(vision_tower.config))
-    torch.manual_seed(args.seed)
-    model = Llava(vision_tower, llm, template.image_token_id, args.projector, args.vision_layer)
-    model.projector.requires_grad_(True)
-    if args.activation_checkpointing:
-        llm.gradient_checkpointing_enable({"use_reentrant": False})
-
-    # -- 2b. new in stage 2: the projector of stage 1, and LoRA --------------------------------------------
-
-    results.load_projector(model, stage1_path)
-    # peft creates LoRA's A and B. They are trainable, and in fp32 even if W is in half precision.
-    model.add_lora(LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-                              target_modules=LORA_TARGETS, task_type="CAUSAL_LM"))
-    # So far all processes have drawn the same numbers, so A is the same in all of them. From here on, dropout
-    # masks differ.
-    torch.manual_seed(args.seed + processes.rank)
-
-    # Puts projector and adapter in train mode.
-    model.train()
-    print(model.parameter_table())
-
-    # -- 3. data -------------------------------------------------------------------------------------------
+    # -- 2. data -------------------------------------------------------------------------------------------
 
     image_processor = load_image_processor(args.vision_tower)
-    train_records, lengths = select_usable_records(train_records, template, args.max_length, args.allow_bad)
-    heldout_records, _ = select_usable_records(heldout_records, template, args.max_length, allow_bad=1.0,
-                                               open_images=True)
+    vision_config = load_vision_config(args.vision_tower, args.vision_layer)
+    template = ChatTemplate(args.llm, num_image_tokens=count_patches(vision_config))
+    train_records, heldout_records, lengths = load_records(args, template)
     train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
     heldout_dataset = ChatDataset(heldout_records, template, image_processor, args.max_length)
     heldout_batches = evaluation.make_heldout_batches(heldout_dataset, args.batch_size)
@@ -156,9 +125,29 @@ def main(argv=None):
     if args.check_data:
         return None
 
+    # -- 3. model ------------------------------------------------------------------------------------------
+
+    vision_tower = load_vision_tower(args.vision_tower, dtype)
+    llm = load_language_model(args.llm, dtype, for_device=device)
+    torch.manual_seed(args.seed)
+    model = Llava(vision_tower, llm, template.image_token_id, args.projector, args.vision_layer)
+    model.projector.requires_grad_(True)
+    if args.activation_checkpointing:
+        llm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    # -- 3b. new in stage 2: the projector of stage 1, and LoRA --------------------------------------------
+
+    results.load_projector(model, stage1_path)
+    # peft creates LoRA's A and B. They are trainable, and in fp32 even if W is in half precision.
+    model.add_lora(LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
+                              target_modules=LORA_TARGETS, task_type="CAUSAL_LM"))
+
+    # Puts projector and adapter in train mode.
+    model.to(device).train()
+    print(model.parameter_table())
+
     # -- 4. optimizer --------------------------------------------------------------------------------------
 
-    model.to(device)
     # New: two learning rates. The projector has been trained before, and the adapter is new. (The log calls
     # the first group's rate lr and the second's projector_lr.)
     adapter_parameters = [parameter for parameter in model.llm.parameters() if parameter.requires_grad]
@@ -168,11 +157,8 @@ def main(argv=None):
                                    {"params": projector_parameters, "peak_lr": args.projector_lr}],
                                   weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    scaler.scale(torch.zeros((), device=device))
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-    if device.type == "cuda":
-        step_batches.try_longest_batch(model, train_dataset, lengths, autocast, args)
+    step_batches.try_longest_batch(model, train_dataset, lengths, autocast, scaler, args)
 
     # -- 5. begin or resume, and the batches ---------------------------------------------------------------
 
@@ -189,8 +175,7 @@ def main(argv=None):
         collate_fn=partial(collate, pad_token_id=template.pad_token_id),
         num_workers=args.workers, worker_init_fn=ignore_signals_in_worker,
         prefetch_factor=step_batches.prefetch_factor(args.workers, args.grad_accum),
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator())
+        pin_memory=device.type == "cuda")
     log = MetricsLog(stage_folder, progress, total_steps)
 
     def evaluate():
@@ -201,7 +186,7 @@ def main(argv=None):
 
     # -- 6. the loop ---------------------------------------------------------------------------------------
 
-    # This is the loop of stage 1, line by line.
+    # This is the loop of stage 1, line by line, and one new line for dropout.
     warmup_steps = max(1, round(args.warmup * total_steps))
     with checkpoints.StopSignal() as stop_signal:
         if progress.step == 0:
@@ -212,6 +197,8 @@ def main(argv=None):
             lr_factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * decay))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
+            # New: dropout's random numbers depend on step and process, so a resumed run draws the same.
+            torch.manual_seed(args.seed + progress.step * processes.world_size + processes.rank)
 
             micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(batches, step)
             log.report_skipped(skipped, len(train_dataset), args.allow_bad)

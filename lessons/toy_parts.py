@@ -31,5 +31,6 @@ def load_datasets(template, stage):
     settings = Namespace(**PRESETS[stage])
     toy.world.draw_if_missing()  # about 10 s, only once
     image_processor = load_image_processor(settings.vision_tower)
+    train_records, heldout_records, _ = load_records(settings, template)
     return [ChatDataset(records, template, image_processor, settings.max_length)
-            for records in load_records(settings)]
+            for records in (train_records, heldout_records)]

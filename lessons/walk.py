@@ -9,8 +9,6 @@ It takes a few seconds for the toy. Each heading names the function that makes t
 model.py open while you read.
 """
 
-import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
-
 import argparse
 import json
 import math

@@ -8,6 +8,7 @@
     <run>/stage1/run.json                how it was trained, written last
 """
 
+import hashlib
 import os
 import shlex
 import signal
@@ -40,10 +41,10 @@ class Progress:
     records_hash: str = ""  # of the training and held-out records
 
 
-def open_folder(args, stage, processes, **more_settings):
+def open_folder(args, stage, processes):
     """Locks the folder of a stage and reads the checkpoint of an earlier run. Returns a StageFolder. Ends the
     process if --resume finds a finished run. With --check-data, it touches nothing."""
-    folder = StageFolder(args, stage, processes, **more_settings)
+    folder = StageFolder(args, stage, processes)
     if not args.check_data:
         if processes.rank == 0:
             lock_folder(folder.path)
@@ -58,14 +59,18 @@ class StageFolder:
     --resume continues from, or None.
     """
 
-    def __init__(self, args, stage, processes, **more_settings):
+    def __init__(self, args, stage, processes):
         self.path, self.stage = Path(args.run) / f"stage{stage}", stage
         self.processes, self.checkpoint = processes, None
         if self.path.parent.name in ("stage1", "stage2"):
             raise UserError(f"pass --run {shlex.quote(str(self.path.parents[1]))}, the folder of the run")
         precision = next(name for name, dtype in DTYPES.items() if dtype == processes.dtype)
-        self.settings = {**vars(args), "precision": precision, **more_settings, "samples_per_step":
+        self.settings = {**vars(args), "precision": precision, "samples_per_step":
                          args.batch_size * args.grad_accum * processes.world_size}
+        if stage == 2:  # so that --resume refuses to continue if stage 1 has been trained again since
+            path = self.path.parent / "stage1" / "projector.safetensors"
+            with explain_errors(f"read {path}"):
+                self.settings["stage1_projector"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
     def read_earlier_run(self, resume, restart):
         """Raises UserError if a run can neither begin nor continue here. With resume, reads the checkpoint,
@@ -113,8 +118,9 @@ class StageFolder:
         return Progress(records_hash=hash_records(train_records, heldout_records))
 
     def restore(self, model, optimizer, scaler, train_records, heldout_records):
-        """Restores weights, optimizer, scaler and random numbers of the checkpoint. Returns the Progress."""
-        processes, checkpoint = self.processes, self.checkpoint
+        """Restores weights, optimizer and scaler of the checkpoint. Returns the Progress. Random numbers need
+        not be restored, because they depend on seed, epoch and step alone."""
+        checkpoint = self.checkpoint
         progress = Progress(**checkpoint["progress"])
         if progress.records_hash != hash_records(train_records, heldout_records):
             raise UserError("--resume: the records have changed since the run was interrupted, so it cannot "
@@ -125,26 +131,17 @@ class StageFolder:
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:  # empty unless the run computed in fp16
             scaler.load_state_dict(checkpoint["scaler"])
-        if processes.rank < len(checkpoint["rng"]):  # else there were fewer processes before
-            rng = checkpoint["rng"][processes.rank]
-            torch.set_rng_state(rng[0])
-            if len(rng) > 1 and processes.device.type == "cuda":
-                torch.cuda.set_rng_state(rng[1], processes.device)
         return progress
 
     def save_checkpoint(self, progress, model, optimizer, scaler):
-        """Writes checkpoint.pt. Every process calls this, because each has random numbers of its own."""
-        rng = [torch.get_rng_state()]
-        if self.processes.device.type == "cuda":
-            rng.append(torch.cuda.get_rng_state(self.processes.device))
-        rngs = self.processes.gather(rng)
+        """Writes checkpoint.pt, in rank 0. The other processes wait for it."""
         if self.processes.rank == 0:
             metrics = self.path / "metrics.jsonl"
             # With an open file, torch.save() says why a write failed, for example because of a full disk.
             with atomic_write(self.path / "checkpoint.pt") as temporary, open(temporary, "wb") as file:
                 torch.save({"progress": asdict(progress), "settings": self.settings,
                             "weights": model.trainable_parameters(), "optimizer": optimizer.state_dict(),
-                            "scaler": scaler.state_dict(), "rng": rngs,
+                            "scaler": scaler.state_dict(),
                             "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0}, file)
         self.processes.barrier()
 

@@ -1,7 +1,6 @@
 """Errors that a user can fix, and how a script ends with them: in one sentence and an exit code."""
 
 import re
-import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +53,6 @@ def explain_errors(action):
 def run_script(main):
     """Runs main(). A UserError or a lack of memory ends with one sentence and code 1. Ctrl-C, or a reader of
     the output that has gone, ends with code 130. Every other error shows its traceback."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # support/start.py has set another one
     script = Path(sys.argv[0]).name
     for output in (sys.stdout, sys.stderr):  # a character that the terminal lacks must not end a run
         if hasattr(output, "reconfigure"):  # not in a notebook

@@ -21,7 +21,7 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, 
 
 from support.devices import choose_attention
 from support.errors import UserError, explain_errors
-from support.files import REPOSITORY, read_json
+from support.files import REPOSITORY, find_file, read_json
 from support.images import decode_image
 
 transformers.logging.disable_progress_bar()  # the bar of loading weights
@@ -46,6 +46,8 @@ def find_pretrained(name):
     model `name`. They are downloaded at first use to the hub's cache, as in transformers. HF_HOME sets its
     place, and HF_HUB_OFFLINE=1 forbids every request."""
     folder = next((folder for folder in (Path(name), REPOSITORY / name) if os.path.isdir(folder)), None)
+    if folder is None and str(name).count("/") > 1:  # the name of a hub's model has at most one
+        find_file(name)  # raises UserError
     if folder is None:
         with suppress(OSError, ValueError):  # without a request, if the files are in the cache
             folder = Path(snapshot_download(str(name), allow_patterns=FILES, local_files_only=True))
@@ -76,7 +78,7 @@ def load_config(name):
 
 def load_vision_config(name, vision_layer=-1):
     """Returns the configuration of a DINOv2, or of the vision half of a CLIP or SigLIP. Raises UserError if
-    it is something else, or if it has no such layer."""
+    it is something else, or if it has no hidden state with the number vision_layer."""
     config = load_config(name)
     config = getattr(config, "vision_config", config)
     if config.model_type not in VISION_MODELS:
@@ -85,15 +87,6 @@ def load_vision_config(name, vision_layer=-1):
     if not -1 - config.num_hidden_layers <= vision_layer <= -1:
         raise UserError(f"--vision-layer {vision_layer} does not exist: {name} has -1 (last block) to "
                         f"{-1 - config.num_hidden_layers} (embeddings)")
-    return config
-
-
-def load_language_config(name):
-    """Returns the configuration of an LLM. Raises UserError if it cannot be used as --llm."""
-    config = load_config(name)
-    if config.model_type not in LANGUAGE_MODELS or getattr(config, "final_logit_softcapping", None):
-        raise UserError(f"{name} is a '{config.model_type}'; --llm must name a model of the type "
-                        f"{', '.join(LANGUAGE_MODELS)}")
     return config
 
 
@@ -123,10 +116,9 @@ def load_image(path, image_processor):
     return image_processor(decode_image(content, path), return_tensors="pt")["pixel_values"][0]
 
 
-def load_vision_tower(name, dtype, must_have_layer=-1):
-    """Returns a CLIPVisionModel, SiglipVisionModel or Dinov2Model with its pretrained weights. Raises
-    UserError if it has no hidden state with the number must_have_layer, counted from the end."""
-    config = load_vision_config(name, must_have_layer)
+def load_vision_tower(name, dtype):
+    """Returns a CLIPVisionModel, SiglipVisionModel or Dinov2Model with its pretrained weights."""
+    config = load_vision_config(name)
     vision_class = VISION_MODELS[config.model_type]
     # The files of CLIP hold its text half too. Listing its weights here keeps transformers from reporting
     # them, so that any other unexpected weight stands out.
@@ -146,7 +138,6 @@ def load_vision_tower(name, dtype, must_have_layer=-1):
 def load_language_model(name, dtype, for_device):
     """Returns a decoder-only language model with its pretrained weights, on the CPU. for_device is where it
     will compute, and decides the attention kernel."""
-    load_language_config(name)  # raises UserError before the weights are read
     llm = _load_strictly(AutoModelForCausalLM, name, dtype,
                          attn_implementation=choose_attention(for_device, dtype))
     # peft writes this name into adapter/. Otherwise it would be the folder of the LLM on this machine.
@@ -167,7 +158,10 @@ class LoadedTokenizer(NamedTuple):
 
 def load_tokenizer(name):
     """Returns the LoadedTokenizer of an LLM. Raises UserError if the LLM or its tokenizer cannot be used."""
-    folder, config = find_pretrained(name), load_language_config(name)
+    folder, config = find_pretrained(name), load_config(name)
+    if config.model_type not in LANGUAGE_MODELS or getattr(config, "final_logit_softcapping", None):
+        raise UserError(f"{name} is a '{config.model_type}'; --llm must name a model of the type "
+                        f"{', '.join(LANGUAGE_MODELS)}")
     with explain_errors(f"load the tokenizer in {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.chat_template:

@@ -107,9 +107,24 @@ def split_records(records, heldout, limit, seed):
     return records.subset(train), records.subset(first[images[:heldout]])
 
 
-def load_records(args):
-    """Returns the (training, held-out) Records that the settings of a stage name. Without --heldout-data,
-    records of --data are held out. The toy's pictures are drawn before its first run (about 10 s)."""
+def load_records(args, template):
+    """Returns the usable (training, held-out) Records that the settings of a stage name, and about how many
+    tokens each training sample has.
+
+    The first --heldout records of --heldout-data are held out. Without --heldout-data, records of --data are
+    held out, see split_records(). At most allow_bad of the training records may be unusable. The held-out
+    records may be any number but all. Their images are all opened, because if one failed later, the dataset
+    would return the next sample instead, and that one would count twice.
+    """
+    train, heldout = find_records(args)
+    train, lengths = select_usable_records(train, template, args.max_length, args.allow_bad)
+    heldout, _ = select_usable_records(heldout, template, args.max_length, open_images=True)
+    return train, heldout, lengths
+
+
+def find_records(args):
+    """Returns the (training, held-out) Records, not yet checked. The toy's pictures are drawn before its
+    first run (about 10 s)."""
     if args.data.startswith("toy/data/"):
         import toy.world  # here, because real data do not need it
         toy.world.draw_if_missing()

@@ -1,6 +1,5 @@
 """Saves and loads what a stage has trained: projector and adapter as safetensors, and run.json."""
 
-import hashlib
 import shlex
 from pathlib import Path
 
@@ -60,18 +59,16 @@ def read_result(folder, preset=None):
     return saved
 
 
-def read_stage1(args):
-    """Returns (folder of stage 1, a hash of its projector). Raises UserError if it is not finished, or if
-    it was trained with another vision tower, layer, LLM or projector than those of `args`."""
+def find_stage1(args):
+    """Returns the folder of stage 1. Raises UserError if it is not finished, or if it was trained with
+    another vision tower, layer, LLM or projector than those of `args`."""
     folder = Path(args.run) / "stage1"
     saved = read_result(folder, args.preset)
     for name in MODEL_SETTINGS:
         if saved[name] != getattr(args, name):
             raise UserError(f"{folder} was trained for {name} {saved[name]}, not {getattr(args, name)}: "
                             f"use --{name.replace('_', '-')} {saved[name]}, or another --run")
-    with explain_errors(f"read {folder}/projector.safetensors"):
-        content = (folder / "projector.safetensors").read_bytes()
-    return folder, hashlib.sha256(content).hexdigest()[:16]
+    return folder
 
 
 def load_projector(model, folder):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from support.devices import DTYPES
 from support.errors import UserError
+from support.files import find_file
 
 
 def number(kind, minimum, maximum=math.inf):
@@ -97,6 +98,9 @@ def parse_settings(description, presets, argv=None):
     if bool(args.heldout_data) != bool(args.heldout_images):
         raise UserError("--heldout-data and --heldout-images belong together: pass both, or neither to hold "
                         "records out of --data")
+    for path in filter(None, (args.data, args.images, args.heldout_data, args.heldout_images)):
+        if not path.startswith("toy/data/"):  # these are drawn when they are read
+            find_file(path)  # raises UserError, so that a wrong path is found before models are fetched
     changed = changed_settings(args, presets[args.preset])
     print(f"preset {args.preset}" + "".join(f", {name}={value}" for name, value in changed.items()))
     return args

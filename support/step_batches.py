@@ -86,12 +86,13 @@ def stop_if_diverged(progress, loss, grad_norm, scaler, records, step):
                         f"a lower --lr, or look at the records of this step, such as {', '.join(ids[:16])}")
 
 
-def try_longest_batch(model, dataset, lengths, autocast, args):
+def try_longest_batch(model, dataset, lengths, autocast, scaler, args):
     """Takes one forward and backward pass of the micro-batch that is probably the longest, with a label on
     every token of text, so that hardly any micro-batch of the run needs more memory. Prints the peak.
     (AdamW's two numbers per trained parameter come on top, from the first step on.) Raises UserError if it
-    does not fit, so that a run does not fail hours later. Changes nothing in the run: weights and random
-    numbers stay, and gradients are None afterwards."""
+    does not fit, so that a run does not fail hours later. Weights stay as they are, and gradients are None
+    afterwards. (It also lets the scaler create its scale, which unscale_() needs even in a process that has
+    no sample in its first step.)"""
     device = model.llm.device
     longest = np.argsort(-lengths, kind="stable")[:args.batch_size].tolist()
     batch = collate([dataset[i] for i in longest], dataset.template.pad_token_id)
@@ -101,10 +102,9 @@ def try_longest_batch(model, dataset, lengths, autocast, args):
     size, length = batch["input_ids"].shape
     text = f"longest micro-batch: {size} samples of up to {length:,} tokens"
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws from it
-            with autocast():
-                losses = model(**{name: batch[name].to(device) for name in batch if name != "skipped"})
-            losses.sum().backward()
+        with autocast():
+            losses = model(**{name: batch[name].to(device) for name in batch if name != "skipped"})
+        scaler.scale(losses.sum()).backward()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -37,7 +37,7 @@ def poison(monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_step_and_names_the_records(
         refusal, flags, tmp_path, poison):
-    poison(lambda number: number == 3, float("nan"))  # the first micro-batch of the second step
+    poison(lambda number: number == 4, float("nan"))  # after the longest: the first of the second step
     sentence = refusal("stage1_align", *flags(1, batch_size=4, grad_accum=2, save_every=1, max_steps=3))
     assert "step 2: loss nan" in sentence and sentence.count("drawn_") == 8
     checkpoint = torch.load(tmp_path / "runs" / "toy" / "stage1" / "checkpoint.pt", weights_only=True)
@@ -47,11 +47,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step_and_names_the_r
 
 def test_ten_overflows_in_a_row_stop_an_fp16_run_and_nine_do_not(script, refusal, flags, tmp_path, poison):
     arguments = flags(1, max_steps=20, precision="fp16")
-    poison(lambda number: number not in (10, 20), float("inf"))  # nine, then one good step, then nine
+    poison(lambda number: number not in (11, 21), float("inf"))  # nine, then one good step, then nine
     script("stage1_align", *arguments)
     lines = (tmp_path / "runs" / "toy" / "stage1" / "metrics.jsonl").read_text()
     assert "Infinity" not in lines and "NaN" not in lines and '"loss": null' in lines
-    poison(lambda number: number != 5, float("inf"))
+    poison(lambda number: number != 6, float("inf"))
     sentence = refusal("stage1_align", *arguments, "--restart")
     assert "step 15: loss inf" in sentence and "--precision fp32" in sentence
 

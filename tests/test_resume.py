@@ -185,20 +185,6 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
     assert "saved" not in (tmp_path / "log").read_text()
 
 
-@pytest.mark.parametrize("words", [["stage1_align.py"], ["stage2_instruct.py"], ["sanity_check.py"],
-                                   ["-m", "tools.evaluate"]], ids=lambda words: words[-1])
-def test_a_script_prints_a_line_before_the_slow_imports_and_ctrl_c_ends_them_with_another(words, tmp_path):
-    """This torch takes a minute to import."""
-    (tmp_path / "torch.py").write_text("import sys, time\nprint(1, file=sys.stderr)\ntime.sleep(60)")
-    process = subprocess.Popen([sys.executable, *words, "--help"], cwd=REPOSITORY, text=True,
-                               stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert process.stderr.readline().startswith("loading PyTorch")
-    assert process.stderr.readline() == "1\n"
-    process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=30)
-    assert process.returncode == 130 and rest.strip() == "interrupted"
-
-
 def test_a_second_process_in_the_same_folder_is_refused(refusal, tmp_path):
     """Until the first one has ended. The tests above resume runs whose .lock is left by a killed process."""
     arguments = ["--run", str(tmp_path), *SMALL]

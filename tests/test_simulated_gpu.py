@@ -20,7 +20,7 @@ GPU = torch.device("cuda:0")
 # What these functions of torch.cuda return. Capability 7.5 is that of a T4: fp16, no flash attention.
 CUDA = {"is_available": True, "device_count": 1, "current_device": 0, "set_device": None, "synchronize": None,
         "get_device_capability": (7, 5), "get_device_name": "simulated", "mem_get_info": (2**33, 2**33),
-        "max_memory_allocated": 2**30, "get_rng_state": torch.get_rng_state(), "set_rng_state": None}
+        "max_memory_allocated": 2**30}
 # Functions that would look for the numbers in the GpuTensor itself.
 READ_MEMORY = (torch.Tensor.tolist, torch.Tensor.data_ptr, torch.Tensor.untyped_storage)
 

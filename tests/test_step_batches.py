@@ -112,7 +112,7 @@ def test_a_longest_batch_that_does_not_fit_names_the_flags_in_numbers(batch_size
     samples = Samples({"input_ids": [1] * n, "labels": [1] * n, "pixel_values": None} for n in range(1, 31))
     settings = SimpleNamespace(batch_size=batch_size, grad_accum=8, activation_checkpointing=recompute)
     with pytest.raises(UserError, match="up to 30 tokens") as error:
-        try_longest_batch(Model(), samples, np.arange(30), nullcontext, settings)
+        try_longest_batch(Model(), samples, np.arange(30), nullcontext, None, settings)
     assert advice in str(error.value)
 
 

@@ -13,8 +13,6 @@ line. A language model remembers nothing from one call to the next. For every an
 renders the whole conversation again, exactly like a training record of several turns (see data.py).
 """
 
-import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
-
 import argparse
 import os
 import re

@@ -14,8 +14,6 @@ complete files are not fetched again. At the end it prints the commands of the s
 themselves.
 """
 
-import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
-
 import argparse
 import os
 import struct

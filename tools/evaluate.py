@@ -45,8 +45,6 @@ evaluated on both, if the run has both. Stage 2 may have forgotten how to write 
     counts                number of generated captions and answers, and of answers by kind
 """
 
-import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
-
 import argparse
 from collections import Counter
 from pathlib import Path

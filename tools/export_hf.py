@@ -19,8 +19,6 @@ If torchvision is installed, transformers resizes images with it. Pixels then di
 levels from those of the run. AutoProcessor.from_pretrained("exported", backend="pil") avoids that.
 """
 
-import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
-
 import argparse
 from pathlib import Path
 

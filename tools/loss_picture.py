@@ -6,8 +6,6 @@ It reads only metrics.jsonl, which both stages write while they train. If the he
 correct image than with a different image, the model uses the image. After a stage, tools.page shows more.
 """
 
-import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
-
 import argparse
 import json
 from pathlib import Path

@@ -12,8 +12,6 @@ one of 256 patches changes little, and erasing each of them would take long. So 
 regions, at most 8 × 8 per image, which are squares or nearly so. For the toy, a region is one patch.
 """
 
-import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
-
 import argparse
 import base64
 import io

@@ -17,8 +17,6 @@ Where the hub can be reached, the stages' flag --llm HuggingFaceTB/SmolLM2-135M-
 LLM instead (with its system prompt, which the file in llm/ does not have). This has not been measured.
 """
 
-import support.start  # noqa: F401 (prints a first line, because the next imports take seconds)
-
 import argparse
 import importlib.util
 import io
