@@ -177,8 +177,7 @@ def main(argv=None):
 
     # -- 5. begin or resume, and the batches ---------------------------------------------------------------
 
-    # An error above leaves an earlier run as it was. progress.step counts the optimizer steps taken so far,
-    # and progress.samples the samples seen.
+    # Here an earlier run is deleted or continued. An error above has left it as it was.
     if stage_folder.checkpoint is None:
         # Deletes an earlier result, if there is one, and writes heldout.json.
         progress = stage_folder.start_new(train_records, heldout_records)
@@ -190,7 +189,7 @@ def main(argv=None):
     # seed and epoch, so a resumed run continues it. Within a step, samples of similar length share a
     # micro-batch, which saves padding.
     plan = step_batches.plan_steps(lengths, args, processes, progress)
-    total_steps = progress.step + len(plan)
+    total_steps = progress.steps_taken + len(plan)
     eval_every = args.eval_every or math.ceil(total_steps / 10)
     save_every = args.save_every or min(100, math.ceil(total_steps / 20))
     loader = DataLoader(
@@ -218,17 +217,16 @@ def main(argv=None):
 
     warmup_steps = max(1, round(args.warmup * total_steps))
     with checkpoints.StopSignal() as stop_signal:
-        if progress.step == 0:
+        if progress.steps_taken == 0:
             progress.first_metrics = evaluate()
         batches = iter(loader)
-        # step says which samples to take, and progress.step counts the steps that have been taken.
         for step in plan:
             # Linear warm-up, because Adam's first updates are about as large as lr however small the gradient
             # is. Then half a cosine, towards zero, while `decay` grows from 0 to almost 1.
-            decay = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
-            lr_factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * decay))
+            warmup = min(1, (progress.steps_taken + 1) / warmup_steps)
+            decay = max(0, progress.steps_taken - warmup_steps) / max(1, total_steps - warmup_steps)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_factor
+                group["lr"] = group["peak_lr"] * warmup * 0.5 * (1 + math.cos(math.pi * decay))
 
             # All micro-batches of the step, because their labeled tokens are counted before the first loss.
             micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(batches, step)
@@ -270,16 +268,16 @@ def main(argv=None):
             scaler.update()
             optimizer.zero_grad()
 
-            progress.step += 1
-            progress.samples += step.total_samples
+            progress.steps_taken += 1
+            progress.samples_seen += step.num_samples
             log.log_step(optimizer, micro_batches, seconds_waiting,
                          loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
-            if progress.step % eval_every == 0 and progress.step < total_steps:
+            if progress.steps_taken % eval_every == 0 and progress.steps_taken < total_steps:
                 evaluate()
             # The number of the signal, or 0. If a process has received Ctrl-C or SIGTERM, all save and stop.
             # The last step is saved, too, so that a kill during the final evaluation loses nothing.
             stop = processes.max(stop_signal.number)
-            if stop or progress.step % save_every == 0 or progress.step == total_steps:
+            if stop or progress.steps_taken % save_every == 0 or progress.steps_taken == total_steps:
                 stage_folder.save_checkpoint(progress, model, optimizer, scaler)
             if stop:
                 log.close_unfinished()

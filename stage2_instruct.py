@@ -167,7 +167,7 @@ def main(argv=None):
     else:
         progress = stage_folder.restore(model, optimizer, scaler, train_records, heldout_records)
     plan = step_batches.plan_steps(lengths, args, processes, progress)
-    total_steps = progress.step + len(plan)
+    total_steps = progress.steps_taken + len(plan)
     eval_every = args.eval_every or math.ceil(total_steps / 10)
     save_every = args.save_every or min(100, math.ceil(total_steps / 20))
     loader = DataLoader(
@@ -189,16 +189,16 @@ def main(argv=None):
     # This is the loop of stage 1, line by line, and one new line for dropout.
     warmup_steps = max(1, round(args.warmup * total_steps))
     with checkpoints.StopSignal() as stop_signal:
-        if progress.step == 0:
+        if progress.steps_taken == 0:
             progress.first_metrics = evaluate()
         batches = iter(loader)
         for step in plan:
-            decay = max(0, progress.step - warmup_steps) / max(1, total_steps - warmup_steps)
-            lr_factor = min(1, (progress.step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * decay))
+            warmup = min(1, (progress.steps_taken + 1) / warmup_steps)
+            decay = max(0, progress.steps_taken - warmup_steps) / max(1, total_steps - warmup_steps)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_factor
+                group["lr"] = group["peak_lr"] * warmup * 0.5 * (1 + math.cos(math.pi * decay))
             # New: dropout's random numbers depend on step and process, so a resumed run draws the same.
-            torch.manual_seed(args.seed + progress.step * processes.world_size + processes.rank)
+            torch.manual_seed(args.seed + progress.steps_taken * processes.world_size + processes.rank)
 
             micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(batches, step)
             log.report_skipped(skipped, len(train_dataset), args.allow_bad)
@@ -225,14 +225,14 @@ def main(argv=None):
             scaler.update()
             optimizer.zero_grad()
 
-            progress.step += 1
-            progress.samples += step.total_samples
+            progress.steps_taken += 1
+            progress.samples_seen += step.num_samples
             log.log_step(optimizer, micro_batches, seconds_waiting,
                          loss=loss, grad_norm=grad_norm, labeled_tokens=num_labeled)
-            if progress.step % eval_every == 0 and progress.step < total_steps:
+            if progress.steps_taken % eval_every == 0 and progress.steps_taken < total_steps:
                 evaluate()
             stop = processes.max(stop_signal.number)
-            if stop or progress.step % save_every == 0 or progress.step == total_steps:
+            if stop or progress.steps_taken % save_every == 0 or progress.steps_taken == total_steps:
                 stage_folder.save_checkpoint(progress, model, optimizer, scaler)
             if stop:
                 log.close_unfinished()

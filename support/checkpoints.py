@@ -33,8 +33,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # of Ctrl-C; of kill and of clus
 @dataclass
 class Progress:
     """How far a run has come."""
-    step: int = 0  # optimizer steps taken
-    samples: int = 0  # samples seen, over all processes
+    steps_taken: int = 0  # optimizer steps
+    samples_seen: int = 0  # of all processes
     first_metrics: dict | None = None  # what measure_heldout() returned before the first step
     bad_steps: int = 0  # steps in a row whose loss or gradient was not finite
     skipped: list = field(default_factory=list)  # sentences about images that could not be decoded
@@ -97,7 +97,7 @@ class StageFolder:
                 raise ValueError(f"{damaged} has a wrong checksum")
             self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         self._check_same_settings(self.checkpoint["settings"])
-        print(f"resuming {self.path} at step {self.checkpoint['progress']['step']:,}")
+        print(f"resuming {self.path} at step {self.checkpoint['progress']['steps_taken']:,}")
 
     def _check_same_settings(self, before):
         """Raises UserError if --resume comes with other settings than `before`, those of the earlier run."""

@@ -28,10 +28,10 @@ class MetricsLog:
             with explain_errors(f"write {path}"):
                 self.file = open(path, "ab")
                 self.file.truncate(min(length, self.file.tell()))
-        self.bar = tqdm(total=total_steps, initial=progress.step, unit="step", dynamic_ncols=True,
+        self.bar = tqdm(total=total_steps, initial=progress.steps_taken, unit="step", dynamic_ncols=True,
                         disable=hide_bar())
         self.last_generated, self.line_printed_at = None, 0.0
-        self.started, self.first_step = time.time(), progress.step
+        self.started, self.first_step = time.time(), progress.steps_taken
         self._start_interval()
 
     def _start_interval(self):
@@ -41,7 +41,7 @@ class MetricsLog:
         """Counts a step: the micro-batches of this process, and the seconds that it waited for them. Logs
         every fifth step and the last: the metrics and learning rates, tokens per second, the fraction of
         time spent waiting for data, the seconds left, evaluations included, and the peak memory of a GPU."""
-        step, now = self.progress.step, time.time()
+        step, now = self.progress.steps_taken, time.time()
         self.interval_tokens += sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
         self.interval_waiting += seconds_waiting
         self.bar.update()
@@ -50,7 +50,7 @@ class MetricsLog:
         seconds = now - self.interval_start
         rates = (group["lr"] for group in optimizer.param_groups)
         metrics = {name: float(value) for name, value in metrics.items()} | {
-            **dict(zip(("lr", "projector_lr"), rates)), "samples": self.progress.samples,
+            **dict(zip(("lr", "projector_lr"), rates)), "samples": self.progress.samples_seen,
             "tokens_per_s": self.processes.sum(self.interval_tokens) / seconds,
             "waiting": self.interval_waiting / seconds,
             "seconds_left": (now - self.started) / (step - self.first_step) * (self.total_steps - step)}
@@ -82,7 +82,7 @@ class MetricsLog:
 
     def log_heldout(self, metrics, generated, reference, nearest_tokens):
         """Logs what evaluate_heldout() returned. tools/page.py shows the nearest tokens."""
-        step = self.progress.step
+        step = self.progress.steps_taken
         values = {f"heldout_{name}": value for name, value in metrics.items()}
         self._write(step, **values, generated=generated, nearest_tokens=nearest_tokens)
         text = f"step {step}: {format_metrics(metrics)}"
@@ -114,8 +114,8 @@ class MetricsLog:
         """Closes the log of a run that a signal has stopped, and prints how to continue it."""
         self.close()
         if self.processes.rank == 0:
-            print(f"saved {self.path} at step {self.progress.step:,} of {self.total_steps:,}: continue with "
-                  "the same command and --resume", file=sys.stderr)
+            print(f"saved {self.path} at step {self.progress.steps_taken:,} of {self.total_steps:,}: "
+                  "continue with the same command and --resume", file=sys.stderr)
 
 
 def format_metrics(metrics):

@@ -33,7 +33,7 @@ def save_result(stage_folder, model, progress, metrics):
         gpu = torch.cuda.get_device_name() if stage_folder.processes.device.type == "cuda" else None
         write_json(stage_folder.path / "run.json", {
             "stage": stage_folder.stage, **{name: stage_folder.settings[name] for name in MODEL_SETTINGS},
-            "steps": progress.step, "heldout": metrics, "settings": stage_folder.settings,
+            "steps": progress.steps_taken, "heldout": metrics, "settings": stage_folder.settings,
             "skipped": progress.skipped,  # images that could not be decoded
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "gpu": gpu}})
         delete(stage_folder.path / "checkpoint.pt")

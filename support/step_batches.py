@@ -16,7 +16,7 @@ from support.errors import UserError, is_out_of_memory
 class Step(NamedTuple):
     """One optimizer step, as one process sees it."""
     sample_lists: list  # indices of the samples of this process, one list per micro-batch
-    total_samples: int  # number of samples, of all processes
+    num_samples: int  # number of samples, of all processes
 
 
 def plan_steps(lengths, args, processes, progress):
@@ -25,23 +25,23 @@ def plan_steps(lengths, args, processes, progress):
 
     The samples of all epochs form one long sequence, each epoch in a random order drawn from (seed, epoch). A
     step takes the next batch_size × grad_accum × world_size of them; the last step of an epoch takes what is
-    left. So a run can be resumed after progress.samples samples, even with another number of processes.
+    left. So a run can be resumed after progress.samples_seen samples, even with another number of processes.
     """
     batch_size, rank, world_size = args.batch_size, processes.rank, processes.world_size
     samples_per_step, n = batch_size * args.grad_accum * world_size, len(lengths)
     epochs, remaining = args.epochs, None
     if args.max_steps is not None:  # the steps of the whole run; they replace the epochs
-        remaining = max(0, args.max_steps - progress.step)
-        epochs = ceil((progress.samples + remaining * samples_per_step) / n)
+        remaining = max(0, args.max_steps - progress.steps_taken)
+        epochs = ceil((progress.samples_seen + remaining * samples_per_step) / n)
     all_steps = []  # the samples of each step, of all processes
-    for epoch in range(progress.samples // n, epochs):
+    for epoch in range(progress.samples_seen // n, epochs):
         order = np.random.default_rng([args.seed, epoch]).permutation(n)
-        begin = max(0, progress.samples - epoch * n)
+        begin = max(0, progress.samples_seen - epoch * n)
         all_steps += [order[i:i + samples_per_step] for i in range(begin, n, samples_per_step)]
     all_steps = all_steps[:remaining]
     print(f"batch: {batch_size} (micro-batch) × {args.grad_accum} (accumulation) × {world_size} "
           f"(processes) = {samples_per_step} samples per step; "
-          f"{progress.step + len(all_steps):,} steps on {n:,} samples")
+          f"{progress.steps_taken + len(all_steps):,} steps on {n:,} samples")
     plan = []
     for samples in all_steps:
         # Sorted by length, a micro-batch needs little padding. The gradient stays the same, because the loss
@@ -82,8 +82,9 @@ def stop_if_diverged(progress, loss, grad_norm, scaler, records, step):
     if progress.bad_steps >= (10 if scaler.is_enabled() else 1):
         ids = [str(records[i].get("id")) for samples in step.sample_lists for i in samples]
         advice = "--precision fp32, " if scaler.is_enabled() else ""
-        raise UserError(f"step {progress.step + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try {advice}"
-                        f"a lower --lr, or look at the records of this step, such as {', '.join(ids[:16])}")
+        raise UserError(f"step {progress.steps_taken + 1}: loss {loss:g}, gradient norm {grad_norm:g}; try "
+                        f"{advice}a lower --lr, or look at the records of this step, such as "
+                        f"{', '.join(ids[:16])}")
 
 
 def try_longest_batch(model, dataset, lengths, autocast, scaler, args):

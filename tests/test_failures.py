@@ -41,7 +41,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step_and_names_the_r
     sentence = refusal("stage1_align", *flags(1, batch_size=4, grad_accum=2, save_every=1, max_steps=3))
     assert "step 2: loss nan" in sentence and sentence.count("drawn_") == 8
     checkpoint = torch.load(tmp_path / "runs" / "toy" / "stage1" / "checkpoint.pt", weights_only=True)
-    assert checkpoint["progress"]["step"] == 1
+    assert checkpoint["progress"]["steps_taken"] == 1
     assert all(weight.isfinite().all() for weight in checkpoint["weights"].values())
 
 

@@ -71,7 +71,7 @@ def test_a_run_killed_several_times_and_resumed_is_bit_identical_to_one_that_was
         process.join(60)
         # What has this name is always complete.
         checkpoint = torch.load(tmp_path / stage / "checkpoint.pt", weights_only=True)
-        assert checkpoint["progress"]["step"] >= 3
+        assert checkpoint["progress"]["steps_taken"] >= 3
     finish(script, arguments + ["--resume"], tmp_path / "log")
     assert (tmp_path / "log").read_text().count("resuming") >= kills - 1  # some kills come before that line
     assert outcome(tmp_path / stage) == outcome(unbroken / stage)
@@ -166,7 +166,7 @@ def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_continue(tmp
     os.killpg(process.pid, signal.SIGTERM)
     process.join(60)
     assert process.exitcode == 128 + signal.SIGTERM
-    step = torch.load(tmp_path / "stage1" / "checkpoint.pt", weights_only=True)["progress"]["step"]
+    step = torch.load(tmp_path / "stage1" / "checkpoint.pt", weights_only=True)["progress"]["steps_taken"]
     last = (tmp_path / "log").read_text().strip().splitlines()[-1]
     assert f"at step {step} of" in last and "--resume" in last
     assert metrics(tmp_path / "stage1")[-1]["step"] == step
@@ -203,7 +203,7 @@ def interrupted(script, flags, drawn, tmp_path, monkeypatch):
     save = checkpoints.StageFolder.save_checkpoint
 
     def save_two(folder, progress, *args):
-        if progress.step == 3:
+        if progress.steps_taken == 3:
             raise KeyboardInterrupt
         save(folder, progress, *args)
 

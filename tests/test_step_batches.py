@@ -21,8 +21,8 @@ def plan(length, rank=0, world_size=1, samples_done=0, steps_done=0, lengths=Non
     lengths = np.zeros(length) if lengths is None else np.array(lengths)
     steps = plan_steps(lengths, SimpleNamespace(**settings),
                        SimpleNamespace(rank=rank, world_size=world_size),
-                       Progress(step=steps_done, samples=samples_done))
-    assert world_size > 1 or all(step.total_samples == len(flat([step.sample_lists])) for step in steps)
+                       Progress(steps_taken=steps_done, samples_seen=samples_done))
+    assert world_size > 1 or all(step.num_samples == len(flat([step.sample_lists])) for step in steps)
     return [step.sample_lists for step in steps]
 
 
@@ -86,7 +86,7 @@ def test_the_line_without_a_terminal_says_loss_speed_waiting_and_time_left(tmp_p
     log.log_heldout({"loss": 1.0, "loss_different": 2.0, "correct_more_likely": 0.5}, "a", "b", [])
     for step in (1, 2, 4):
         clock.now += 10
-        progress.step = step
+        progress.steps_taken = step
         log.log_step(SimpleNamespace(param_groups=[]),
                      [{"attention_mask": torch.ones(8, 50)}], 2.5, loss=1.5)
     lines = [line for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]
