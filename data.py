@@ -166,8 +166,8 @@ class ChatTemplate:
 
             <|user|>↵What is it?</s>↵<|assistant|>↵olive oil .</s>↵
                      └─question┘└─ answer_header ─┘└── labeled ──┘
-                                                   ↑             ↑
-                                              char_start      char_end
+                                                   ↑          ↑
+                                              char_start   char_end
 
         Where the prompt ends, the answer starts. It is labeled up to and including the first special token.
         Between prompt and answer, some templates insert text, Mistral for example a space. It is labeled too,
@@ -182,15 +182,15 @@ class ChatTemplate:
         char_end = last_token = 0
         for question, answer in zip(messages[::2], messages[1::2]):
             before_answer = question["content"] + self.answer_header
-            found = text.find(before_answer, char_end)
-            char_start = found + len(before_answer)
+            question_start = text.find(before_answer, char_end)  # -1 if it is not there, see below
+            char_start = question_start + len(before_answer)
             # From the first token of the answer to the next special token, which ends it.
             first_token = next((t for t in range(last_token, len(ids)) if offsets[t][0] >= char_start),
                                len(ids) - 1)
             last_token = next((t for t in range(first_token, len(ids)) if ids[t] in self.reserved_ids),
                               len(ids) - 1)
             char_end = offsets[last_token][0] if ids[last_token] in self.reserved_ids else len(text)
-            if found < 0 or not text[char_start:char_end].strip().endswith(answer["content"]):
+            if question_start < 0 or not text[char_start:char_end].strip().endswith(answer["content"]):
                 raise UserError(f"the chat template in {self.tokenizer.name_or_path} changes a text")
             labels[first_token:last_token + 1] = ids[first_token:last_token + 1]
         return ids, labels
@@ -244,8 +244,8 @@ class ChatDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, i):
-        """Returns sample i. If its image cannot be decoded, returns the next usable sample and says why in
-        sample["skipped"]. select_usable_records() has left out missing images and malformed records."""
+        """Returns sample i. If its record turns out to be unusable, for example because the image is broken,
+        returns the next usable sample and says why in sample["skipped"]."""
         skipped = []
         for j in range(i, i + min(20, len(self))):  # 20 bad records in a row: the image folder is broken
             record = self.records[j % len(self)]

@@ -107,16 +107,15 @@ def main(argv=None):
     """Returns the trained model, or None with --check-data. argv: the flags (None: of the command line)."""
     # -- 1. settings, processes, folder --------------------------------------------------------------------
 
-    # The settings of --preset, changed by the other flags. (With --data, the held-out data of the preset are
-    # not used. Without --heldout-data, records are then held out of --data.)
+    # The settings of --preset, changed by the other flags. (--data drops the preset's held-out data.)
     args = settings.parse_settings(__doc__, PRESETS, argv)
     # Joins the processes that torchrun has started, if any (docs/several_gpus.md). From here on, only the
     # first of them, rank 0, prints, and writes to the folder of the run. dtype, the same in all, is the
     # precision of the frozen weights and of matrix products. Trained weights are always fp32.
     processes = Processes(args.device, args.precision)
     device, dtype = processes.device, processes.dtype
-    # Locks <run>/stage1. An earlier run in it is an error, unless --resume continues it or --restart discards
-    # it, which happens in section 5. (--check-data does not touch the folder.)
+    # Locks <run>/stage1. An earlier run in it is an error without --resume, which reads its checkpoint, or
+    # --restart. Nothing is deleted before section 5. (--check-data does not touch the folder.)
     stage_folder = checkpoints.open_folder(args, stage=1, processes=processes)
 
     # -- 2. data -------------------------------------------------------------------------------------------
@@ -148,15 +147,14 @@ def main(argv=None):
     # The projector starts with random weights, the same in all processes and in every run with this seed.
     torch.manual_seed(args.seed)
     model = Llava(vision_tower, llm, template.image_token_id, args.projector, args.vision_layer)
-    # Llava() has frozen everything. Only the projector is trained. Llava() has created it in fp32, because
-    # bf16 has 8 significant bits, so an update smaller than about 1/500 of a weight would be rounded away.
+    # Llava() freezes everything. The projector alone is trained, in fp32, because in bf16 an update smaller
+    # than about 1/500 of a weight would be rounded away.
     model.projector.requires_grad_(True)
     if args.activation_checkpointing:
         # Saves memory, because the backward pass computes activations again instead of keeping them.
         # use_reentrant=False is the variant that PyTorch recommends.
         llm.gradient_checkpointing_enable({"use_reentrant": False})
-    # Train mode for the projector. In CLIP and the LLM, what behaves differently in train mode, such as
-    # dropout, stays in eval mode. (Only the flag of the LLM's blocks is set, because checkpointing reads it.)
+    # Train mode for the projector. CLIP and the LLM stay without dropout, see Llava.train().
     model.to(device).train()
     print(model.parameter_table())
 
@@ -171,8 +169,8 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     # "with autocast():" runs matrix products in half precision, and operations such as the loss in fp32.
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-    # Takes a forward and backward pass of the samples that are probably the longest, which may come late in
-    # the run, so that a lack of memory shows now. No weight changes.
+    # One forward and backward pass of the samples that are probably the longest, so that a lack of memory
+    # shows now and not hours later. No weight changes.
     step_batches.try_longest_batch(model, train_dataset, lengths, autocast, scaler, args)
 
     # -- 5. begin or resume, and the batches ---------------------------------------------------------------
@@ -230,7 +228,7 @@ def main(argv=None):
 
             # All micro-batches of the step, because their labeled tokens are counted before the first loss.
             micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(batches, step)
-            # Prints images that could not be decoded. Too many of them end the run.
+            # Prints records that turned out to be unusable, such as a broken image. Too many end the run.
             log.report_skipped(skipped, len(train_dataset), args.allow_bad)
 
             # The loss is the mean over all n labeled tokens of the effective batch (n is num_labeled below):
@@ -240,9 +238,9 @@ def main(argv=None):
             # With loss.mean() / grad_accum, which many training loops have, every micro-batch has the same
             # weight. A token in a micro-batch with few labeled tokens would then count more than one in a
             # micro-batch with many, and the result would depend on how the batch is split.
-            labeled_here = sum(count_labeled(batch).sum().item() for batch in micro_batches)
-            num_labeled = processes.sum(labeled_here)
-            loss = torch.zeros((), device=device)
+            local_labeled = sum(count_labeled(batch).sum().item() for batch in micro_batches)
+            num_labeled = processes.sum(local_labeled)
+            local_loss = torch.zeros((), device=device)
             for batch in micro_batches:
                 batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
                 with autocast():
@@ -251,13 +249,12 @@ def main(argv=None):
                 # backward() passes gradients through the frozen LLM, but stores none for its weights. It adds
                 # the projector's gradients to those of the previous micro-batches.
                 scaler.scale(micro_loss).backward()
-                loss += micro_loss.detach()
+                local_loss += micro_loss.detach()
 
             # num_labeled counts the tokens of all processes, and each process has divided its loss by it. So
             # their gradients are added. (DistributedDataParallel would average them.)
             processes.sum_gradients(parameters)
-            # sum() returns a float, the same in all processes.
-            loss = processes.sum(loss)
+            loss = processes.sum(local_loss)
             scaler.unscale_(optimizer)
             # Scales down gradients whose norm is too large. 0 sets no limit, and the norm is only logged.
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)

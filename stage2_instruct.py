@@ -108,8 +108,8 @@ def main(argv=None):
     args = settings.parse_settings(__doc__, PRESETS, argv)
     processes = Processes(args.device, args.precision)
     device, dtype = processes.device, processes.dtype
-    # New: stage 1 must be finished, and trained with the same models.
-    stage1_path = results.find_stage1(args)
+    # New: stage 1 must be finished, and trained with the same models. (--check-data does not need it.)
+    stage1_path = None if args.check_data else results.find_stage1(args)
     stage_folder = checkpoints.open_folder(args, stage=2, processes=processes)
 
     # -- 2. data -------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def main(argv=None):
     model.add_lora(LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
                               target_modules=LORA_TARGETS, task_type="CAUSAL_LM"))
 
-    # Puts projector and adapter in train mode.
+    # Train mode for projector and adapter.
     model.to(device).train()
     print(model.parameter_table())
 
@@ -203,9 +203,9 @@ def main(argv=None):
             micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(batches, step)
             log.report_skipped(skipped, len(train_dataset), args.allow_bad)
 
-            labeled_here = sum(count_labeled(batch).sum().item() for batch in micro_batches)
-            num_labeled = processes.sum(labeled_here)
-            loss = torch.zeros((), device=device)
+            local_labeled = sum(count_labeled(batch).sum().item() for batch in micro_batches)
+            num_labeled = processes.sum(local_labeled)
+            local_loss = torch.zeros((), device=device)
             for batch in micro_batches:
                 batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
                 with autocast():
@@ -214,10 +214,10 @@ def main(argv=None):
                 # Gradients flow back through the frozen weights into LoRA's A and B, and through the image
                 # positions into the projector.
                 scaler.scale(micro_loss).backward()
-                loss += micro_loss.detach()
+                local_loss += micro_loss.detach()
 
             processes.sum_gradients(parameters)
-            loss = processes.sum(loss)
+            loss = processes.sum(local_loss)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
             step_batches.stop_if_diverged(progress, loss, grad_norm, scaler, train_records, step)

@@ -37,7 +37,7 @@ class Progress:
     samples_seen: int = 0  # of all processes
     first_metrics: dict | None = None  # what measure_heldout() returned before the first step
     bad_steps: int = 0  # steps in a row whose loss or gradient was not finite
-    skipped: list = field(default_factory=list)  # sentences about images that could not be decoded
+    skipped: list = field(default_factory=list)  # sentences about records that turned out to be unusable
     records_hash: str = ""  # of the training and held-out records
 
 
@@ -67,7 +67,8 @@ class StageFolder:
         precision = next(name for name, dtype in DTYPES.items() if dtype == processes.dtype)
         self.settings = {**vars(args), "precision": precision, "samples_per_step":
                          args.batch_size * args.grad_accum * processes.world_size}
-        if stage == 2:  # so that --resume refuses to continue if stage 1 has been trained again since
+        if stage == 2 and not args.check_data:
+            # --resume refuses to continue if stage 1 has been trained again since.
             path = self.path.parent / "stage1" / "projector.safetensors"
             with explain_errors(f"read {path}"):
                 self.settings["stage1_projector"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]

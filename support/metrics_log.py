@@ -68,8 +68,8 @@ class MetricsLog:
         self._start_interval()
 
     def report_skipped(self, sentences, num_samples, allow_bad):
-        """Prints sentences about images that could not be decoded, of all processes, each once, and adds
-        them to progress.skipped. Raises UserError if they are more than the fraction allow_bad of the
+        """Prints sentences about records that turned out to be unusable, of all processes, each once, and
+        adds them to progress.skipped. Raises UserError if they are more than the fraction allow_bad of the
         samples."""
         skipped = self.progress.skipped
         for sentence in dict.fromkeys(chain(*self.processes.gather(sentences))):

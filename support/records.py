@@ -15,7 +15,7 @@ from support.processes import hide_bar
 
 # Keys that other programs use for content that this project does not read.
 UNREAD_KEYS = {"images", "video", "videos", "audio", "system", "image_path"}
-MAX_OPENED = 2000  # of more records than this, images are only looked up by the check
+MAX_CHECKED = 2000  # more records than this are not checked thoroughly, because that would take long
 
 
 class Records:
@@ -93,18 +93,19 @@ def split_records(records, heldout, limit, seed):
     are put into a seeded random order, too, and the first `limit` of them are trained on (0: all).
     """
     rng = np.random.default_rng(seed)
-    images = rng.permutation(records.image_numbers.max() + 1)
-    if len(images) <= heldout:
-        raise UserError(f"{records.path} has records of {len(images)} different images, so --heldout "
-                        f"{heldout} leaves none to train on: lower --heldout" if len(images) else
-                        f'no record of {records.path} has an image: the key "image" must name its file')
-    is_heldout = np.isin(records.image_numbers, images[:heldout])
+    image_order = rng.permutation(records.image_numbers.max() + 1)
+    if len(image_order) == 0:
+        raise UserError(f'no record of {records.path} has an image: the key "image" must name its file')
+    if len(image_order) <= heldout:
+        raise UserError(f"{records.path} has records of {len(image_order)} different images, so --heldout "
+                        f"{heldout} leaves none to train on: lower --heldout")
+    is_heldout = np.isin(records.image_numbers, image_order[:heldout])
     numbers, first = np.unique(records.image_numbers, return_index=True)  # the first record of each image
     first = first[numbers >= 0]
     train = rng.permutation(np.flatnonzero(~is_heldout))[:limit or None]
     print(f"{records.path}: {len(records):,} records, of which {heldout:,} are held out; "
           f"{is_heldout.sum() - heldout:,} others show the same images and are left out")
-    return records.subset(train), records.subset(first[images[:heldout]])
+    return records.subset(train), records.subset(first[image_order[:heldout]])
 
 
 def load_records(args, template):
@@ -118,7 +119,7 @@ def load_records(args, template):
     """
     train, heldout = find_records(args)
     train, lengths = select_usable_records(train, template, args.max_length, args.allow_bad)
-    heldout, _ = select_usable_records(heldout, template, args.max_length, open_images=True)
+    heldout, _ = select_usable_records(heldout, template, args.max_length, thorough=True)
     return train, heldout, lengths
 
 
@@ -177,13 +178,13 @@ def read_turns(record):
         raise BadRecord(record, "turns in OpenAI's form: rename 'role' to 'from' and 'content' to 'value'")
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
     # The original code also skips an answer that comes before the first question.
-    skipped = int(bool(turns) and roles.get(str(turns[0].get("from"))) == "assistant")
-    turns = turns[skipped:]
+    leading = int(bool(turns) and roles.get(str(turns[0].get("from"))) == "assistant")
+    turns = turns[leading:]
     if len(turns) < 2:
         raise BadRecord(record, "no human turn with a gpt turn after it")
     texts = [turn.get("value") for turn in turns]
     for i, (turn, text) in enumerate(zip(turns, texts)):
-        number, role = i + 1 + skipped, "assistant" if i % 2 else "user"
+        number, role = i + 1 + leading, "assistant" if i % 2 else "user"
         if roles.get(str(turn.get("from"))) != role:
             raise BadRecord(record, "turns that do not alternate between human and gpt",
                             f"turn {number} should be from {'gpt' if i % 2 else 'human'}")
@@ -200,27 +201,28 @@ def read_turns(record):
     return texts[:len(texts) // 2 * 2]  # without a last question that has no answer
 
 
-def select_usable_records(records, template, max_length, allow_bad=1.0, open_images=False, quiet=False):
+def select_usable_records(records, template, max_length, allow_bad=1.0, thorough=False, quiet=False):
     """Checks every record and prints why records cannot be used. Returns the usable Records and, as an array,
     about how many tokens the sample of each has.
 
     Args:
         template, max_length: of the ChatDataset in which the records will be used.
         allow_bad: the fraction of the records that may be unusable.
-        open_images: open every image. Else those of at most MAX_OPENED records; others are only looked up.
+        thorough: open every image and tokenize every text. Without it, this is done for at most MAX_CHECKED
+            records. Of more, images are looked up, and lengths are estimated.
         quiet: print nothing if all records are usable.
     Raises UserError if too many records are unusable, or if the LLM cannot read max_length tokens.
     """
     if max_length > template.context_length:
         raise UserError(f"--max-length {max_length} is more than the LLM can read: pass --max-length "
                         f"{template.context_length} or less")
-    open_images = open_images or len(records) <= MAX_OPENED
+    thorough = thorough or len(records) <= MAX_CHECKED
     empty_turn = template.render([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}])
     added_bytes = len(empty_turn.encode())  # what the template adds to a question and its answer
     usable, lengths, failures = [], [], {}  # failures: {reason: [one sentence per unusable record]}
     for i in tqdm(range(len(records)), "checking the data", unit="record", leave=False, disable=hide_bar()):
         try:
-            lengths.append(check_record(records, i, template, max_length, open_images, added_bytes))
+            lengths.append(check_record(records, i, template, max_length, thorough, added_bytes))
             usable.append(i)
         except BadRecord as error:
             failures.setdefault(error.reason, []).append(str(error))
@@ -243,12 +245,12 @@ def select_usable_records(records, template, max_length, allow_bad=1.0, open_ima
     return records.subset(usable), np.array(lengths)
 
 
-def check_record(records, i, template, max_length, open_image, added_bytes):
-    """Returns the number of tokens of sample i: exactly with open_image, else approximately. Raises BadRecord
+def check_record(records, i, template, max_length, thorough, added_bytes):
+    """Returns the number of tokens of sample i: exactly if thorough, else approximately. Raises BadRecord
     if record i cannot be used. added_bytes: what the template adds to a question and its answer."""
     record = records[i]
     name, messages = image_name(record), template.to_messages(record)
-    if name is not None and open_image:
+    if name is not None and thorough:
         records.images.open(record, name)
     elif name is not None:
         records.images.check(record, name)
@@ -257,6 +259,6 @@ def check_record(records, i, template, max_length, open_image, added_bytes):
     num_bytes += sum(len(message["content"].encode()) for message in messages)
     # A token nearly always stands for at least one byte. So a text with few bytes fits, and is not tokenized
     # now, because that would take long for 595,375 records.
-    if open_image or num_image_tokens + num_bytes > max_length:
+    if thorough or num_image_tokens + num_bytes > max_length:
         return len(template.encode_record(record, max_length)[0])  # after the cut
     return num_image_tokens + num_bytes // 4  # English text has about four bytes per token

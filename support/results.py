@@ -34,7 +34,7 @@ def save_result(stage_folder, model, progress, metrics):
         write_json(stage_folder.path / "run.json", {
             "stage": stage_folder.stage, **{name: stage_folder.settings[name] for name in MODEL_SETTINGS},
             "steps": progress.steps_taken, "heldout": metrics, "settings": stage_folder.settings,
-            "skipped": progress.skipped,  # images that could not be decoded
+            "skipped": progress.skipped,  # records that turned out to be unusable
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "gpu": gpu}})
         delete(stage_folder.path / "checkpoint.pt")
     stage_folder.processes.barrier()

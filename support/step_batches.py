@@ -63,7 +63,7 @@ def prefetch_factor(workers, grad_accum):
 
 def next_micro_batches(batches, step):
     """Takes the micro-batches of a step from a DataLoader's iterator. Returns them, the sentences about
-    images that could not be decoded, and the seconds spent waiting."""
+    records that turned out to be unusable, and the seconds spent waiting."""
     started, micro_batches, skipped = time.perf_counter(), [], []
     for _ in step.sample_lists:
         batch = next(batches)

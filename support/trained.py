@@ -69,7 +69,7 @@ def load_heldout_dataset(folder, template, image_processor, count=None):
                         "to the folder where the stage was started") from error
     records = read_records(Path(folder) / "heldout.json", store)
     records, _ = select_usable_records(records.subset(slice(count)), template, settings["max_length"],
-                                       open_images=True, quiet=True)
+                                       thorough=True, quiet=True)
     return ChatDataset(records, template, image_processor, settings["max_length"])
 
 

@@ -143,7 +143,7 @@ def test_a_file_never_replaces_a_folder_or_a_pipe_and_a_link_stays(tmp_path):
 @pytest.mark.parametrize("images, workers", [("images", 2), ("images.zip", 0)])
 def test_an_image_that_cannot_be_decoded_is_replaced_named_and_counted_once(
         drawn, tmp_path, images, workers, script, refusal, flags, monkeypatch):
-    monkeypatch.setattr(records_module, "MAX_OPENED", 1)  # as for many records, the check opens no image
+    monkeypatch.setattr(records_module, "MAX_CHECKED", 1)  # as for many records, the check opens no image
     folder = shutil.copytree(drawn / "images", tmp_path / "images")
     (folder / "green.png").write_bytes((folder / "green.png").read_bytes()[:90])
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:

@@ -127,8 +127,8 @@ def test_the_check_opens_the_images_of_few_records_and_of_all_if_it_must(dataset
     dataset = dataset_of([record_of("Who?", "A .", image=name) for name in ("red.png", "web.png")])
     (dataset.records.images.root / "web.png").write_text("<html>404</html>")
     assert len(check(dataset)[0]) == 1
-    monkeypatch.setattr(records_module, "MAX_OPENED", 1)
-    assert len(check(dataset)[0]) == 2 and len(check(dataset, open_images=True)[0]) == 1
+    monkeypatch.setattr(records_module, "MAX_CHECKED", 1)
+    assert len(check(dataset)[0]) == 2 and len(check(dataset, thorough=True)[0]) == 1
 
 
 def test_a_short_record_whose_text_the_template_changes_is_found_by_the_check(dataset_of, monkeypatch):
@@ -139,4 +139,4 @@ def test_a_short_record_whose_text_the_template_changes_is_found_by_the_check(da
     dataset = dataset_of([record_of("Who?", answer, image="red.png") for answer in ("A .", "Ok .")])
     original = dataset.template.render
     monkeypatch.setattr(dataset.template, "render", render)
-    assert contents(check(dataset, open_images=True)[0]) == contents(dataset.records)[:1]
+    assert contents(check(dataset, thorough=True)[0]) == contents(dataset.records)[:1]

@@ -271,7 +271,7 @@ def main():
         path = folder / f"eval_{Path(args.data).stem}.json"
         records = read_records(find_file(args.data), ImageStore(find_file(args.images)))
         records, _ = select_usable_records(records.subset(slice(args.heldout)), template,
-                                           template.context_length, open_images=True)
+                                           template.context_length, thorough=True)
         datasets["answers"] = ChatDataset(records, template, image_processor, template.context_length)
     for stage, name in ((1, "captions"), (2, "answers")):
         if args.data or not (args.run / f"stage{stage}" / "run.json").exists():
