@@ -175,17 +175,16 @@ def main(argv=None):
 
     # -- 5. begin or resume, and the batches ---------------------------------------------------------------
 
-    # Here an earlier run is deleted or continued. An error above has left it as it was.
+    # Only here is an earlier run deleted or continued, so an error above leaves it as it was.
     if stage_folder.checkpoint is None:
         # Deletes an earlier result, if there is one, and writes heldout.json.
         progress = stage_folder.start_new(train_records, heldout_records)
     else:
         # With --resume: restores weights, optimizer and scaler. If the records have changed, the run ends.
         progress = stage_folder.restore(model, optimizer, scaler, train_records, heldout_records)
-    # The steps that remain of --epochs, or of --max-steps if it is given. The sample_lists of a step hold the
-    # indices of this process's samples, one list per micro-batch. The order is random, but depends only on
-    # seed and epoch, so a resumed run continues it. Within a step, samples of similar length share a
-    # micro-batch, which saves padding.
+    # The steps that remain, of --epochs or --max-steps. Each holds the indices of this process's samples, one
+    # list per micro-batch. Their order depends only on seed and epoch, so a resumed run continues it. Within
+    # a step, samples of similar length share a micro-batch, which saves padding.
     plan = step_batches.plan_steps(lengths, args, processes, progress)
     total_steps = progress.steps_taken + len(plan)
     eval_every = args.eval_every or math.ceil(total_steps / 10)
@@ -203,9 +202,9 @@ def main(argv=None):
     # The progress bar, and the file metrics.jsonl.
     log = MetricsLog(stage_folder, progress, total_steps)
 
-    # Measures and logs the held-out loss with the correct and with a different image, and generates an
-    # answer, in eval mode and without gradients. All processes evaluate the same. Returns what was measured.
     def evaluate():
+        """Logs and returns the held-out loss with the correct and with a different image, and logs an answer.
+        All processes evaluate the same records."""
         with autocast():
             metrics, example = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches)
         log.log_heldout(metrics, **example)
@@ -220,11 +219,12 @@ def main(argv=None):
         batches = iter(loader)
         for step in plan:
             # Linear warm-up, because Adam's first updates are about as large as lr however small the gradient
-            # is. Then half a cosine, towards zero, while `decay` grows from 0 to almost 1.
-            warmup = min(1, (progress.steps_taken + 1) / warmup_steps)
-            decay = max(0, progress.steps_taken - warmup_steps) / max(1, total_steps - warmup_steps)
+            # is. Then half a cosine falls towards zero, while decay_ratio grows from 0 to almost 1.
+            warmup_factor = min(1, (progress.steps_taken + 1) / warmup_steps)
+            decay_ratio = max(0, progress.steps_taken - warmup_steps) / max(1, total_steps - warmup_steps)
+            cosine = 0.5 * (1 + math.cos(math.pi * decay_ratio))
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * warmup * 0.5 * (1 + math.cos(math.pi * decay))
+                group["lr"] = group["peak_lr"] * warmup_factor * cosine
 
             # All micro-batches of the step, because their labeled tokens are counted before the first loss.
             micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(batches, step)

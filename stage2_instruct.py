@@ -179,6 +179,8 @@ def main(argv=None):
     log = MetricsLog(stage_folder, progress, total_steps)
 
     def evaluate():
+        """Logs and returns the held-out loss with the correct and with a different image, and logs an answer.
+        All processes evaluate the same records."""
         with autocast():
             metrics, example = evaluation.evaluate_heldout(model, heldout_dataset, heldout_batches)
         log.log_heldout(metrics, **example)
@@ -193,10 +195,11 @@ def main(argv=None):
             progress.first_metrics = evaluate()
         batches = iter(loader)
         for step in plan:
-            warmup = min(1, (progress.steps_taken + 1) / warmup_steps)
-            decay = max(0, progress.steps_taken - warmup_steps) / max(1, total_steps - warmup_steps)
+            warmup_factor = min(1, (progress.steps_taken + 1) / warmup_steps)
+            decay_ratio = max(0, progress.steps_taken - warmup_steps) / max(1, total_steps - warmup_steps)
+            cosine = 0.5 * (1 + math.cos(math.pi * decay_ratio))
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * warmup * 0.5 * (1 + math.cos(math.pi * decay))
+                group["lr"] = group["peak_lr"] * warmup_factor * cosine
             # New: dropout's random numbers depend on step and process, so a resumed run draws the same.
             torch.manual_seed(args.seed + progress.steps_taken * processes.world_size + processes.rank)
 

@@ -23,8 +23,8 @@ def find_file(name):
         if os.path.exists(path):  # Path.exists() raises an error if the name is too long
             return path
     hints = {"data/small/": ": python -m tools.small writes it",
-              "data/": ": python -m tools.download fetches a part of it, and tools/download.sh all",
-              "toy/data/": ": delete toy/data, so that it is drawn again"}
+             "data/": ": python -m tools.download fetches a part of it, and tools/download.sh all",
+             "toy/data/": ": delete toy/data, so that it is drawn again"}
     hint = next((hint for start, hint in hints.items() if str(name).startswith(start)), "")
     raise UserError(f"{name} does not exist{hint}")
 

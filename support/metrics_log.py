@@ -49,13 +49,15 @@ class MetricsLog:
             return
         seconds = now - self.interval_start
         rates = (group["lr"] for group in optimizer.param_groups)
-        metrics = {name: float(value) for name, value in metrics.items()} | {
-            **dict(zip(("lr", "projector_lr"), rates)), "samples": self.progress.samples_seen,
+        metrics = {
+            **{name: float(value) for name, value in metrics.items()},
+            **dict(zip(("lr", "projector_lr"), rates)),
+            "samples": self.progress.samples_seen,
             "tokens_per_s": self.processes.sum(self.interval_tokens) / seconds,
             "waiting": self.interval_waiting / seconds,
             "seconds_left": (now - self.started) / (step - self.first_step) * (self.total_steps - step)}
         text = (f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:,.0f} tokens/s, waiting for data "
-                 f"{metrics['waiting']:.0%}")
+                f"{metrics['waiting']:.0%}")
         if self.processes.device.type == "cuda":
             metrics["gpu_gib"] = torch.cuda.max_memory_allocated(self.processes.device) / 2**30
             text += f", GPU memory {metrics['gpu_gib']:.1f} GiB"

@@ -246,8 +246,8 @@ def select_usable_records(records, template, max_length, allow_bad=1.0, thorough
 
 
 def check_record(records, i, template, max_length, thorough, added_bytes):
-    """Returns the number of tokens of sample i: exactly if thorough, else approximately. Raises BadRecord
-    if record i cannot be used. added_bytes: what the template adds to a question and its answer."""
+    """Returns about how many tokens sample i has; exactly if thorough, or if it may be too long. Raises
+    BadRecord if record i cannot be used. added_bytes: what the template adds to a question and its answer."""
     record = records[i]
     name, messages = image_name(record), template.to_messages(record)
     if name is not None and thorough:

@@ -342,6 +342,13 @@ def test_training_on_held_out_images_is_warned_of(train, drawn, capsys):
     assert "WARNING" not in capsys.readouterr().out
 
 
+def test_the_data_of_stage_2_are_checked_before_stage_1_is_trained(train, capsys):
+    """The check writes nothing, and loads no weights, so it prints no table of parameters."""
+    assert train(2, "--check-data") is None and not RUN.exists()
+    output = capsys.readouterr().out
+    assert output.count(" usable") == 2 and "[[" in output and "parameters" not in output
+
+
 @pytest.mark.parametrize("parameters, loud", [(1.1e9, True), (1e6, False)])
 def test_a_real_model_on_a_cpu_is_pointed_out(parts, monkeypatch, capsys, parameters, loud):
     monkeypatch.setattr(LlamaForCausalLM, "num_parameters", lambda self: parameters)
