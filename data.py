@@ -88,7 +88,7 @@ class ChatTemplate:
         reserved = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items()
                    if token.special or i >= self.num_embeddings}
         self.reserved_pattern = re.compile("|".join(map(re.escape, reserved.values())))
-        # encode() labels an answer up to and including the first of these after it. An image ends none.
+        # encode() labels an answer up to and including the next of these ids. <image> never ends an answer.
         self.reserved_ids = reserved.keys() - {self.image_token_id}
         # Any token of the LLM will do as padding, because padding is known by its position.
         pad = self.tokenizer.pad_token_id
@@ -169,9 +169,9 @@ class ChatTemplate:
                                                    ↑          ↑
                                               char_start   char_end
 
-        Where the prompt ends, the answer starts. It is labeled up to and including the first special token.
-        Between prompt and answer, some templates insert text, Mistral for example a space. It is labeled too,
-        because the model has to generate it. Raises UserError if the template changes a text.
+        Labels start where the prompt ends, and reach up to and including the next special token. Some
+        templates write something before the answer, Mistral for example a space. It is labeled too, because
+        the model has to generate it. Raises UserError if the template changes a text.
         Source: preprocess_v1() in the original code's train.py. It tokenizes each turn once more to
         count its tokens, and masks the whole sample if the sum is wrong. Character offsets avoid that.
         """
@@ -182,7 +182,7 @@ class ChatTemplate:
         char_end = last_token = 0
         for question, answer in zip(messages[::2], messages[1::2]):
             before_answer = question["content"] + self.answer_header
-            question_start = text.find(before_answer, char_end)  # -1 if it is not there, see below
+            question_start = text.find(before_answer, char_end)  # -1 if changed: an error below
             char_start = question_start + len(before_answer)
             # From the first token of the answer to the next special token, which ends it.
             first_token = next((t for t in range(last_token, len(ids)) if offsets[t][0] >= char_start),
@@ -232,9 +232,9 @@ class ChatTemplate:
 
 
 class ChatDataset(Dataset):
-    """Training samples. Sample i is {"input_ids", "labels", "pixel_values", "skipped"}. `records` are
-    Records, `template` is a ChatTemplate, and `image_processor` is the preprocessing of the vision tower.
-    `max_length` is the longest sample in tokens, image positions included."""
+    """Samples to train or evaluate on. Sample i is {"input_ids", "labels", "pixel_values", "skipped"}.
+    `records` are Records, `template` is a ChatTemplate, and `image_processor` is the preprocessing of the
+    vision tower. `max_length` is the longest sample in tokens, image positions included."""
 
     def __init__(self, records, template, image_processor, max_length):
         self.records, self.template, self.image_processor = records, template, image_processor

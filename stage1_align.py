@@ -107,15 +107,15 @@ def main(argv=None):
     """Returns the trained model, or None with --check-data. argv: the flags (None: of the command line)."""
     # -- 1. settings, processes, folder --------------------------------------------------------------------
 
-    # The settings of --preset, changed by the other flags. (--data drops the preset's held-out data.)
+    # The settings of --preset, changed by the other flags. (Own data replace its held-out data, too.)
     args = settings.parse_settings(__doc__, PRESETS, argv)
     # Joins the processes that torchrun has started, if any (docs/several_gpus.md). From here on, only the
     # first of them, rank 0, prints, and writes to the folder of the run. dtype, the same in all, is the
     # precision of the frozen weights and of matrix products. Trained weights are always fp32.
     processes = Processes(args.device, args.precision)
     device, dtype = processes.device, processes.dtype
-    # Locks <run>/stage1. An earlier run in it is an error without --resume, which reads its checkpoint, or
-    # --restart. Nothing is deleted before section 5. (--check-data does not touch the folder.)
+    # Locks <run>/stage1. If an earlier run is in it, --resume continues it and --restart discards it, both in
+    # section 5. Without either flag it is an error. (--check-data does not touch the folder.)
     stage_folder = checkpoints.open_folder(args, stage=1, processes=processes)
 
     # -- 2. data -------------------------------------------------------------------------------------------
@@ -182,9 +182,9 @@ def main(argv=None):
     else:
         # With --resume: restores weights, optimizer and scaler. If the records have changed, the run ends.
         progress = stage_folder.restore(model, optimizer, scaler, train_records, heldout_records)
-    # The steps that remain, of --epochs or --max-steps. Each holds the indices of this process's samples, one
-    # list per micro-batch. Their order depends only on seed and epoch, so a resumed run continues it. Within
-    # a step, samples of similar length share a micro-batch, which saves padding.
+    # The steps that remain. Each has a list of sample indices for every micro-batch of this process. Which
+    # samples a step takes depends only on seed and epoch, so a resumed run continues the sequence. Within a
+    # step, samples of similar length share a micro-batch, which saves padding.
     plan = step_batches.plan_steps(lengths, args, processes, progress)
     total_steps = progress.steps_taken + len(plan)
     eval_every = args.eval_every or math.ceil(total_steps / 10)
@@ -256,7 +256,7 @@ def main(argv=None):
             processes.sum_gradients(parameters)
             loss = processes.sum(local_loss)
             scaler.unscale_(optimizer)
-            # Scales down gradients whose norm is too large. 0 sets no limit, and the norm is only logged.
+            # Scales down gradients whose norm is too large. If max_grad_norm is 0, it only computes the norm.
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
             # A loss or gradient that is not finite would spoil all weights. In fp16 an overflow is normal, so
             # step() then changes nothing, update() lowers the scale, and only ten in a row stop the run.

@@ -11,8 +11,7 @@ one small GPU is enough. The original code has a LoRA script, too: scripts/v1_5/
 Reads <run>/stage1/. Writes projector.safetensors, adapter/, run.json, heldout.json and metrics.jsonl to
 <run>/stage2/. Continue with sanity_check.py.
 
-stage1_align.py explains what both stages have in common. What is new is marked "New", or stands under "new in
-stage 2": the LLM gets a LoRA adapter, and adapter and projector have different learning rates.
+stage1_align.py explains what both stages have in common. What is new is marked "New", or is in section 3b.
 """
 
 import math

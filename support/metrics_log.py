@@ -16,7 +16,7 @@ LOG_EVERY = 5  # steps between two lines of metrics.jsonl about the training
 
 
 class MetricsLog:
-    """Writes the metrics of one stage to metrics.jsonl in its StageFolder, in process 0. Lines written after
+    """Writes the metrics of one stage to metrics.jsonl in its StageFolder, in rank 0. Lines written after
     the checkpoint that the run resumes from are removed, because their steps are taken again."""
 
     def __init__(self, stage_folder, progress, total_steps):

@@ -117,13 +117,13 @@ def load_records(args, template):
     records may be any number but all. Their images are all opened, because if one failed later, the dataset
     would return the next sample instead, and that one would count twice.
     """
-    train, heldout = find_records(args)
+    train, heldout = read_unchecked_records(args)
     train, lengths = select_usable_records(train, template, args.max_length, args.allow_bad)
     heldout, _ = select_usable_records(heldout, template, args.max_length, thorough=True)
     return train, heldout, lengths
 
 
-def find_records(args):
+def read_unchecked_records(args):
     """Returns the (training, held-out) Records, not yet checked. The toy's pictures are drawn before its
     first run (about 10 s)."""
     if args.data.startswith("toy/data/"):

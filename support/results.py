@@ -17,7 +17,7 @@ MODEL_SETTINGS = ("vision_tower", "vision_layer", "llm", "projector")
 
 def save_result(stage_folder, model, progress, metrics):
     """Writes projector.safetensors, adapter/ (if there is one, as plain peft writes it), and last run.json.
-    Then deletes the checkpoint. Process 0 writes and the others wait for it.
+    Then deletes the checkpoint. Rank 0 writes and the others wait for it.
 
     Args: stage_folder: a StageFolder. metrics: what measure_heldout() returned after the last step.
     Raises UserError if a trained weight is not finite.
