@@ -182,7 +182,9 @@ class ChatTemplate:
         char_end = last_token = 0
         for question, answer in zip(messages[::2], messages[1::2]):
             before_answer = question["content"] + self.answer_header
-            question_start = text.find(before_answer, char_end)  # -1 if changed: an error below
+            question_start = text.find(before_answer, char_end)
+            if question_start < 0:
+                raise UserError(f"the chat template in {self.tokenizer.name_or_path} changes a question")
             char_start = question_start + len(before_answer)
             # From the first token of the answer to the next special token, which ends it.
             first_token = next((t for t in range(last_token, len(ids)) if offsets[t][0] >= char_start),
@@ -190,8 +192,8 @@ class ChatTemplate:
             last_token = next((t for t in range(first_token, len(ids)) if ids[t] in self.reserved_ids),
                               len(ids) - 1)
             char_end = offsets[last_token][0] if ids[last_token] in self.reserved_ids else len(text)
-            if question_start < 0 or not text[char_start:char_end].strip().endswith(answer["content"]):
-                raise UserError(f"the chat template in {self.tokenizer.name_or_path} changes a text")
+            if not text[char_start:char_end].strip().endswith(answer["content"]):
+                raise UserError(f"the chat template in {self.tokenizer.name_or_path} changes an answer")
             labels[first_token:last_token + 1] = ids[first_token:last_token + 1]
         return ids, labels
 

@@ -63,7 +63,7 @@ PRESETS = {
         images="toy/data/images.zip",         # a .zip file, or a folder as in stage 2
         heldout_data="toy/data/heldout_chat.json",
         heldout_images="toy/data/heldout.zip",
-        heldout=240,                          # evaluate the first 240 records of heldout_data (all)
+        heldout=240,                          # evaluate the first 240 records of heldout_data
         max_length=256,                       # longest sample in tokens, image positions included
         lr=1e-2,                              # peak learning rate; so small a model allows a high one
         batch_size=32,                        # samples per micro-batch
@@ -110,9 +110,9 @@ def main(argv=None):
     # The settings of --preset, changed by the other flags. (Own data replace its held-out data, too.)
     args = settings.parse_settings(__doc__, PRESETS, argv)
     # Joins the processes that torchrun has started, if any (docs/several_gpus.md). From here on, only the
-    # first of them, rank 0, prints, and writes to the folder of the run. dtype, the same in all, is the
-    # precision of the frozen weights and of matrix products. Trained weights are always fp32.
+    # first of them, rank 0, prints, and writes to the folder of the run.
     processes = Processes(args.device, args.precision)
+    # dtype: precision of the frozen weights and of matrix products. Trained weights are always fp32.
     device, dtype = processes.device, processes.dtype
     # Locks <run>/stage1. If an earlier run is in it, --resume continues it and --restart discards it, both in
     # section 5. Without either flag it is an error. (--check-data does not touch the folder.)
@@ -125,9 +125,9 @@ def main(argv=None):
     # The LLM's tokenizer and chat template. An image takes N positions in a text, one per patch of CLIP.
     vision_config = load_vision_config(args.vision_tower, args.vision_layer)
     template = ChatTemplate(args.llm, num_image_tokens=count_patches(vision_config))
-    # Reads --data and splits off the held-out records. All records are checked now, because a bad one must
-    # not stop the run hours later. Unusable ones are left out, and ten for each reason are printed. If they
-    # are more than the fraction allow_bad, the run ends.
+    # Reads --data and splits off the held-out records. All are checked now, because a bad one must not stop
+    # the run hours later. (If they are more than 2,000, images are only looked up.) Unusable records are left
+    # out, and ten for each reason are printed. If they are more than the fraction allow_bad, the run ends.
     # lengths[i]: about how many tokens training sample i has.
     train_records, heldout_records, lengths = load_records(args, template)
     train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)

@@ -199,7 +199,8 @@ def main(argv=None):
             cosine = 0.5 * (1 + math.cos(math.pi * decay_ratio))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * warmup_factor * cosine
-            # New: dropout's random numbers depend on step and process, so a resumed run draws the same.
+            # New: dropout's random numbers depend on step and process, so a run that is resumed with as many
+            # processes and the same micro-batches draws the same.
             torch.manual_seed(args.seed + progress.steps_taken * processes.world_size + processes.rank)
 
             micro_batches, skipped, seconds_waiting = step_batches.next_micro_batches(batches, step)

@@ -120,7 +120,7 @@ class StageFolder:
 
     def restore(self, model, optimizer, scaler, train_records, heldout_records):
         """Restores weights, optimizer and scaler of the checkpoint. Returns the Progress. Random numbers need
-        not be restored, because they depend on seed, epoch and step alone."""
+        not be restored, because they depend only on seed, epoch, step and, for dropout, process."""
         checkpoint = self.checkpoint
         progress = Progress(**checkpoint["progress"])
         if progress.records_hash != hash_records(train_records, heldout_records):

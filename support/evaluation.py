@@ -158,7 +158,6 @@ def nearest_tokens(model, template, pixel_values, count=3):
     products = F.normalize(patches.float(), dim=1).to(table.dtype) @ table.T  # (N, D) @ (D, V) -> (N, V)
     lengths = table.norm(dim=1, dtype=torch.float32).clamp(min=1e-6)  # (V,)
     cosines, ids = (products.float() / lengths).nan_to_num().topk(count)  # (N, count)
-
     return [[(token_text(template, i), round(cosine, 3)) for i, cosine in zip(*patch)]
             for patch in zip(ids.tolist(), cosines.tolist())]
 

@@ -117,7 +117,7 @@ class MetricsLog:
         self.close()
         if self.processes.rank == 0:
             print(f"saved {self.path} at step {self.progress.steps_taken:,} of {self.total_steps:,}: "
-                  "continue with the same command and --resume", file=sys.stderr)
+                  "continue with --resume and the same flags, without --restart", file=sys.stderr)
 
 
 def format_metrics(metrics):

@@ -37,7 +37,7 @@ def probe_chat_template(template):
         prefixes.add(rendered[len(prompt):rendered.find(PROBE[i]["content"], len(prompt))])
 
     _, labels = template.encode(PROBE)
-    answer = labels[len(prompt_ids):]  # of the last prompt; the labels after the end token are ignored
+    answer = labels[len(template.encode_prompt(PROBE[:5])):]  # the last answer, and ignored labels after it
     end = next((t for t, i in enumerate(answer) if i in template.reserved_ids), None)
     if end is None or labels.count(answer[end]) != 3:
         refuse("it writes no end token after an answer, so the model would never learn to stop")

@@ -178,7 +178,9 @@ def test_labels_are_exactly_the_answers_and_their_end_tokens(llm, turns, image_i
 
 @pytest.mark.parametrize("message, chat_template", [
     ("no end token", CHATML.replace("<|im_end|>", " ")),
-    ("changes a text", CHATML.replace("message['content']", "message['content'] | upper")),
+    ("changes a question", CHATML.replace("message['content']", "message['content'] | upper")),
+    ("changes an answer", CHATML.replace(
+        "message['content']", "(message['content'] | upper if loop.index is even else message['content'])")),
     ("renders a prompt differently",
      CHATML.replace("message['role'] + '", "(message['role'] if loop.last else 'past') + '"))])
 def test_a_template_that_ends_no_answer_or_changes_texts_or_prompts_is_refused(

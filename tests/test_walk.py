@@ -101,7 +101,7 @@ def test_the_first_evening(on, hub):
             printed += line
             if line.startswith("step 0: "):
                 process.send_signal(signal.SIGINT)
-    assert process.returncode == 130 and "continue with the same command and --resume" in printed, printed
+    assert process.returncode == 130 and "continue with --resume and the same flags" in printed, printed
     assert printed.count("fetching ") == 2 and f"fetching {CLIP} from the hub" in printed
     fetched = [name for name, _ in hub.requested if name.startswith(("model", "pytorch", "tf_model", "flax"))]
     assert fetched == ["model.safetensors"] * 2  # of each model one format of the weights
