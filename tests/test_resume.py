@@ -165,7 +165,7 @@ def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_continue(tmp
     wait_for(process, lambda: steps_logged(tmp_path / "stage1"))
     os.killpg(process.pid, signal.SIGTERM)
     process.join(60)
-    assert process.exitcode == 128 + signal.SIGTERM
+    assert process.exitcode == 128 + signal.SIGTERM, (tmp_path / "log").read_text()[-3000:]
     step = torch.load(tmp_path / "stage1" / "checkpoint.pt", weights_only=True)["progress"]["steps_taken"]
     last = (tmp_path / "log").read_text().strip().splitlines()[-1]
     assert f"at step {step} of" in last and "--resume" in last
