@@ -114,8 +114,8 @@ def main(argv=None):
     processes = Processes(args.device, args.precision)
     # dtype: precision of the frozen weights and of matrix products. Trained weights are always fp32.
     device, dtype = processes.device, processes.dtype
-    # Locks <run>/stage1. If an earlier run is in it, --resume continues it and --restart discards it, both in
-    # section 5. Without either flag it is an error. (--check-data does not touch the folder.)
+    # Locks <run>/stage1. Without --resume or --restart, an earlier run in it is an error. Section 5 continues
+    # or discards it. If it is finished, --resume ends here. (--check-data does not touch the folder.)
     stage_folder = checkpoints.open_folder(args, stage=1, processes=processes)
 
     # -- 2. data -------------------------------------------------------------------------------------------
@@ -125,9 +125,10 @@ def main(argv=None):
     # The LLM's tokenizer and chat template. An image takes N positions in a text, one per patch of CLIP.
     vision_config = load_vision_config(args.vision_tower, args.vision_layer)
     template = ChatTemplate(args.llm, num_image_tokens=count_patches(vision_config))
-    # Reads --data and splits off the held-out records. All are checked now, because a bad one must not stop
-    # the run hours later. (If they are more than 2,000, images are only looked up.) Unusable records are left
-    # out, and ten for each reason are printed. If they are more than the fraction allow_bad, the run ends.
+    # Reads the records of --data, and holds some out unless --heldout-data names others. All are checked now,
+    # because a bad one must not stop the run hours later. (Of more than 2,000 training records, images are
+    # only looked up, and lengths estimated.) Unusable records are printed and left out. If more than the
+    # fraction allow_bad of the training records are unusable, the run ends.
     # lengths[i]: about how many tokens training sample i has.
     train_records, heldout_records, lengths = load_records(args, template)
     train_dataset = ChatDataset(train_records, template, image_processor, args.max_length)
@@ -182,9 +183,9 @@ def main(argv=None):
     else:
         # With --resume: restores weights, optimizer and scaler. If the records have changed, the run ends.
         progress = stage_folder.restore(model, optimizer, scaler, train_records, heldout_records)
-    # The steps that remain. Each has a list of sample indices for every micro-batch of this process. Which
-    # samples a step takes depends only on seed and epoch, so a resumed run continues the sequence. Within a
-    # step, samples of similar length share a micro-batch, which saves padding.
+    # The steps that remain. Each has a list of sample indices for every micro-batch of this process. The
+    # order of the samples depends only on seed and epoch, so a resumed run continues it. Within a step,
+    # samples of similar length share a micro-batch, which saves padding.
     plan = step_batches.plan_steps(lengths, args, processes, progress)
     total_steps = progress.steps_taken + len(plan)
     eval_every = args.eval_every or math.ceil(total_steps / 10)

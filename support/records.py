@@ -113,9 +113,9 @@ def load_records(args, template):
     tokens each training sample has.
 
     The first --heldout records of --heldout-data are held out. Without --heldout-data, records of --data are
-    held out, see split_records(). At most allow_bad of the training records may be unusable. The held-out
-    records may be any number but all. Their images are all opened, because if one failed later, the dataset
-    would return the next sample instead, and that one would count twice.
+    held out, see split_records(). At most allow_bad of the training records may be unusable. Of the held-out
+    records, any number may be unusable, but not all. Their images are all opened, because if one failed
+    later, the dataset would return the next sample instead, and that one would count twice.
     """
     train, heldout = read_unchecked_records(args)
     train, lengths = select_usable_records(train, template, args.max_length, args.allow_bad)
