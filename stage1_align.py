@@ -107,7 +107,7 @@ def main(argv=None):
     """Returns the trained model, or None with --check-data. argv: the flags (None: of the command line)."""
     # -- 1. settings, processes, folder --------------------------------------------------------------------
 
-    # The settings of --preset, changed by the other flags. (Own data replace its held-out data, too.)
+    # The settings of --preset, changed by the other flags. (--data also drops its held-out data.)
     args = settings.parse_settings(__doc__, PRESETS, argv)
     # Joins the processes that torchrun has started, if any (docs/several_gpus.md). From here on, only the
     # first of them, rank 0, prints, and writes to the folder of the run.
@@ -122,8 +122,8 @@ def main(argv=None):
 
     # Resizes, crops and normalizes images as CLIP expects them.
     image_processor = load_image_processor(args.vision_tower)
-    # The LLM's tokenizer and chat template. An image takes N positions in a text, one per patch of CLIP.
     vision_config = load_vision_config(args.vision_tower, args.vision_layer)
+    # The LLM's tokenizer and chat template. An image takes N positions in a text, one per patch of CLIP.
     template = ChatTemplate(args.llm, num_image_tokens=count_patches(vision_config))
     # Reads the records of --data, and holds some out unless --heldout-data names others. All are checked now,
     # because a bad one must not stop the run hours later. (Of more than 2,000 training records, images are

@@ -214,8 +214,8 @@ def main(argv=None):
                 with autocast():
                     token_losses = model(**batch)  # (K,)
                 micro_loss = token_losses.sum() / num_labeled
-                # Gradients flow back through the frozen weights into LoRA's A and B, and through the image
-                # positions into the projector.
+                # New: gradients flow back through the frozen weights into LoRA's A and B, and through the
+                # image positions into the projector.
                 scaler.scale(micro_loss).backward()
                 local_loss += micro_loss.detach()
 
